@@ -1,0 +1,60 @@
+"""Every error a user can cause or meet: what happened, where, and a hint on how to mend it."""
+
+from __future__ import annotations
+
+
+class TunesmithError(Exception):
+    """An error that is shown as `message`, `where` and `hint`, never as a traceback.
+
+    `where` names the place in the user's own terms: `data/train.jsonl:17`, `recipe.yaml:4 optim.lr`, a folder.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}\nhint: {self.hint}" if self.hint else text
+
+
+class InputError(TunesmithError):
+    """The input is wrong; nothing was trained. Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """The recipe, an override or a command-line option is wrong."""
+
+
+class DataError(InputError):
+    """A source, a row or what a template makes of it is wrong."""
+
+
+class ModelError(InputError):
+    """The model folder, its architecture, tokenizer or template can't do what was asked."""
+
+
+class RunError(TunesmithError):
+    """A run failed after it had started. Exit code 1."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint can't be written or is damaged."""
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient became NaN or infinite."""
+
+
+class InterruptedRun(TunesmithError):
+    """A signal stopped the run after it saved. Exit code 128 + signal number (130 SIGINT, 143 SIGTERM)."""
+
+    def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number
