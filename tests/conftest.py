@@ -1,0 +1,33 @@
+"""Fixtures that every layer's tests share; the builders are in `tiny.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    from tiny import tiny_folder
+
+    return tiny_folder(tmp_path / "llama")
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    from tiny import chat_rows, write_jsonl
+
+    return write_jsonl(tmp_path / "chats.jsonl", chat_rows())
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    folder = os.environ.get("TUNESMITH_SMOLLM2")
+    if not folder:
+        pytest.skip("TUNESMITH_SMOLLM2 names no SmolLM2 folder")
+    return Path(folder)
