@@ -7,6 +7,7 @@ is visible to it and nothing else is. How a step is cut changes speed and memory
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def plan_step(
     """
     if isolated:
         roots = build_forest(documents, share=False)
-        plans = [_lay_out([root], {id(n) for n in _below(root)}, packed=False) for root in roots]
+        plans = [_lay_out([root], set(), packed=False) for root in roots]
         return sorted(plans, key=lambda plan: -plan.tokens)
     roots = build_forest(documents, share=share)
     tops = [child for root in roots for child in root.children.values()]
@@ -80,17 +81,19 @@ def _below(node: Node) -> list[Node]:
     return order
 
 
-def _cut(node: Node, capacity: int) -> list[_Bin]:
-    """Subtree `node` in pieces that fit with the path to them; costs count from `node`'s own first token."""
-    if node.start + node.size <= capacity:
-        return [_Bin(node.size, [node])]
-    pieces: list[_Bin] = []
-    for child in node.children.values():
-        pieces.extend(_cut(child, capacity))
-    if not pieces:  # a leaf: its path is the longest there is
-        return [_Bin(node.size, [node])]
-    packed = _pack(pieces, capacity - node.end)
-    return [_Bin(b.cost + len(node.ids), b.subtrees) for b in packed]
+def _cut(top: Node, capacity: int) -> list[_Bin]:
+    """Subtree `top` in pieces that fit with the path to them; costs count from `top`'s own first token."""
+    pieces: dict[Node, list[_Bin]] = {}
+    for node in reversed(_below(top)):
+        if node.start + node.size <= capacity:
+            pieces[node] = [_Bin(node.size, [node])]
+            for child in node.children.values():
+                del pieces[child]
+            continue
+        parts = [part for child in node.children.values() for part in pieces.pop(child)]
+        packed = _pack(parts, capacity - node.end)
+        pieces[node] = [_Bin(part.cost + len(node.ids), part.subtrees) for part in packed]
+    return pieces[top]
 
 
 def _pack(items: list[_Bin], capacity: int) -> list[_Bin]:
@@ -117,8 +120,6 @@ def _best_fit_count(costs: list[int], capacity: int) -> int:
 
 def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
     """Each item into the fullest bin that still takes it. `free` holds (room left, bin) sorted by room."""
-    from bisect import bisect_left, insort
-
     bins: list[_Bin] = []
     free: list[tuple[int, int]] = []
     for item in decreasing:
@@ -135,15 +136,12 @@ def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
 
 
 def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> MicrobatchPlan:
-    """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet become owned here.
-
-    Isolated plans pass all nodes as owned by nobody else and get all targets.
-    """
+    """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet become owned here."""
     weights = _chosen(subtrees)
     builder = _Builder()
     for root in sorted((n for n in weights if n.parent is None or n.parent not in weights), key=lambda n: -weights[n]):
         builder.add_tree(root, weights)
-    mine = [n for n in builder.order if not packed or id(n) not in owned]
+    mine = [n for n in builder.order if id(n) not in owned]
     owned.update(id(n) for n in mine)
     return builder.finish(mine, packed=packed)
 
