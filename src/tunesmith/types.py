@@ -6,7 +6,7 @@ n tokens of a segment, k targets of a segment, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,3 +161,7 @@ class StepMetrics:
         """One flat object for metrics.jsonl."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "stats"}
         return {"kind": "train", **fields, **self.stats}
+
+
+HeadLoss = Callable[..., LossOutput]
+"""The loss head with its objective chosen: (hidden, weight, bias, *, source, target, target_weight, transform)."""

@@ -1,0 +1,92 @@
+"""The root module: a transformers decoder and our loss head in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunesmith.model.attention import NAME
+from tunesmith.model.logits import LogitTransform
+from tunesmith.types import Batch, HeadLoss, LossOutput
+
+
+class CausalLM(nn.Module):
+    """A causal language model that takes a `Batch` and returns sums of losses.
+
+    `model` is a transformers model or one wrapped by peft; nothing of it is patched. `native_attention` is the
+    implementation it uses outside of packed batches: for generation, and for batches without a layout.
+    """
+
+    def __init__(self, model: Any, *, logits: LogitTransform, native_attention: str = "sdpa") -> None:
+        super().__init__()
+        self.model = model
+        self.logits = logits
+        self.native_attention = native_attention
+        self.isolated = False
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, inside peft's wrapper or not."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """What turns ids into hidden states, final norm included."""
+        base = self.base
+        decoder = base.get_decoder()
+        return base.model if decoder is base else decoder
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output embedding."""
+        return self.base.get_output_embeddings()
+
+    def isolate(self) -> None:
+        """From now on batches carry no layout: one path at a time through the model's own attention."""
+        self.isolated = True
+        self.base.set_attn_implementation(self.native_attention)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, [T, D]."""
+        keywords: dict[str, Any] = {} if batch.layout is None else {"layout": batch.layout}
+        output = self.decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **keywords,
+        )
+        return output.last_hidden_state[0]
+
+    def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
+        """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""
+        head = self.head
+        return head_loss(
+            self.hidden(batch),
+            head.weight,
+            head.bias,
+            source=batch.source,
+            target=batch.target,
+            target_weight=batch.weight,
+            transform=None if self.logits.identity else self.logits.apply,
+        )
+
+    @contextmanager
+    def generation(self) -> Iterator[Any]:
+        """The transformers (or peft) model, in eval mode with its own attention and cache; restored on leaving."""
+        training, base = self.training, self.base
+        self.eval()
+        base.set_attn_implementation(self.native_attention)
+        base.config.use_cache = True
+        try:
+            yield self.model
+        finally:
+            base.config.use_cache = False
+            base.set_attn_implementation(self.native_attention if self.isolated else NAME)
+            self.train(training)
