@@ -1,0 +1,81 @@
+"""How every failure of a command reaches the user: one message, a hint, an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from tunesmith.errors import RecipeError, TunesmithError
+
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""The parser's base of wrong usage; typer brings click along or imports it, by version."""
+
+
+def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code; only bugs of ours keep their traceback."""
+    try:
+        code = command()
+        sys.stdout.flush()
+    except TunesmithError as error:
+        return show_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has closed it; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _UsageError as error:
+        return show_error(_usage_error(error, arguments))
+    return code if isinstance(code, int) else 0
+
+
+def show_error(error: TunesmithError) -> int:
+    """Write the error to stderr and return its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _usage_error(error: Any, arguments: Sequence[str]) -> RecipeError:
+    context = error.ctx
+    command = context.command_path if context else "tunesmith"
+    if type(error).__name__ != "NoSuchOption" or context is None:
+        message = error.format_message().rstrip(".")
+        return RecipeError(message, hint=f"`{command} --help` lists what it takes")
+    options = {name for parameter in context.command.params for name in parameter.opts}
+    unknown = [
+        (name, _value(arguments, number))
+        for number, name in enumerate(arguments)
+        if name.startswith("--") and len(name) > 2 and name.split("=")[0] not in options
+    ]
+    unknown = unknown or [(error.option_name, None)]
+    lines = [
+        f"no option {name.split('=')[0]}: {_option_hint(name.split('=')[0], value, options)}"
+        for name, value in unknown
+    ]
+    hint = f"what the recipe holds is given as section.key=value; `{command} --help` lists options"
+    return RecipeError("\n  ".join(lines), hint=hint)
+
+
+def _value(arguments: Sequence[str], number: int) -> str | None:
+    _, equals, value = arguments[number].partition("=")
+    if equals:
+        return value
+    following = arguments[number + 1 : number + 2]
+    return following[0] if following and not following[0].startswith("--") else None
+
+
+def _option_hint(name: str, value: str | None, options: set[str]) -> str:
+    from tunesmith.config.names import meaning, nearest, suggest
+
+    exact = meaning(name)
+    if exact and not exact.note and len(exact.keys) == 1:
+        return f"give {exact.keys[0]}={'…' if value is None else value}"
+    if exact:
+        return str(exact)
+    close = nearest(name, options)
+    return f"did you mean {close}?" if close else suggest(name) or "nothing here is called so"

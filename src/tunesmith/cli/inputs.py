@@ -1,0 +1,93 @@
+"""The one grammar of commands that read a recipe: `RECIPE` or `--model --data`, then overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.config.overrides import Override, parse_value
+from tunesmith.config.read import read_recipe
+from tunesmith.config.schema import Recipe
+from tunesmith.errors import RecipeError
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [SECTION.KEY=VALUE]...",
+        help="A recipe file or a run folder, then what to change in it, as in optim.lr=1e-4.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub id, model folder, .gguf file or run folder (model.name)."),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="File to learn from; may be given again (data.train)."),
+]
+EvalOption = Annotated[
+    str | None,
+    typer.Option("--eval", help="Held-out file, or a share of the rows: 2% (data.eval)."),
+]
+
+
+def recipe_from_arguments(
+    arguments: Sequence[str] | None,
+    model: str | None = None,
+    data: Sequence[str] | None = None,
+    eval: str | None = None,
+) -> Recipe:
+    """The recipe that positional arguments and the three options ask for.
+
+    Raises:
+        RecipeError: two recipes, no model or no data, or anything `read_recipe` refuses.
+    """
+    source, changes = split_arguments(arguments or ())
+    overrides: list[str | Override] = []
+    if model is not None:
+        overrides.append(Override(("model", "name"), model, "--model"))
+    if data:
+        overrides.append(Override(("data", "train"), list(data), "--data"))
+    if eval is not None:
+        overrides.append(Override(("data", "eval"), _eval_value(eval), "--eval"))
+    recipe = read_recipe(source, [*overrides, *changes])
+    if not recipe.data.train:
+        raise RecipeError(
+            "no data to learn from",
+            where=" ".join(part for part in (source, "data.train") if part),
+            hint="give --data FILE, or data.train in the recipe",
+        )
+    return recipe
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe among positional arguments, if there is one, and the overrides.
+
+    Raises:
+        RecipeError: an argument that is neither.
+    """
+    source: str | None = None
+    overrides: list[str] = []
+    for argument in arguments:
+        if "=" in argument and not _is_recipe(argument):
+            overrides.append(argument)
+        elif source is None:
+            source = argument
+        else:
+            raise RecipeError(
+                f"{argument!r} is a second recipe, after {source!r}",
+                hint="changes have the form section.key=value, data the form --data FILE",
+            )
+    return source, overrides
+
+
+def _is_recipe(argument: str) -> bool:
+    return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
+
+
+def _eval_value(text: str) -> object:
+    return parse_value(text) if text.lstrip().startswith(("{", "[")) else text

@@ -1,0 +1,32 @@
+"""What a recipe may not combine, although each of its values is fine."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from tunesmith.config.document import Document
+
+
+def check_combinations(document: Document, *, held_out: bool = False) -> None:
+    """Note the keys that contradict each other; `held_out`: evaluation rows come from elsewhere."""
+    train, data = _section(document, "train"), _section(document, "data")
+    if train.get("result") == "best" and data.get("eval") is None and not held_out:
+        document.complain(
+            ("train", "result"),
+            "best is chosen by the loss on held-out data, and data.eval names none",
+            "hold out a share of the rows with data.eval=2%, or name a file",
+        )
+    adapter = _section(document, "adapter")
+    if adapter.get("kind", "none") == "none":
+        for key in adapter:
+            if key in ("rank", "alpha", "dropout", "targets"):
+                document.complain(
+                    ("adapter", key),
+                    "has no effect while adapter.kind is none (all parameters are trained)",
+                    "add adapter.kind=lora, or take the key away",
+                )
+
+
+def _section(document: Document, name: str) -> dict[str, Any]:
+    section = document.data.get(name)
+    return cast("dict[str, Any]", section) if isinstance(section, dict) else {}

@@ -1,0 +1,98 @@
+"""From a recipe file, a mapping or keywords to a checked Recipe, with every error at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from tunesmith.config.checks import check_combinations
+from tunesmith.config.document import Document, Problem, plain_document, read_document
+from tunesmith.config.dump import to_plain
+from tunesmith.config.overrides import Override, apply_overrides
+from tunesmith.config.problems import note_findings
+from tunesmith.config.schema import Recipe
+from tunesmith.errors import RecipeError
+
+RecipeSource = str | PathLike[str] | Mapping[str, Any] | Recipe | None
+
+
+def read_recipe(
+    source: RecipeSource = None,
+    overrides: Sequence[str | Override] = (),
+    *,
+    held_out_rows: bool = False,
+    **sections: Any,
+) -> Recipe:
+    """The recipe of a file, a run folder, a mapping or a Recipe, changed by overrides.
+
+    `overrides` are `section.key=value`, applied in order; `sections` come after them, as in
+    `optim={"lr": 1e-4}` or `adapter="lora"`. `held_out_rows` says that evaluation rows are given
+    apart from the recipe.
+
+    Raises:
+        RecipeError: with everything that is wrong, each with its file and line, key and hint.
+    """
+    document = _open(source)
+    keywords = [
+        Override((name,), value, f"{name}=")
+        for name, value in sections.items()
+        if value is not None
+    ]
+    apply_overrides(document, [*overrides, *keywords])
+    check_combinations(document, held_out=held_out_rows)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        note_findings(document, error)
+    if recipe is None or document.problems:
+        raise recipe_error(document.problems)
+    return recipe
+
+
+def recipe_error(problems: Sequence[Problem]) -> RecipeError:
+    """One error that tells all problems, in the order of the recipe's lines."""
+    ordered = sorted(dict.fromkeys(problems), key=_order)
+    if len(ordered) == 1:
+        only = ordered[0]
+        where = " ".join(part for part in (only.where, only.key) if part)
+        return RecipeError(only.message, where=where or None, hint=only.hint)
+    lines = [f"{item}{f' ({item.hint})' if item.hint else ''}" for item in ordered]
+    return RecipeError("\n  ".join([f"{len(ordered)} errors in the recipe", *lines]))
+
+
+def _order(problem: Problem) -> tuple[bool, str, int]:
+    name, _, line = problem.where.rpartition(":")
+    if not line.isdigit():
+        return True, problem.where, 0
+    return False, name, int(line)
+
+
+def _open(source: RecipeSource) -> Document:
+    if source is None:
+        return Document({})
+    if isinstance(source, Recipe):
+        return plain_document(to_plain(source), "")
+    if isinstance(source, Mapping):
+        return plain_document(cast("Mapping[str, Any]", source), "")
+    path = Path(source)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            "no such recipe", where=str(path), hint="`tunesmith init` writes a starter recipe"
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError("a folder without recipe.yaml is no recipe", where=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"can't be read: {error}", where=str(path)) from None
+    document = read_document(text, str(path))
+    if document.problems and not document.data:
+        raise recipe_error(document.problems)
+    return document

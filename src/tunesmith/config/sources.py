@@ -1,0 +1,91 @@
+"""Where rows come from: the source section, and what may be written in its stead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+from tunesmith.config.values import Holdout, parse_columns, parse_holdout, refuse_bool
+
+Count = Annotated[int, BeforeValidator(refuse_bool)]
+"""A whole number; true and false are not numbers."""
+
+Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
+"""Our name of a column to the data's name of it."""
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class SourceSection(Section):
+    """One source of rows."""
+
+    path: str = Field(description="file: .jsonl .json .csv .parquet")
+    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
+        "auto", description="shape of the rows"
+    )
+    columns: Columns | None = Field(
+        None, description="our name: the data's name; overrides data.columns"
+    )
+    limit: Count | None = Field(None, ge=1, description="use only the first rows")
+
+
+def parse_sources(value: Any) -> Any:
+    """A list of source mappings from a path, a mapping, or a list of either."""
+    if value is None:
+        return []
+    items = cast("list[Any]", value) if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def parse_eval(value: Any) -> Any:
+    """None, a Holdout (`2%`, `200`) or named sets of source mappings: {name: [source, ...]}.
+
+    A path, a list of paths or of source mappings, or one source mapping is one set named `eval`.
+    """
+    if value is None:
+        return None
+    if (holdout := parse_holdout(value)) is not None:
+        return holdout
+    if not isinstance(value, Mapping):
+        return {"eval": parse_sources(value)}
+    named = cast("Mapping[Any, Any]", value)
+    if isinstance(named.get("path"), str) and set(named) <= set(SourceSection.model_fields):
+        return {"eval": [named]}
+    return {name: parse_sources(sources) for name, sources in named.items()}
+
+
+def _plain_eval(value: Holdout | dict[str, list[SourceSection]]) -> Any:
+    if isinstance(value, Holdout):
+        return value.plain()
+    return {name: [source.model_dump(mode="json") for source in value[name]] for name in value}
+
+
+Sources = Annotated[
+    list[SourceSection],
+    BeforeValidator(parse_sources),
+]
+"""A path, a source mapping, or a list of either."""
+
+EvalSource = Annotated[
+    InstanceOf[Holdout] | dict[str, list[SourceSection]],
+    BeforeValidator(parse_eval),
+    PlainSerializer(_plain_eval),
+    WithJsonSchema({}),  # written by describe.py, which may refer to SourceSection
+]
+"""A share of the training rows, a number of them, files, or named sets of files."""
