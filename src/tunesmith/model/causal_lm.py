@@ -26,6 +26,7 @@ class CausalLM(nn.Module):
         self.logits = logits
         self.native_attention = native_attention
         self.isolated = False
+        self.notes: list[str] = []
 
     @property
     def base(self) -> Any:

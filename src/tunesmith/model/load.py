@@ -1,0 +1,293 @@
+"""Load a causal language model so that its decoder takes layouts, and refuse what would not be the model asked for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.errors import ModelError
+from tunesmith.model import attention
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.source import ModelSource, read_json, resolve_model
+
+__all__ = [
+    "DtypeChoice",
+    "ModelSource",
+    "choose_dtype",
+    "load_causal_lm",
+    "resolve_model",
+    "wrap_causal_lm",
+]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_NOISE = (
+    "dropout",
+    "pdrop",
+    "dropout_prob",
+    "dropout_rate",
+    "drop_rate",
+    "layerdrop",
+    "jitter_noise",
+)
+_NOT_CAUSAL = (
+    "MaskedLM",
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeChoice:
+    """The dtype of the forward and backward pass, and why it was taken."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeChoice:
+    """`auto` is bfloat16 where the device multiplies it in hardware, else float32."""
+    if isinstance(dtype, torch.dtype):
+        return DtypeChoice(dtype, "as asked")
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelError(
+                f"unknown dtype {dtype!r}", where="model.dtype", hint="auto, bfloat16 or float32"
+            )
+        return DtypeChoice(_DTYPES[dtype], "as asked")
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return DtypeChoice(torch.bfloat16, "the GPU multiplies bfloat16 in hardware")
+        return DtypeChoice(torch.float32, "the GPU has no bfloat16 in hardware")
+    if kind == "cpu":
+        fast = cpu_bfloat16()
+        if fast:
+            return DtypeChoice(torch.bfloat16, f"the CPU multiplies bfloat16 in hardware ({fast})")
+        return DtypeChoice(torch.float32, "the CPU has no bfloat16 in hardware")
+    return DtypeChoice(torch.float32, f"bfloat16 is not known to be fast on {kind}")
+
+
+def cpu_bfloat16() -> str | None:
+    """Name of the instruction set with which this CPU multiplies bfloat16 matrices, None if it has none."""
+    try:
+        capabilities: dict[str, Any] = dict(torch.backends.cpu.get_capabilities())  # pyright: ignore
+    except (AttributeError, RuntimeError):
+        capabilities = {}
+    known = {
+        "amx_bf16": "AMX",
+        "amx_tile": "AMX",
+        "avx512_bf16": "AVX512-BF16",
+        "arm_bf16": "Arm BF16",
+        "bf16": "Arm BF16",
+    }
+    for key, label in known.items():
+        if capabilities.get(key):
+            return label
+    if platform.system() == "Linux":
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        flags = {
+            word
+            for line in text.splitlines()
+            if line.startswith(("flags", "Features"))
+            for word in line.split()
+        }
+        return next((label for key, label in known.items() if key in flags), None)
+    return None
+
+
+def load_causal_lm(
+    source: ModelSource,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """The model of `source` on `device`, with its adapter trainable on top if it has one; randomness in it set to 0.
+
+    What was decided here is in the returned object's `notes`.
+
+    Raises:
+        ModelError: not a causal language model, foreign code without leave, or weights that are missing.
+    """
+    config = _checked_config(source, trust_remote_code)
+    notes = _silence(config)
+    chosen = choose_dtype(dtype, device)
+    options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
+    model, native, isolated = _from_pretrained(source, config, options)
+    model = model.to(torch.device(device))
+    base = model
+    if source.adapter_folder is not None:
+        from tunesmith.model.adapters import load_adapter
+
+        model = load_adapter(model, source.adapter_folder)
+    causal_lm = CausalLM(
+        model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
+    )
+    _finish(causal_lm, notes, isolated)
+    causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
+    return causal_lm
+
+
+def wrap_causal_lm(model: Any) -> CausalLM:
+    """A model the user has loaded, plain or wrapped by peft; its attention is exchanged, `unwrap` gives it back."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(base).__name__} has no language-model head",
+            hint="load it as AutoModelForCausalLM",
+        )
+    _refuse_config(base.config, type(base).__name__)
+    notes = _silence(base.config)
+    notes += _silence_modules(base)
+    native = base.config._attn_implementation or "eager"
+    attention.register()
+    isolated = False
+    try:
+        base.set_attn_implementation(attention.NAME)
+    except (ValueError, KeyError, ImportError):
+        isolated = True
+    if base.config._attn_implementation != attention.NAME:
+        isolated = True
+    causal_lm = CausalLM(
+        model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
+    )
+    _finish(causal_lm, notes, isolated)
+    return causal_lm
+
+
+def unwrap(causal_lm: CausalLM) -> Any:
+    """The user's model with the attention and cache setting it came with."""
+    causal_lm.base.set_attn_implementation(causal_lm.native_attention)
+    causal_lm.base.config.use_cache = True
+    return causal_lm.model
+
+
+def _finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
+    causal_lm.notes = notes
+    causal_lm.base.config.use_cache = False
+    if isolated:
+        causal_lm.isolated = True
+        notes.append(
+            f"{causal_lm.config.model_type} does not take another attention: one path at a time"
+        )
+
+
+def _checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    raw = read_json(source.folder / "config.json")
+    modules = sorted({str(value).split("--")[-1].split(".")[0] + ".py" for value in raw.get("auto_map", {}).values()
+                      if value})  # fmt: skip
+    if modules and not trust_remote_code:
+        raise ModelError(
+            f"needs Python code of its own folder ({', '.join(modules)})", where=source.name,
+            hint="read it, then set model.trust_remote_code=true",
+        )  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        kind = raw.get("model_type")
+        known = f"architecture {kind!r} is unknown to the installed transformers"
+        message = known if kind else "config.json names no model_type"
+        if "does not recognize" not in str(error) and kind:
+            message = f"its config.json is refused: {str(error).splitlines()[0]}"
+        raise ModelError(
+            message, where=source.name, hint="a newer transformers may know it"
+        ) from error
+    _refuse_config(config, source.name)
+    return config
+
+
+def _refuse_config(config: Any, where: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model_type} is an encoder-decoder model; only decoders can be trained",
+            where=where,
+        )
+    for architecture in getattr(config, "architectures", None) or []:
+        if architecture.endswith(_NOT_CAUSAL):
+            raise ModelError(f"{architecture} is no causal language model", where=where)
+    if getattr(config, "quantization_config", None):
+        raise ModelError("is quantised; its weights can't be trained as they are", where=where,
+                         hint="give the unquantised model")  # fmt: skip
+
+
+def _silence(config: Any) -> list[str]:
+    """Set every source of noise in a config to 0; one note a changed value."""
+    notes: list[str] = []
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for part in parts:
+        for key, value in list(vars(part).items()) if part is not None else []:
+            if key.endswith(_NOISE) and isinstance(value, int | float) and value:
+                setattr(part, key, 0.0)
+                notes.append(f"{key} {value} in the model's config is set to 0")
+    return notes
+
+
+def _silence_modules(model: Any) -> list[str]:
+    changed = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p and "lora_" not in name:
+            module.p, changed = 0.0, changed + 1
+        elif (
+            isinstance(getattr(module, "attention_dropout", None), float)
+            and module.attention_dropout
+        ):
+            module.attention_dropout, changed = 0.0, changed + 1
+    return [f"dropout of {changed} modules is set to 0"] if changed else []
+
+
+def _from_pretrained(
+    source: ModelSource, config: Any, options: dict[str, Any]
+) -> tuple[Any, str, bool]:
+    """(model, its own attention implementation, whether it takes ours)."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+
+    def load(implementation: str | None) -> Any:
+        chosen = {} if implementation is None else {"attn_implementation": implementation}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, output_loading_info=True, **options, **chosen
+        )
+        _refuse_missing(model, info, source)
+        return model
+
+    try:
+        try:
+            model = load(attention.NAME)
+            native = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+            return model, native, model.config._attn_implementation != attention.NAME
+        except ValueError as error:
+            if attention.NAME not in str(error) and "ttention" not in str(error):
+                raise
+            model = load(None)
+            return model, model.config._attn_implementation or "eager", True
+    except ModelError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        message = f"can't be loaded: {str(error).splitlines()[0]}"
+        if "Unrecognized configuration class" in str(error):
+            message = f"{config.model_type} is no causal language model"
+        raise ModelError(message, where=source.name) from error
+
+
+def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(
+        str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or []
+    )
+    if missing or mismatched:
+        names = missing + mismatched
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ModelError(
+            f"its files lack weights that {type(model).__name__} needs: {', '.join(names[:3])}{more}",
+            where=source.name, hint="they would start at random; is the download complete, the config the right one?",
+        )  # fmt: skip
