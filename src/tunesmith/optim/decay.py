@@ -1,0 +1,34 @@
+"""Which parameters weight decay pulls towards zero: matrices that multiply, nothing else."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def no_decay(name: str, parameter: Tensor, module: nn.Module | None = None) -> bool:
+    """True for norms, biases, embeddings, and whatever else is not a matrix or a stack of matrices.
+
+    Args:
+        name: full name of the parameter; a bias of stacked experts is a matrix and known by it.
+        parameter: the parameter itself.
+        module: the module that owns it, where known.
+    """
+    if parameter.ndim < 2 or name.endswith("bias"):
+        return True
+    if module is None:
+        return False
+    return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+
+
+def undecayed(model: nn.Module) -> frozenset[str]:
+    """Names, as in `model.named_parameters()`, of the parameters that weight decay leaves alone.
+
+    A head tied to the embedding is the embedding.
+    """
+    spared = {
+        id(parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(prefix, recurse=False)
+        if no_decay(name, parameter, module)
+    }
+    return frozenset(n for n, parameter in model.named_parameters() if id(parameter) in spared)
