@@ -96,6 +96,12 @@ def _syntax_problem(error: yaml.YAMLError, name: str) -> Problem:
     return Problem("", f"not YAML: {error.problem or error.context}", where, hint)
 
 
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {**cast("dict[str, Any]", first), **cast("dict[str, Any]", second)}
+    return second
+
+
 class _Reader:
     """Turns nodes into data, noting the line of every key, duplicates and unreadable values."""
 
@@ -104,7 +110,8 @@ class _Reader:
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         if len(path) > _DEEPEST:
-            raise RecursionError("a recipe nests no deeper than this; an anchor holds itself")
+            self.document.complain(path[:2], "nested too deep, or an anchor that holds itself")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -138,5 +145,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = str(key_node.value)
             self._mark(key_node, (*path, key))
-            values[key] = self.value(value_node, (*path, key))
+            value = self.value(value_node, (*path, key))
+            # Of a key given twice all the contents are kept, so that errors in either are seen.
+            values[key] = _joined(values.get(key), value)
         return values

@@ -60,7 +60,7 @@ def changed_sections(found: list[Difference]) -> list[str]:
 
 def plain_default(field: FieldInfo) -> Any:
     """A field's default as a recipe writes it."""
-    default = cast(Any, field.get_default(call_default_factory=True))
+    default = field.get_default(call_default_factory=True)
     if isinstance(default, Duration | Holdout):
         return default.plain()
     return list(cast("tuple[Any]", default)) if isinstance(default, tuple) else default
@@ -80,7 +80,7 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes floats so that YAML 1.1 reads them back as floats, and never an alias."""
+    """Writes every value out where it stands, never as an alias of an equal one."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

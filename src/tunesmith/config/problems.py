@@ -8,7 +8,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from tunesmith.config.document import Document, Path
-from tunesmith.config.names import known_keys, nearest, suggest
+from tunesmith.config.names import nearest, suggest
+from tunesmith.config.sources import SourceSection
 
 _BOUNDS = {
     "greater_than": ("gt", "above"),
@@ -68,6 +69,13 @@ def _path(data: Any, loc: Sequence[str | int], kind: str) -> Path:
 def _describe(path: Path, group: list[Mapping[str, Any]]) -> tuple[str, str | None]:
     first = group[0]
     kind = str(first["type"])
+    if path[:1] == ("model",) and (
+        kind == "missing" or (path[1:] == ("name",) and not first["input"])
+    ):
+        return (
+            "is needed",
+            "name the model: model: HUB-ID-OR-FOLDER, or --model on the command line",
+        )
     if kind == "extra_forbidden":
         return "unknown key", _unknown(path)
     if kind == "missing":
@@ -122,17 +130,12 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(path: Path) -> str | None:
-    section = str(path[0]) if len(path) > 1 else None
-    if len(path) > 2:  # a source inside `data`
-        from tunesmith.config.sources import SourceSection
-
-        if close := nearest(str(path[-1]), SourceSection.model_fields):
-            return f"did you mean {close}?"
-        section = None
-    return suggest(str(path[-1]), section=section)
+    *above, key = (str(part) for part in path)
+    if len(above) > 1:  # only sources nest so deep
+        close = nearest(key, SourceSection.model_fields)
+        return f"did you mean {close}?" if close else suggest(key)
+    return suggest(key, section=above[0] if above else None)
 
 
 def _missing(path: Path) -> str | None:
-    if path[:1] == ("model",):
-        return "name the model: model: HUB-ID-OR-FOLDER, or --model on the command line"
-    return f"the keys here are {', '.join(known_keys().get(str(path[0]), ()))}" if path else None
+    return "a source is a path, or {path: FILE, ...}" if path[:1] == ("data",) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -78,7 +78,7 @@ def _open(source: RecipeSource) -> Document:
     if isinstance(source, Recipe):
         return plain_document(to_plain(source), "")
     if isinstance(source, Mapping):
-        return plain_document(cast("Mapping[str, Any]", source), "")
+        return plain_document(source, "")
     path = Path(source)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"

@@ -29,6 +29,8 @@ Number = Annotated[float, BeforeValidator(parse_number)]
 Momentum = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1)]
 """Decay of a running mean."""
 
+Tracker = Literal["wandb", "tensorboard", "trackio", "mlflow"]
+
 Every = Annotated[
     Duration,
     BeforeValidator(parse_duration),
@@ -66,50 +68,54 @@ class ModelSection(Section):
         description="hub id, folder in Hugging Face format, .gguf file, or a run folder"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
+        default="auto",
         description="precision of forward and backward; updates are float32-accurate in either",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
-        False, description="run Python code that the model's folder brings along"
+        default=False, description="run Python code that the model's folder brings along"
     )
 
 
 class DataSection(Section):
     """The demonstrations and how they become tokens."""
 
-    train: Sources = Field(default_factory=list, description="what is learned from, in this order")
+    train: Sources = Field(
+        default_factory=list[SourceSection], description="what is learned from, in this order"
+    )
     eval: EvalSource | None = Field(
-        None,
+        default=None,
         description="held-out data: files, {name: files}, a share of the training rows (2%) or "
         "a number of them",
     )
     columns: Columns | None = Field(
-        None, description="our name: the data's name, e.g. {prompt: question}"
+        default=None, description="our name: the data's name, e.g. {prompt: question}"
     )
     template: str | None = Field(
-        None, description="chat template: the model's own, a .jinja file, or none (train raw)"
+        default=None,
+        description="chat template: the model's own, a .jinja file, or none (train raw)",
     )
     template_kwargs: dict[str, str | bool | int | float] = Field(
         default_factory=dict,
         description="arguments of the chat template, e.g. {enable_thinking: false}",
     )
     train_on: Literal["auto", "assistant", "last", "completion", "all"] | list[str] = Field(
-        "auto",
+        default="auto",
         description="which tokens are targets: answers, the last answer, completions, everything, "
         "or what these roles say",
     )
     max_length: Literal["auto"] | Annotated[Count, Field(ge=2)] = Field(
-        "auto", description="longest path of a document in tokens; auto: the model's context"
+        default="auto",
+        description="longest path of a document in tokens; auto: the model's context",
     )
     too_long: Literal["error", "drop", "truncate", "split"] = Field(
-        "error", description="what to do with longer rows"
+        default="error", description="what to do with longer rows"
     )
     bad_rows: Literal["error", "drop"] = Field(
-        "error", description="what to do with rows that can't be trained on"
+        default="error", description="what to do with rows that can't be trained on"
     )
     shuffle: bool = Field(
-        True, description="a new seeded order each epoch; false: the order of the data"
+        default=True, description="a new seeded order each epoch; false: the order of the data"
     )
 
 
@@ -117,9 +123,13 @@ class BatchSection(Section):
     """What one optimizer step learns from."""
 
     documents: Count | None = Field(
-        None, ge=1, description="documents a step, over all devices; 32 where tokens is not given"
+        default=None,
+        ge=1,
+        description="documents a step, over all devices; 32 where tokens is not given",
     )
-    tokens: Count | None = Field(None, ge=1, description="instead: tokens a step, repeats counted")
+    tokens: Count | None = Field(
+        default=None, ge=1, description="instead: tokens a step, repeats counted"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -130,20 +140,20 @@ class BatchSection(Section):
 class ObjectiveSection(Section):
     """The loss."""
 
-    name: Literal["nll"] = Field("nll", description="nll: -log p(target)")
+    name: Literal["nll"] = Field(default="nll", description="nll: -log p(target)")
 
 
 class AdapterSection(Section):
     """Which parameters are trained."""
 
     kind: Literal["none", "lora"] = Field(
-        "none", description="none: all parameters; lora: low-rank additions"
+        default="none", description="none: all parameters; lora: low-rank additions"
     )
-    rank: Count = Field(16, ge=1, description="rank of the additions")
-    alpha: Number = Field(32, gt=0, description="scale of the additions: alpha / rank")
-    dropout: Number = Field(0.0, ge=0, lt=1, description="dropout on the additions' input")
+    rank: Count = Field(default=16, ge=1, description="rank of the additions")
+    alpha: Number = Field(default=32, gt=0, description="scale of the additions: alpha / rank")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="dropout on the additions' input")
     targets: str | list[str] = Field(
-        "all-linear",
+        default="all-linear",
         description="all-linear, a regular expression on module names, or a list of name endings",
     )
 
@@ -151,23 +161,25 @@ class AdapterSection(Section):
 class OptimSection(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="AdamW, decoupled weight decay")
+    name: Literal["adamw"] = Field(default="adamw", description="AdamW, decoupled weight decay")
     lr: Literal["auto"] | Annotated[Number, Field(gt=0)] = Field(
-        "auto", description="peak learning rate"
+        default="auto", description="peak learning rate"
     )
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="decay of the two moments")
-    eps: Number = Field(1e-8, gt=0, description="added to the root of the second moment")
+    betas: tuple[Momentum, Momentum] = Field(
+        default=(0.9, 0.999), description="decay of the two moments"
+    )
+    eps: Number = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: Number = Field(
-        0.0, ge=0, description="not applied to norms, biases and embeddings"
+        default=0.0, ge=0, description="not applied to norms, biases and embeddings"
     )
     schedule: Literal["cosine", "linear", "constant", "exponential", "quarter_cosine"] = Field(
-        "cosine", description="shape of the learning rate after the warm-up"
+        default="cosine", description="shape of the learning rate after the warm-up"
     )
     warmup: Number = Field(
-        0.03, ge=0, description="below 1 a share of all steps, else a number of steps"
+        default=0.03, ge=0, description="below 1 a share of all steps, else a number of steps"
     )
     max_grad_norm: Number | None = Field(
-        1.0, gt=0, description="gradients are scaled down to this norm; null: never"
+        default=1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )
 
 
@@ -175,14 +187,14 @@ class TrainSection(Section):
     """How long, from which seed, and which weights are kept."""
 
     epochs: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="passes over the data; 3 where steps is not given"
+        default=None, description="passes over the data; 3 where steps is not given"
     )
-    steps: Count | None = Field(None, ge=1, description="instead: optimizer steps")
+    steps: Count | None = Field(default=None, ge=1, description="instead: optimizer steps")
     seed: Count = Field(
-        42, ge=0, lt=2**32, description="of the order of the data, new weights and dropout"
+        default=42, ge=0, lt=2**32, description="of the order of the data, new weights and dropout"
     )
     result: Literal["last", "best"] = Field(
-        "last", description="which weights become model/: best needs data.eval"
+        default="last", description="which weights become model/: best needs data.eval"
     )
 
     @model_validator(mode="before")
@@ -194,24 +206,28 @@ class TrainSection(Section):
 class DeviceSection(Section):
     """Engineering: never changes what is learned beyond rounding."""
 
-    kind: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field("auto", description="where to run")
+    kind: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="where to run"
+    )
     micro_tokens: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
-        "auto", description="tokens that go through the device at a time"
+        default="auto", description="tokens that go through the device at a time"
     )
     share_prefixes: Literal["auto"] | bool = Field(
-        "auto", description="compute a prefix that rows of a step share once"
+        default="auto", description="compute a prefix that rows of a step share once"
     )
     attention: Literal["auto", "sdpa", "isolated"] = Field(
-        "auto",
+        default="auto",
         description="sdpa: packed, by torch's own kernels; isolated: one path at a time, by the "
         "model's own attention",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations to save memory"
+        default="auto", description="recompute activations to save memory"
     )
-    deterministic: bool = Field(True, description="only kernels that give the same bits each time")
+    deterministic: bool = Field(
+        default=True, description="only kernels that give the same bits each time"
+    )
     threads: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
-        "auto", description="CPU threads"
+        default="auto", description="CPU threads"
     )
 
 
@@ -219,32 +235,38 @@ class CheckpointSection(Section):
     """When to save and how much to keep."""
 
     every: Every | None = Field(
-        Duration(1, "epochs"),
+        default=Duration(1, "epochs"),
         description="200 (steps), 0.25 epoch or 10 min; null: only at the end",
     )
-    keep: Count = Field(2, ge=1, description="newest checkpoints kept; the best one is spared")
+    keep: Count = Field(
+        default=2, ge=1, description="newest checkpoints kept; the best one is spared"
+    )
 
 
 class EvalSection(Section):
     """When and how held-out data is looked at."""
 
     every: Every | None = Field(
-        Duration(1, "epochs"),
+        default=Duration(1, "epochs"),
         description="200 (steps), 0.25 epoch or 10 min; null: before and after",
     )
     samples: Count = Field(
-        0, ge=0, description="held-out prompts answered at each evaluation, kept in samples.jsonl"
+        default=0,
+        ge=0,
+        description="held-out prompts answered at each evaluation, kept in samples.jsonl",
     )
-    max_new_tokens: Count = Field(256, ge=1, description="longest answer of a sample")
+    max_new_tokens: Count = Field(default=256, ge=1, description="longest answer of a sample")
 
 
 class LogSection(Section):
     """Where the numbers go besides metrics.jsonl."""
 
-    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
-        default_factory=list, description="trackers (extra `logging`)"
+    to: list[Tracker] = Field(
+        default_factory=list[Tracker], description="trackers (extra `logging`)"
     )
-    project: str = Field("tunesmith", description="the trackers' name for the group of runs")
+    project: str = Field(
+        default="tunesmith", description="the trackers' name for the group of runs"
+    )
 
 
 class Recipe(Section):
@@ -252,24 +274,34 @@ class Recipe(Section):
 
     model: ModelSection = Field(description="the pretrained model")
     data: DataSection = Field(
-        DataSection(), description="the demonstrations and how they become tokens"
+        default=DataSection(), description="the demonstrations and how they become tokens"
     )
-    batch: BatchSection = Field(BatchSection(), description="what one optimizer step learns from")
-    objective: ObjectiveSection = Field(ObjectiveSection(), description="the loss")
-    adapter: AdapterSection = Field(AdapterSection(), description="which parameters are trained")
-    optim: OptimSection = Field(OptimSection(), description="the optimizer and its schedule")
+    batch: BatchSection = Field(
+        default=BatchSection(), description="what one optimizer step learns from"
+    )
+    objective: ObjectiveSection = Field(default=ObjectiveSection(), description="the loss")
+    adapter: AdapterSection = Field(
+        default=AdapterSection(), description="which parameters are trained"
+    )
+    optim: OptimSection = Field(
+        default=OptimSection(), description="the optimizer and its schedule"
+    )
     train: TrainSection = Field(
-        TrainSection(), description="how long, from which seed, and which weights are kept"
+        default=TrainSection(), description="how long, from which seed, and which weights are kept"
     )
     device: DeviceSection = Field(
-        DeviceSection(),
+        default=DeviceSection(),
         description="where and how fast: never changes what is learned beyond rounding",
     )
     checkpoint: CheckpointSection = Field(
-        CheckpointSection(), description="when to save and how much to keep"
+        default=CheckpointSection(), description="when to save and how much to keep"
     )
-    eval: EvalSection = Field(EvalSection(), description="when and how held-out data is looked at")
-    log: LogSection = Field(LogSection(), description="where the numbers go besides metrics.jsonl")
+    eval: EvalSection = Field(
+        default=EvalSection(), description="when and how held-out data is looked at"
+    )
+    log: LogSection = Field(
+        default=LogSection(), description="where the numbers go besides metrics.jsonl"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -37,12 +37,12 @@ class SourceSection(Section):
 
     path: str = Field(description="file: .jsonl .json .csv .parquet")
     format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
-        "auto", description="shape of the rows"
+        default="auto", description="shape of the rows"
     )
     columns: Columns | None = Field(
-        None, description="our name: the data's name; overrides data.columns"
+        default=None, description="our name: the data's name; overrides data.columns"
     )
-    limit: Count | None = Field(None, ge=1, description="use only the first rows")
+    limit: Count | None = Field(default=None, ge=1, description="use only the first rows")
 
 
 def parse_sources(value: Any) -> Any:
