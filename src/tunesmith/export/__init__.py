@@ -1,0 +1,7 @@
+"""The trained model as a folder that transformers, peft and others load as it stands."""
+
+from tunesmith.export.card import DataEntry, ModelCard
+from tunesmith.export.choice import TemplateChoice, read_choice
+from tunesmith.export.folder import write_model
+
+__all__ = ["DataEntry", "ModelCard", "TemplateChoice", "read_choice", "write_model"]

@@ -1,0 +1,146 @@
+"""README.md of a trained model: what it was made from and how, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from tunesmith import __version__
+from tunesmith.export.choice import TemplateChoice
+
+_LICENCE = (
+    "## Licence\n\nThat of the base model applies; see its page. "
+    "The training data may add terms of its own."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DataEntry:
+    """One source of the training data; `content_hash` is None for rows given in memory."""
+
+    name: str
+    rows: int
+    content_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the card says; `recipe` is the resolved recipe as YAML text."""
+
+    base_model: str
+    base_commit: str | None = None
+    data: Sequence[DataEntry] = ()
+    choice: TemplateChoice = field(default_factory=TemplateChoice)
+    recipe: str = ""
+    metrics: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
+
+
+def card_text(card: ModelCard, *, title: str, adapter: bool) -> str:
+    """The card as Markdown with YAML front matter."""
+    parts = [
+        _front_matter(card, adapter),
+        f"# {title}",
+        _origin(card, adapter),
+        _data(card.data),
+        _metrics(card.metrics),
+        _template(card.choice),
+        _loading(card, title, adapter),
+        _recipe(card.recipe),
+        _LICENCE,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(card: ModelCard, adapter: bool) -> str:
+    values: dict[str, Any] = {
+        "base_model": card.base_model,
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tunesmith", "sft", *(["lora"] if adapter else [])],
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _origin(card: ModelCard, adapter: bool) -> str:
+    at = f" at commit `{card.base_commit}`" if card.base_commit else ""
+    what = "A low-rank adapter for" if adapter else "A fine-tuned version of"
+    how = f"made by supervised fine-tuning with Tunesmith {__version__}"
+    return f"{what} `{card.base_model}`{at}, {how}."
+
+
+def _data(entries: Sequence[DataEntry]) -> str:
+    if not entries:
+        return ""
+    lines = ["## Data", "", "| source | rows | content hash |", "|---|---:|---|"]
+    for entry in entries:
+        lines.append(f"| `{_cell(entry.name)}` | {entry.rows} | `{entry.content_hash or '-'}` |")
+    return "\n".join(lines)
+
+
+def _metrics(metrics: Mapping[str, float | int]) -> str:
+    if not metrics:
+        return ""
+    lines = ["## Final metrics", "", "| metric | value |", "|---|---:|"]
+    for name, value in metrics.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {_cell(name)} | {shown} |")
+    return "\n".join(lines)
+
+
+def _template(choice: TemplateChoice) -> str:
+    if choice.raw:
+        text = (
+            "Trained raw, no chat template: a prompt is given as plain text "
+            "and the completion follows it directly."
+        )
+    else:
+        text = "Trained with the chat template in this folder."
+        if choice.template_kwargs:
+            kwargs = json.dumps(dict(choice.template_kwargs), ensure_ascii=False)
+            text += f" Its arguments in training, to be given at inference too: `{kwargs}`."
+    return f"## Prompt format\n\n{text}"
+
+
+def _loading(card: ModelCard, title: str, adapter: bool) -> str:
+    if adapter:
+        load = (
+            "from peft import AutoPeftModelForCausalLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"model = AutoPeftModelForCausalLM.from_pretrained({title!r})\n"
+        )
+    else:
+        load = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained({title!r}, dtype="auto")\n'
+        )
+    if card.choice.raw:
+        ask = 'inputs = tokenizer("...", return_tensors="pt")\n'
+    else:
+        kwargs = "".join(
+            f", {name}={value!r}" for name, value in card.choice.template_kwargs.items()
+        )
+        ask = (
+            'messages = [{"role": "user", "content": "..."}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            f'    messages, add_generation_prompt=True, return_tensors="pt"{kwargs}\n'
+            ")\n"
+        )
+    return (
+        f"## Use\n\n```python\n{load}tokenizer = AutoTokenizer.from_pretrained({title!r})\n{ask}"
+        "output = model.generate(**inputs, max_new_tokens=256)\n"
+        'answer = output[0, inputs["input_ids"].shape[1]:]\n'
+        "print(tokenizer.decode(answer, skip_special_tokens=True))\n```"
+    )
+
+
+def _recipe(text: str) -> str:
+    return f"## Recipe\n\n```yaml\n{text.strip()}\n```" if text.strip() else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

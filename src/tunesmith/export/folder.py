@@ -1,0 +1,228 @@
+"""Write the model folder of a run: all files aside first, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith import __version__
+from tunesmith.errors import RunError
+from tunesmith.export import readers
+from tunesmith.export.card import ModelCard, card_text
+from tunesmith.export.choice import FILE as CHOICE_FILE
+from tunesmith.export.weights import write_adapter, write_weights
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.source import ModelSource
+
+TOKENIZER_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "*.model", "*.model.v*", "*.tiktoken", "chat_template.json", "*.jinja", "tokenization_*.py",
+)  # fmt: skip
+MODEL_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def write_model(
+    model: CausalLM,
+    template: Any,
+    source: ModelSource | None,
+    out: Path,
+    *,
+    card: ModelCard,
+    extra_stop_ids: Iterable[int] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `out`: the full model, or the adapter if the model has one, with all that inference
+    needs beside it.
+
+    Tokenizer, template and configuration files are the base model's own, byte for byte where
+    nothing has to be put in. `source` is None for a model the user had in memory. `dtype` rounds
+    the weights of a full model; None writes them as they were trained. A folder `out` that exists
+    is replaced, and is whole at every instant.
+
+    Raises:
+        RunError: the folder can't be written.
+    """
+    aside = out.with_name(f".{out.name}.writing")
+    stop_ids = sorted({*template.stop_ids, *extra_stop_ids})
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _fill(aside, model, template, source, stop_ids=stop_ids, dtype=dtype)
+        adapter = _is_adapter(model)
+        _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapter))
+        _write_json(aside / CHOICE_FILE, _choice(card, adapter))
+        _publish(aside, out)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # safetensors reports a full disk with an error class of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise RunError(
+                f"the model can't be written: {error}",
+                where=str(out),
+                hint="free disk space, then: tunesmith resume",
+            ) from error
+        raise
+
+
+def _fill(
+    folder: Path,
+    model: CausalLM,
+    template: Any,
+    source: ModelSource | None,
+    *,
+    stop_ids: list[int],
+    dtype: torch.dtype | None,
+) -> None:
+    adapter = _is_adapter(model)
+    if source is None:
+        _save_in_memory(folder, model, template)
+    else:
+        _copy(source.tokenizer_folder, folder, TOKENIZER_FILES)
+        # The generation config beside an adapter may hold stop ids that its base lacks.
+        _copy(source.folder, folder, MODEL_FILES)
+        if source.tokenizer_folder != source.folder:
+            _copy(source.tokenizer_folder, folder, ("generation_config.json",))
+    config_path = folder / "config.json"
+    config = _read_json(config_path) or {}
+    generation_path = folder / "generation_config.json"
+    _update(
+        generation_path,
+        readers.complete_generation_config(_read_json(generation_path), config, stop_ids),
+    )
+    _update_template(folder, template)
+    if adapter:
+        config_path.unlink(missing_ok=True)
+        write_adapter(
+            model.model,
+            folder,
+            base=base_name(model, source),
+            revision=source.commit if source else None,
+        )
+        return
+    written = write_weights(model.base, folder, dtype=dtype)
+    quantized = bool(getattr(model.base, "is_quantized", False))
+    _update(config_path, readers.complete_config(config, dtype=written, quantized=quantized))
+
+
+def base_name(model: CausalLM, source: ModelSource | None) -> str:
+    """What an adapter's configuration names as its base: a hub id as it is, a folder by its full path."""
+    if source is None:
+        return str(getattr(model.config, "_name_or_path", "") or "")
+    if source.adapter_folder is not None:
+        config = _read_json(source.adapter_folder / "adapter_config.json") or {}
+        named = str(config.get("base_model_name_or_path") or "")
+        return (
+            named if named and not (source.adapter_folder / named).is_dir() else str(source.folder)
+        )
+    return str(source.folder) if Path(source.name).expanduser().exists() else source.name
+
+
+def _is_adapter(model: CausalLM) -> bool:
+    return hasattr(model.model, "peft_config")
+
+
+def _save_in_memory(folder: Path, model: CausalLM, template: Any) -> None:
+    """Configuration and tokenizer of a model that has no folder, as the installed transformers writes them."""
+    config = model.config.to_dict()
+    config["use_cache"] = True
+    config["architectures"] = [type(model.base).__name__]
+    _write_json(folder / "config.json", config)
+    generation = getattr(model.base, "generation_config", None)
+    if generation is not None:
+        _write_json(folder / "generation_config.json", generation.to_diff_dict())
+    template.save(folder)
+
+
+def _update_template(folder: Path, template: Any) -> None:
+    """Put the template trained with where every reader looks: its own file and tokenizer_config.json."""
+    text = template.tokenizer.chat_template
+    if isinstance(text, Mapping):
+        text = text.get("default")
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path)
+    file = folder / "chat_template.jinja"
+    if (
+        text is not None
+        and (_read_text(file) if file.exists() else _template_inside(config)) != text
+    ):
+        _write_text(file, text)
+        (folder / "chat_template.json").unlink(missing_ok=True)
+    if config is not None:
+        _update(path, readers.complete_tokenizer_config(config, text))
+
+
+def _template_inside(config: Mapping[str, Any] | None) -> Any:
+    found = (config or {}).get("chat_template")
+    if isinstance(found, list):
+        return {entry.get("name"): entry.get("template") for entry in found}.get("default")
+    return found
+
+
+def _choice(card: ModelCard, adapter: bool) -> dict[str, Any]:
+    return {
+        "tunesmith": __version__,
+        "base_model": card.base_model,
+        "kind": "adapter" if adapter else "model",
+        "template": card.choice.template,
+        "template_kwargs": dict(card.choice.template_kwargs),
+    }
+
+
+def _title(out: Path) -> str:
+    """`model` says nothing; the run's name does."""
+    out = out.absolute()
+    return out.parent.name if out.name == "model" and out.parent.name else out.name
+
+
+def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(_read_text(path)) if path.is_file() else None
+
+
+def _update(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the object, unless the file says it already: then its bytes stay."""
+    if _read_json(path) != values:
+        _write_json(path, values)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _publish(aside: Path, out: Path) -> None:
+    """Bring the files to the disk, then give the folder its name."""
+    for path in [*aside.iterdir(), aside]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    aside.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Trained weights as safetensors under the names the base model's files have."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_SHARD = "5GB"
+"""Files above this size are split; readers on small machines map one at a time."""
+
+
+def write_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> str:
+    """Write all weights of a transformers model and return the name of their dtype.
+
+    transformers keeps some families in another shape in memory (experts of a layer as one tensor)
+    and turns them back when it saves; tied weights are written once. `dtype` rounds floating-point
+    weights; None keeps what was computed with.
+    """
+    with _scratch(folder) as scratch:
+        model.save_pretrained(scratch, max_shard_size=MAX_SHARD, state_dict=_state(model, dtype))
+        for path in sorted(scratch.glob("*.safetensors*")):
+            path.rename(folder / path.name)
+    return str(dtype or model.dtype).removeprefix("torch.")
+
+
+def write_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
+    """Write the adapter of a peft model and its configuration, which names `base` as what it goes on."""
+    with _scratch(folder) as scratch:
+        # peft would look for the base model's vocabulary to decide about embeddings; they are not
+        # trained here.
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        config = json.loads((scratch / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base
+        config["revision"] = revision
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        for path in sorted(scratch.glob("adapter_model*.safetensors")):
+            path.rename(folder / path.name)
+
+
+def _state(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
+    if dtype is None or dtype == model.dtype:
+        return None
+    cast: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        # Tied weights must stay one tensor to be recognised as tied.
+        key = (tensor.data_ptr(), tensor.dtype)
+        if tensor.is_floating_point():
+            tensor = cast.setdefault(key, tensor.to(dtype))
+        state[name] = tensor
+    return state
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder on the same disk for files of which only some are wanted."""
+    path = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
