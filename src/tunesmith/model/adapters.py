@@ -20,6 +20,7 @@ from tunesmith.model.causal_lm import CausalLM
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ROUTERS = ("router", "shared_expert_gate")
+_FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,14 @@ def add_lora(
             f"dropout can't be put before expert tensors ({chosen.experts[0]})", where="adapter.dropout",
             hint="adapter.dropout=0, or adapter.targets without the experts",
         )  # fmt: skip
+    modules, parameters = _peft_names(causal_lm, chosen)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
-        target_modules=list(chosen.linear),
-        target_parameters=list(chosen.experts) or None,
+        target_modules=modules,
+        target_parameters=parameters or None,
         fan_in_fan_out=_transposed(causal_lm, chosen.linear),
     )
     name = getattr(causal_lm.config, "_name_or_path", None)
@@ -97,6 +99,10 @@ def add_lora(
         causal_lm.model = get_peft_model(causal_lm.base, config, autocast_adapter_dtype=False)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"peft refuses this adapter: {error}", where=name) from error
+    adapted = _adapted(causal_lm)
+    if set(adapted) != set(chosen.names):
+        wrong = sorted(set(adapted) ^ set(chosen.names))
+        raise ModelError(f"peft adapts other parts than asked, {wrong[0]} among them", where=name)
     return _report(causal_lm, chosen.names)
 
 
@@ -206,6 +212,26 @@ def _kinds(names: Sequence[str]) -> Counter[str]:
     return Counter(name.rsplit(".", 1)[-1] for name in names)
 
 
+def _peft_names(causal_lm: CausalLM, chosen: Candidates) -> tuple[list[str], list[str]]:
+    """The chosen parts as peft's target_modules and target_parameters.
+
+    In families with experts peft reads the module names in `_FUSED` as the experts' own of older
+    checkpoints and would leave out dense and shared maps of these names; given as parameters they
+    keep their meaning.
+    """
+    taken = _FUSED if expert_counts(causal_lm.config) else ()
+    dense = [name for name in chosen.linear if name.rsplit(".", 1)[-1] in taken]
+    modules = [name for name in chosen.linear if name not in dense]
+    return modules, [*chosen.experts, *(f"{name}.weight" for name in dense)]
+
+
+def _adapted(causal_lm: CausalLM) -> list[str]:
+    """What the adapter really is on, by the names of `candidates`."""
+    tuner = causal_lm.model.base_model
+    names = (*tuner.targeted_module_names, *tuner.targeted_parameter_names)
+    return [name.removesuffix(".weight") for name in names]
+
+
 def _transposed(causal_lm: CausalLM, names: Sequence[str]) -> bool:
     """True where the linear maps keep [in, out] weights, as GPT-2's do."""
     return bool(names) and not isinstance(causal_lm.base.get_submodule(names[0]), nn.Linear)
@@ -218,15 +244,15 @@ def _go_on(causal_lm: CausalLM, *, rank: int, alpha: float) -> AdapterReport:
             f"the model comes with an adapter of rank {config.r} and alpha {config.lora_alpha}, not {rank} and {alpha}",
             where="adapter", hint=f"adapter.rank={config.r} adapter.alpha={config.lora_alpha}, or merge it first",
         )  # fmt: skip
-    names = {
-        name.split(".lora_")[0] for name, _ in causal_lm.base.named_parameters() if ".lora_" in name
-    }
-    return _report(causal_lm, sorted(names))
+    return _report(causal_lm, _adapted(causal_lm))
 
 
 def _report(causal_lm: CausalLM, names: Sequence[str]) -> AdapterReport:
     parameters = list(causal_lm.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return AdapterReport(
-        tuple(names), dict(_kinds(names)), trained, sum(p.numel() for p in parameters)
+        tuple(names),
+        dict(sorted(_kinds(names).items())),
+        trained,
+        sum(p.numel() for p in parameters),
     )

@@ -34,6 +34,8 @@ _NOISE = (
     "layerdrop",
     "jitter_noise",
 )
+# phimoe's routing compares gates with this value in evaluation too: there it is no noise
+_NO_NOISE = {("phimoe", "router_jitter_noise")}
 _NOT_CAUSAL = (
     "MaskedLM",
     "SequenceClassification",
@@ -223,11 +225,14 @@ def _silence(config: Any) -> list[str]:
     """Set every source of noise in a config to 0; one note a changed value."""
     notes: list[str] = []
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for part in parts:
-        for key, value in list(vars(part).items()) if part is not None else []:
-            if key.endswith(_NOISE) and isinstance(value, int | float) and value:
-                setattr(part, key, 0.0)
-                notes.append(f"{key} {value} in the model's config is set to 0")
+    for part in filter(None, parts):
+        for key, value in list(vars(part).items()):
+            if not key.endswith(_NOISE) or not isinstance(value, int | float) or not value:
+                continue
+            if (part.model_type, key) in _NO_NOISE:
+                continue
+            setattr(part, key, 0.0)
+            notes.append(f"{key} {value} in the model's config is set to 0")
     return notes
 
 
