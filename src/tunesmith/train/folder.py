@@ -1,0 +1,195 @@
+"""The folder of a run: who may write in it, and how files in it survive a crash."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from tunesmith.errors import InputError, RunError
+
+MARKERS = ("recipe.yaml", "machine.json")
+"""Files that every run has; a folder with both is a run."""
+LOCK = ".lock"
+
+
+class RunFolder:
+    """A run's folder, held by this process alone until it is closed. A context manager."""
+
+    def __init__(self, path: Path, *, resumed: bool, lock: int) -> None:
+        self.path = path
+        self.resumed = resumed
+        self._lock: int | None = lock
+
+    def close(self) -> None:
+        """Let other processes write in the folder. May be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_run(
+    out: Path | None, *, model_name: str, resume: bool = False, overwrite: bool = False
+) -> RunFolder:
+    """Make the folder of a run, or take an existing one, and lock it.
+
+    Args:
+        out: the folder; None makes a new one under `runs` named by UTC time and model.
+        model_name: hub id or path the new name ends in.
+        resume: an existing run is gone on with (`resumed` is then True); an empty folder starts.
+        overwrite: an existing run is deleted first.
+
+    Raises:
+        InputError: the folder has contents and neither flag allows that, is not a run, is not a
+            folder, can't be written in, or another process trains in it.
+    """
+    path = _new_name(model_name) if out is None else Path(out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+    except OSError as error:
+        raise InputError(
+            f"the folder of the run can't be made: {error.strerror or error}",
+            where=str(path),
+            hint="give another folder with --out",
+        ) from error
+    try:
+        resumed = _admit(path, resume=resume, overwrite=overwrite)
+    except BaseException:
+        os.close(lock)
+        raise
+    return RunFolder(path, resumed=resumed, lock=lock)
+
+
+def is_run(path: Path) -> bool:
+    """True if the folder is a run of Tunesmith."""
+    return all((path / name).is_file() for name in MARKERS)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one go: after a crash it has its old or its new contents, on the disk.
+
+    Raises:
+        RunError: the file can't be written; the old one stays.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(
+            f"can't be written: {error.strerror or error}",
+            where=str(path),
+            hint="free some space" if error.errno == errno.ENOSPC else None,
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one go, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("there is no such file", where=str(path)) from None
+    except ValueError as error:
+        raise InputError(f"is not JSON: {error}", where=str(path)) from None
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _new_name(model_name: str) -> Path:
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip("-.") or "model"
+    stem = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{base}"
+    path, number = Path("runs") / stem, 2
+    while path.exists():
+        path, number = Path("runs") / f"{stem}-{number}", number + 1
+    return path
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl: ModuleType = importlib.import_module("fcntl")
+    except ImportError:  # Windows has none; there the folder is not guarded
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(
+            "another process is training in this folder",
+            where=str(path),
+            hint="wait for it, stop it, or give another folder with --out",
+        ) from None
+    except OSError as error:
+        # Some network file systems have no locks: then there is nothing to hold.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
+    contents = [entry for entry in path.iterdir() if entry.name != LOCK]
+    if not contents:
+        return False
+    if not resume and not overwrite:
+        hint = "give another folder"
+        if is_run(path):
+            hint = "--resume goes on with this run, --overwrite deletes it and starts anew"
+        raise InputError("the folder is not empty", where=str(path), hint=hint)
+    if not is_run(path):
+        raise InputError(
+            f"the folder is not empty and not a run ({' and '.join(MARKERS)} mark one)",
+            where=str(path),
+            hint="give another folder, or empty this one by hand",
+        )
+    if resume:
+        return True
+    # The markers go last: a deletion cut short leaves a folder that is still known as a run.
+    for entry in sorted(contents, key=lambda entry: entry.name in MARKERS):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return False
