@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.decay import no_decay
+from tunesmith.optim.norm import clip_factor, grad_norm
 
 CPU_CHUNK = 1 << 15
 """Elements a CPU thread updates at a time: parameter, gradient and moments of a chunk stay in the
@@ -88,6 +89,7 @@ class AdamW:
         self.eps = eps
         self.weight_decay = weight_decay
         self.steps = 0
+        self._clip = 1.0
         self._scratch: dict[torch.device, Tensor] = {}
         self._slots: dict[str, Slot] = {}
         for name, parameter in named_parameters:
@@ -106,11 +108,23 @@ class AdamW:
         return [slot.parameter for slot in self._slots.values()]
 
     @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """The norm of all gradients; the next `step` scales them down to `max_norm` as it goes.
+
+        The gradients themselves stay as they are, which saves writing them once more. On an
+        accelerator this waits for the norm, which a step has to look at anyway.
+        """
+        norm = grad_norm(self.parameters)
+        self._clip = 1.0 if max_norm is None else clip_factor(float(norm), max_norm)
+        return norm
+
+    @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update every parameter with its gradient times `grad_scale`; the gradients are left as
         they are.
         """
         self.steps += 1
+        grad_scale, self._clip = grad_scale * self._clip, 1.0
         counters: dict[torch.device, Tensor] = {}
         for slot in self._slots.values():
             device = slot.parameter.device
@@ -122,6 +136,7 @@ class AdamW:
         """Set gradients to zero in the memory they have: fresh buffers would cost a page fault for
         every page.
         """
+        self._clip = 1.0
         for slot in self._slots.values():
             if slot.parameter.grad is not None:
                 slot.parameter.grad.detach_().zero_()
