@@ -52,11 +52,12 @@ def run(arguments: list[str]) -> int:
         close = get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         return show_error(RecipeError(f"no command {name}", hint=hint))
+    return run_command(lambda: _dispatch(name, arguments), arguments)
+
+
+def _dispatch(name: str | None, arguments: list[str]) -> Any:
     app = _build(name)
-    return run_command(
-        lambda: app(args=arguments or ["--help"], prog_name="tunesmith", standalone_mode=False),
-        arguments,
-    )
+    return app(args=arguments or ["--help"], prog_name="tunesmith", standalone_mode=False)
 
 
 def _build(asked: str | None) -> typer.Typer:

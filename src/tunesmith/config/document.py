@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import Any, cast
 
 import yaml
+from pydantic import BaseModel
 
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of a recipe down to a value."""
@@ -38,11 +39,13 @@ class Document:
     problems: list[Problem] = field(default_factory=list[Problem])
 
     def place(self, path: Path) -> str:
-        """Where the path, or what holds it, was written."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return ""
+        """Where the path was written; else something inside it; else what holds it."""
+        if path not in self.places:
+            for known, place in self.places.items():
+                if known[: len(path)] == path:
+                    return place
+        held_by = (path[:length] for length in range(len(path), -1, -1))
+        return next((self.places[known] for known in held_by if known in self.places), "")
 
     def complain(self, path: Path, message: str, hint: str | None = None) -> None:
         """Note a problem at the path."""
@@ -78,7 +81,9 @@ def plain_document(data: Mapping[str, Any], name: str) -> Document:
 
 
 def as_plain(value: Any) -> Any:
-    """The value with mappings as dicts, tuples as lists and paths as text, copied."""
+    """The value with mappings and sections as dicts, tuples as lists and paths as text, copied."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
         return {str(key): as_plain(item) for key, item in items}

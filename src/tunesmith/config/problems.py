@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from tunesmith.config.document import Document, Path
-from tunesmith.config.names import nearest, suggest
+from tunesmith.config.names import known_keys, nearest, suggest
 from tunesmith.config.sources import SourceSection
 
 _BOUNDS = {
@@ -134,6 +134,9 @@ def _unknown(path: Path) -> str | None:
     if len(above) > 1:  # only sources nest so deep
         close = nearest(key, SourceSection.model_fields)
         return f"did you mean {close}?" if close else suggest(key)
+    section, _, inner = key.partition(".")
+    if not above and inner in known_keys().get(section, ()):
+        return f"dots are for the command line; in a recipe it is `{section}: {{{inner}: ...}}`"
     return suggest(key, section=above[0] if above else None)
 
 
