@@ -1,4 +1,4 @@
-"""A written model is the trained one for whoever loads it, with the base model's own files around it."""
+"""A written model is the trained one for whoever loads it, amid the base's own files."""
 
 from __future__ import annotations
 

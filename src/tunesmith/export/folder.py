@@ -21,12 +21,13 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 
 TOKENIZER_FILES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "*.model.v*", "*.tiktoken", "chat_template.json", "*.jinja", "tokenization_*.py",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "*.model", "*.model.v*", "*.tiktoken", "chat_template.json", "*.jinja",
+    "tokenization_*.py",
 )  # fmt: skip
 MODEL_FILES = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "*.py",    "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -40,8 +41,7 @@ def write_model(
     extra_stop_ids: Iterable[int] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `out`: the full model, or the adapter if the model has one, with all that inference
-    needs beside it.
+    """Write `out`: the full model or its adapter, with all that inference needs beside it.
 
     Tokenizer, template and configuration files are the base model's own, byte for byte where
     nothing has to be put in. `source` is None for a model the user had in memory. `dtype` rounds
@@ -114,7 +114,7 @@ def _fill(
 
 
 def base_name(model: CausalLM, source: ModelSource | None) -> str:
-    """What an adapter's configuration names as its base: a hub id as it is, a folder by its full path."""
+    """What an adapter names as its base: a hub id as it is, a folder by its full path."""
     if source is None:
         return str(getattr(model.config, "_name_or_path", "") or "")
     if source.adapter_folder is not None:
@@ -131,7 +131,7 @@ def _is_adapter(model: CausalLM) -> bool:
 
 
 def _save_in_memory(folder: Path, model: CausalLM, template: Any) -> None:
-    """Configuration and tokenizer of a model that has no folder, as the installed transformers writes them."""
+    """Files of a model that has no folder, as the installed transformers writes them."""
     config = model.config.to_dict()
     config["use_cache"] = True
     config["architectures"] = [type(model.base).__name__]
@@ -143,7 +143,7 @@ def _save_in_memory(folder: Path, model: CausalLM, template: Any) -> None:
 
 
 def _update_template(folder: Path, template: Any) -> None:
-    """Put the template trained with where every reader looks: its own file and tokenizer_config.json."""
+    """Put the template where every reader looks: its own file and tokenizer_config.json."""
     text = template.tokenizer.chat_template
     if isinstance(text, Mapping):
         text = text.get("default")

@@ -1,5 +1,4 @@
-"""What a base model's JSON files need so that today's and older readers load the trained model
-alike.
+"""What a model's JSON files need so that today's and older readers load it alike.
 
 Readers of the time before transformers 5 look for `rope_theta`, `rope_scaling`, `torch_dtype`, for
 a tokenizer class they know and for the template inside `tokenizer_config.json`; what they don't
@@ -69,7 +68,7 @@ def _add_rope(config: dict[str, Any]) -> None:
 
 
 def complete_tokenizer_config(config: Mapping[str, Any], template: str | None) -> dict[str, Any]:
-    """tokenizer_config.json that readers before version 5 take too, with the chat template inside."""
+    """tokenizer_config.json that older readers take too, with the chat template inside."""
     result = dict(config)
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = "PreTrainedTokenizerFast"

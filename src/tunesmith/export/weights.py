@@ -31,7 +31,7 @@ def write_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None)
 
 
 def write_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter of a peft model and its configuration, which names `base` as what it goes on."""
+    """Write the adapter of a peft model and its configuration, which names `base`."""
     with _scratch(folder) as scratch:
         # peft would look for the base model's vocabulary to decide about embeddings; they are not
         # trained here.

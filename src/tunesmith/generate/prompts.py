@@ -1,0 +1,95 @@
+"""What a model is asked: the ids before the last answer, and that answer as reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.conversation import Chat, Completion, Example
+from tunesmith.generate.batched import visible_text
+from tunesmith.types import NO_MESSAGE, Document, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Ids to continue, their text, and the reference answer where the data has one."""
+
+    ids: tuple[int, ...]
+    text: str
+    reference: str | None = None
+
+
+def prompt_from(example: Example, template: Any) -> Prompt:
+    """The prompt before the last assistant turn or completion; all of it where nothing answers.
+
+    A text is a prompt as a whole, without reference.
+    """
+    if isinstance(example, Chat):
+        return _chat_prompt(example, template)
+    if isinstance(example, Completion):
+        return _raw_prompt(example.prompt, template, reference=example.completion or None)
+    return _raw_prompt(example.text, template, reference=None)
+
+
+def _chat_prompt(chat: Chat, template: Any) -> Prompt:
+    messages = [message.to_dict() for message in chat.messages]
+    answered = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    before = answered[-1] if answered and answered[-1] == len(messages) - 1 else len(messages)
+    keywords = {"tools": chat.tools, "kwargs": chat.template_kwargs or None}
+    text = template.render(messages[:before], add_generation_prompt=True, **keywords)
+    ids = template.encode([text])[0]
+    reference = None
+    if before < len(messages):
+        whole = template.render(messages[: before + 1], **keywords)
+        if whole.startswith(text):
+            reference = _until_stop(template.encode([whole[len(text) :]])[0], template)
+    return Prompt(tuple(int(i) for i in ids), text, reference)
+
+
+def _raw_prompt(text: str, template: Any, *, reference: str | None) -> Prompt:
+    ids = template.encode([text], add_special_tokens=True)[0]
+    # Some tokenizers close every text with their end token; nothing would follow that.
+    while len(ids) > 1 and ids[-1] in template.stop_ids:
+        ids = ids[:-1]
+    return Prompt(tuple(int(i) for i in ids), text, reference)
+
+
+def _until_stop(ids: Any, template: Any) -> str:
+    kept: list[int] = []
+    for token in ids:
+        if int(token) in template.stop_ids:
+            break
+        kept.append(int(token))
+    return visible_text(kept, template)
+
+
+def prompts_from_document(document: Document, template: Any) -> Prompt | None:
+    """The prompt and reference of the last message that a rendered row trains, None for running
+    text.
+
+    These are the very ids of training, so the question is the one the model has learned to answer.
+    """
+    last = max((int(m) for s in document.segments for m in s.message), default=NO_MESSAGE)
+    if last == NO_MESSAGE:
+        return None
+    number = next(n for n, s in enumerate(document.segments) if last in s.message)
+    segment = document.segments[number]
+    chosen = segment.index[segment.message == last]
+    first, end = int(chosen[0]), int(chosen[-1]) + 1
+    before = np.concatenate([_path(document, segment.parent), segment.ids[:first]])
+    answer = segment.ids[first:end]
+    if len(before) == 0:
+        return None
+    ids = tuple(int(i) for i in before)
+    return Prompt(ids, template.decode(list(ids)), _until_stop(answer, template))
+
+
+def _path(document: Document, number: int) -> IntArray:
+    """Ids from the root to the end of a segment."""
+    parts: list[IntArray] = []
+    while number >= 0:
+        parts.append(document.segments[number].ids)
+        number = document.segments[number].parent
+    return np.concatenate(parts[::-1]) if parts else np.zeros(0, np.int32)
