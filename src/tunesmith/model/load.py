@@ -237,15 +237,19 @@ def _silence(config: Any) -> list[str]:
 
 
 def _silence_modules(model: Any) -> list[str]:
+    """The same for modules already made from the config; dropout of an adapter stays, it was asked for."""
     changed = 0
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.p and "lora_" not in name:
+        if "lora_" in name:
+            continue
+        if isinstance(module, torch.nn.Dropout) and module.p:
             module.p, changed = 0.0, changed + 1
-        elif (
-            isinstance(getattr(module, "attention_dropout", None), float)
-            and module.attention_dropout
-        ):
-            module.attention_dropout, changed = 0.0, changed + 1
+        for key, value in list(vars(module).items()):
+            if key.endswith(_NOISE) and isinstance(value, float) and value:
+                kind = getattr(getattr(module, "config", model.config), "model_type", "")
+                if (kind, key) not in _NO_NOISE:
+                    setattr(module, key, 0.0)
+                    changed += 1
     return [f"dropout of {changed} modules is set to 0"] if changed else []
 
 
