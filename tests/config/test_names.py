@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.resources import files
 
 import pytest
 
@@ -29,6 +31,13 @@ def test_notes_name_the_keys_they_stand_for() -> None:
 def test_no_foreign_name_is_one_of_ours() -> None:
     ours = {key for keys in known_keys().values() for key in keys} | set(known_keys())
     assert not ours & set(foreign_names())
+
+
+def test_each_name_stands_in_the_table_once() -> None:
+    groups = json.loads(files("tunesmith.config").joinpath("foreign.json").read_text())
+    names = [name for group in groups for name in group["names"]]
+    assert sorted(names) == sorted(foreign_names())
+    assert all(name == name.lower() and "-" not in name for name in names)
 
 
 def test_the_table_covers_the_trainers() -> None:

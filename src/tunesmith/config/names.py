@@ -39,14 +39,12 @@ def known_keys() -> dict[str, tuple[str, ...]]:
 def foreign_names() -> dict[str, Foreign]:
     """The table of names that other trainers use."""
     text = files("tunesmith.config").joinpath("foreign.json").read_text(encoding="utf-8")
-    table = cast("dict[str, Any]", json.loads(text))
-    return {name: _foreign(entry) for name, entry in table.items()}
-
-
-def _foreign(entry: str | dict[str, Any]) -> Foreign:
-    if isinstance(entry, str):
-        return Foreign((entry,), None)
-    return Foreign(tuple(entry.get("keys", ())), entry["note"])
+    groups = cast("list[dict[str, Any]]", json.loads(text))
+    return {
+        name: Foreign(tuple(group.get("keys", ())), group.get("note"))
+        for group in groups
+        for name in group["names"]
+    }
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
