@@ -60,6 +60,7 @@ def open_run(
     Raises:
         InputError: the folder has contents and neither flag allows that, is not a run, is not a
             folder, can't be written in, or another process trains in it.
+        RunError: the run to be overwritten can't be deleted.
     """
     path = _new_name(model_name) if out is None else Path(out)
     try:
@@ -186,10 +187,19 @@ def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
         )
     if resume:
         return True
+    try:
+        _empty(contents)
+    except OSError as error:
+        raise RunError(
+            f"the run can't be deleted: {error.strerror or error}", where=str(path)
+        ) from error
+    return False
+
+
+def _empty(contents: list[Path]) -> None:
     # The markers go last: a deletion cut short leaves a folder that is still known as a run.
     for entry in sorted(contents, key=lambda entry: entry.name in MARKERS):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    return False
