@@ -20,7 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `fields` holds what else the template may read: tool_calls, reasoning_content, name, ...
+    """One turn; `fields` is what else the template may read: tool_calls, reasoning_content, ...
 
     `train` and `weight` are the row's own wishes for this turn, None where it has none.
     """
@@ -87,8 +87,8 @@ def detect_format(values: Mapping[str, Any]) -> str | None:
 def to_example(values: Mapping[str, Any], *, format: str, templated: bool = True) -> Example:
     """The example a row stands for.
 
-    With `templated`, string prompt and completion become a user and an assistant turn; without, they
-    stay raw. Raises RowError where a column is missing or has the wrong type.
+    With `templated`, string prompt and completion become a user and an assistant turn; without,
+    they stay raw. Raises RowError where a column is missing or has the wrong type.
     """
     for column in FORMATS[format]:
         if values.get(column) is None:
@@ -269,17 +269,18 @@ def _listing(values: Mapping[str, Any]) -> str:
 
 def _kind(value: Any) -> str:
     """The value's type in the words of JSON."""
-    names: dict[type, str] = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        tuple: "a list",
-        dict: "an object",
+    names = {
+        "NoneType": "null",
+        "bool": "true or false",
+        "int": "a number",
+        "float": "a number",
+        "str": "a string",
+        "list": "a list",
+        "tuple": "a list",
+        "dict": "an object",
     }
-    return names.get(type(value), f"of Python type {type(value).__name__}")
+    name = type(value).__name__
+    return names.get(name, f"of Python type {name}")
 
 
 def _wrong_type(place: str, wanted: str, value: Any) -> NoReturn:

@@ -1,0 +1,122 @@
+"""Which documents each optimizer step learns from: a pure function of the step's number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.types import IntArray
+
+_PLANS_KEPT = 2
+"""Epochs whose order is kept in memory: the current one, and the one before or after it."""
+
+
+class StepOrder:
+    """The order of documents over all epochs; it has no state, so a resume needs the step only.
+
+    A step has `documents` documents, or as many as it takes to reach `tokens` tokens, repeats
+    counted. No step spans two epochs, so the last of an epoch may be smaller.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | IntArray,
+        *,
+        documents: int | None = None,
+        tokens: int | None = None,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        if (documents is None) == (tokens is None):
+            raise ValueError("a step is measured in either documents or tokens")
+        if (documents or tokens or 0) < 1:
+            raise ValueError("a step has at least one document or token")
+        self._lengths: NDArray[np.int64] = np.asarray(lengths, dtype=np.int64)
+        if len(self._lengths) == 0:
+            raise ValueError("there are no documents")
+        self._documents = documents
+        self._tokens = tokens
+        self._seed = seed
+        self._shuffle = shuffle
+        self._first_steps = [0]  # number of the first step of each epoch seen so far
+        self._plans: dict[int, tuple[IntArray, NDArray[np.int64]]] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the first epoch; with `tokens`, later epochs may have a few more or fewer."""
+        return len(self._plan(0)[1]) - 1
+
+    def step_indices(self, step: int) -> IntArray:
+        """Numbers of the documents of a step, which is counted from 0. [documents] int32."""
+        epoch, within = self._locate(step)
+        order, bounds = self._plan(epoch)
+        return order[bounds[within] : bounds[within + 1]]
+
+    def epoch_after(self, step: int) -> float:
+        """How often the data has been seen after this step (from 0), in documents: 1.0 = once."""
+        epoch, within = self._locate(step)
+        order, bounds = self._plan(epoch)
+        return epoch + int(bounds[within + 1]) / len(order)
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps until `epochs` passes are reached; a step that is begun counts in full."""
+        whole = math.floor(epochs)
+        share = epochs - whole
+        steps = self._first_step(whole)
+        if share > 0:
+            order, bounds = self._plan(whole)
+            # 0.1 * 30 is a little over 3: rounding must not add a step.
+            wanted = math.ceil(round(share * len(order), 6))
+            steps += int(np.searchsorted(bounds, wanted, side="left"))
+        return max(steps, 1)
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and its number inside that epoch."""
+        if step < 0:
+            raise ValueError("steps are counted from 0")
+        if self._documents is not None:
+            return divmod(step, self.steps_per_epoch)
+        while self._first_steps[-1] <= step:
+            self._first_step(len(self._first_steps))
+        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        return epoch, step - self._first_steps[epoch]
+
+    def _first_step(self, epoch: int) -> int:
+        if self._documents is not None:
+            return epoch * self.steps_per_epoch
+        while len(self._first_steps) <= epoch:
+            steps = len(self._plan(len(self._first_steps) - 1)[1]) - 1
+            self._first_steps.append(self._first_steps[-1] + steps)
+        return self._first_steps[epoch]
+
+    def _plan(self, epoch: int) -> tuple[IntArray, NDArray[np.int64]]:
+        """Order of an epoch, and the place in it where each step begins, with its end at last."""
+        if epoch not in self._plans:
+            order = self._order(epoch)
+            while len(self._plans) >= _PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = (order, self._bounds(order))
+        return self._plans[epoch]
+
+    def _order(self, epoch: int) -> IntArray:
+        count = len(self._lengths)
+        if not self._shuffle:
+            return np.arange(count, dtype=np.int32)
+        generator = np.random.Generator(np.random.PCG64((self._seed, epoch)))
+        return generator.permutation(count).astype(np.int32)
+
+    def _bounds(self, order: IntArray) -> NDArray[np.int64]:
+        count = len(order)
+        if self._documents is not None:
+            starts = np.arange(0, count, self._documents, dtype=np.int64)
+            return np.append(starts, count)
+        reached = np.cumsum(self._lengths[order])
+        bounds = [0]
+        while bounds[-1] < count:
+            before = int(reached[bounds[-1] - 1]) if bounds[-1] else 0
+            last = int(np.searchsorted(reached, before + (self._tokens or 0), side="left"))
+            bounds.append(min(last + 1, count))
+        return np.asarray(bounds, dtype=np.int64)
