@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeC
 
 def cpu_bfloat16() -> str | None:
     """Name of the instruction set with which this CPU multiplies bfloat16 matrices, None if it has none."""
-    try:
-        capabilities: dict[str, Any] = dict(torch.backends.cpu.get_capabilities())  # pyright: ignore
-    except (AttributeError, RuntimeError):
-        capabilities = {}
+    read = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.11
+    capabilities: dict[str, Any] = read()
     known = {
         "amx_bf16": "AMX",
         "amx_tile": "AMX",
@@ -263,9 +263,10 @@ def _from_pretrained(
 
     def load(implementation: str | None) -> Any:
         chosen = {} if implementation is None else {"attn_implementation": implementation}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, output_loading_info=True, **options, **chosen
-        )
+        with _no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.folder, config=config, output_loading_info=True, **options, **chosen
+            )
         _refuse_missing(model, info, source)
         return model
 
@@ -286,6 +287,19 @@ def _from_pretrained(
         if "Unrecognized configuration class" in str(error):
             message = f"{config.model_type} is no causal language model"
         raise ModelError(message, where=source.name) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:

@@ -65,7 +65,7 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
         probe.learn_references()
         for name, check in (("head", probe.head), ("causal", probe.causal)):
             differences[name] = check()
-            if not differences[name] <= probe.tolerance:
+            if not differences[name] <= probe.rounding:
                 raise ModelError(_REFUSED[name] + f" (relative difference {differences[name]:.1e})",
                                  where=str(getattr(causal_lm.config, "_name_or_path", "") or "model"))  # fmt: skip
     reason = None
@@ -190,7 +190,8 @@ class _Probe:
         narrow = any(p.dtype in _NARROW for p in causal_lm.parameters())
         self.exact = self.widened or not narrow
         # float32 on a GPU may mean TF32
-        self.tolerance = 8e-2 if not self.exact else 2e-4 if self.device.type == "cpu" else 5e-3
+        self.rounding = 8e-2 if not self.exact else 2e-4 if self.device.type == "cpu" else 5e-3
+        self.tolerance = self.rounding
 
     def _can_widen(self) -> bool:
         if all(p.dtype not in _NARROW for p in self.causal_lm.parameters()):
@@ -215,7 +216,7 @@ class _Probe:
             # what a leak of a whole document would look like; rounding stays far below it
             glued = self._alone(torch.cat(self.documents[:2]))[len(self.documents[0]) :]
             leak = self._compare(glued, self.reference["document 1"])
-            self.tolerance = min(self.tolerance, leak / 2)
+            self.tolerance = min(self.rounding, leak / 2)
 
     def head(self) -> float:
         ids = self.documents[1]
