@@ -1,0 +1,85 @@
+"""Held-out loss through the same renderer, packing, model and head as training; the loss is always plain NLL."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.data.batch import collate
+from tunesmith.data.packing import plan_step
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.objectives import head_loss, nll
+from tunesmith.train.step import add_document_losses
+from tunesmith.types import Document
+
+GROUP_TOKENS = 8
+"""Documents are planned together until they hold this many times `micro_tokens`, so that shared prefixes meet."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Means per weight over all targets of the documents."""
+
+    nll: float
+    accuracy: float
+    entropy: float
+    target_tokens: int
+    documents: int
+    document_nll: NDArray[np.float64]  # mean per weight of each document
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(min(self.nll, 700.0))
+
+
+@torch.no_grad()
+def evaluate(
+    model: CausalLM,
+    documents: Sequence[Document],
+    *,
+    micro_tokens: int,
+    device: torch.device | str = "cpu",
+) -> EvalResult:
+    """NLL and accuracy of the documents' targets. The model's training mode and random state are left as they were."""
+    head = functools.partial(head_loss, objective=nll)
+    training = model.training
+    model.eval()
+    loss, weight = np.zeros(len(documents)), np.zeros(len(documents))
+    sums = {"accuracy": 0.0, "entropy": 0.0}
+    try:
+        for first, group in _groups(documents, micro_tokens * GROUP_TOKENS):
+            numbers = slice(first, first + len(group))
+            for plan in plan_step(group, micro_tokens=micro_tokens, isolated=model.isolated):
+                output = model(collate(plan, device), head)
+                add_document_losses(loss[numbers], weight[numbers], plan.shares, output.token_loss)
+                for name in sums:
+                    sums[name] += float(output.stats[name])
+    finally:
+        model.train(training)
+    total = float(weight.sum())
+    return EvalResult(
+        nll=float(loss.sum()) / total,
+        accuracy=sums["accuracy"] / total,
+        entropy=sums["entropy"] / total,
+        target_tokens=sum(document.target_tokens for document in documents),
+        documents=len(documents),
+        document_nll=loss / np.maximum(weight, 1e-30),
+    )
+
+
+def _groups(documents: Sequence[Document], tokens: int):
+    start = held = 0
+    for number, document in enumerate(documents):
+        held += document.tokens
+        if held >= tokens:
+            yield start, documents[start : number + 1]
+            start, held = number + 1, 0
+    if start < len(documents):
+        yield start, documents[start:]
