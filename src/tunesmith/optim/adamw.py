@@ -129,7 +129,7 @@ class AdamW:
         for slot in self._slots.values():
             device = slot.parameter.device
             if device not in counters:
-                counters[device] = torch.tensor(float(self.steps), device=device)
+                counters[device] = torch.full((), float(self.steps), device=device)
             self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
 
     def zero_grad(self) -> None:
