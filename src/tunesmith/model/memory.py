@@ -1,0 +1,236 @@
+"""How much memory a training needs, computed from the config before any weight is read, and what the device has.
+
+Bytes of a trained parameter: its weight, a float32 gradient, the two float32 moments of AdamW, and
+what completes a 16-bit weight to a float32 master (2 bytes for bfloat16). A frozen one: its weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters import candidates
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.logits import LogitTransform
+from tunesmith.model.source import ModelSource
+
+_GIB = 2**30
+_MICRO_TOKENS = {"cpu": (512, 4096), "other": (1024, 32768)}  # least and most, by kind of device
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that training holds all the time; activations come on top."""
+
+    parameters: int  # count, the adapter's among them
+    trained: int  # count
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return self.weights + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        parts = (
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+        )
+        return (
+            f"{_show(self.total)} ("
+            + ", ".join(f"{name} {_show(size)}" for name, size in parts)
+            + ")"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Counts from the config alone. `per_rank`: parameters that one rank of an all-linear LoRA adds."""
+
+    parameters: int
+    per_rank: int
+
+
+def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
+    """The model's size, from a model without storage.
+
+    Raises:
+        ModelError: the config can't be made into a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"its config makes no causal language model: {reason}", where=source.name
+        ) from error
+    model.tie_weights()
+    found = candidates(CausalLM(model, logits=LogitTransform()))
+    per_rank = 0
+    for name in found.linear:
+        per_rank += sum(model.get_submodule(name).weight.shape)
+    for name in found.experts:
+        experts, rows, columns = model.get_parameter(name).shape
+        per_rank += experts * (rows + columns)
+    return ModelSize(sum(p.numel() for p in model.parameters()), per_rank)
+
+
+def estimate(size: ModelSize, *, dtype: torch.dtype, rank: int | None) -> MemoryEstimate:
+    """Bytes for training all parameters (`rank` None) or an all-linear LoRA of this rank."""
+    added = 0 if rank is None else rank * size.per_rank
+    parameters = size.parameters + added
+    trained = parameters if rank is None else added
+    rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
+    return MemoryEstimate(
+        parameters=parameters, trained=trained, weights=parameters * dtype.itemsize,
+        gradients=4 * trained, optimizer=(8 + rest) * trained,
+    )  # fmt: skip
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a new allocation may take; on a CPU what is available, less where a control group allows less."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "xpu":
+        return torch.xpu.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    available = _available()
+    limit = _group_limit(Path("/sys/fs/cgroup"))
+    return available if limit is None else min(available, limit)
+
+
+def check_fits(
+    size: ModelSize, *, dtype: torch.dtype, rank: int | None, free: int, name: str
+) -> MemoryEstimate:
+    """The estimate, if it leaves room.
+
+    Raises:
+        ModelError: more is needed than is free; with the numbers, and the recipe lines that would fit.
+    """
+    needed = estimate(size, dtype=dtype, rank=rank)
+    if needed.total <= free:
+        return needed
+    options: list[tuple[str, MemoryEstimate]] = []
+    lines = [] if dtype != torch.float32 else ["model.dtype=bfloat16"]
+    if lines:
+        options.append((lines[0], estimate(size, dtype=torch.bfloat16, rank=rank)))
+    if rank is None:
+        options.append(("adapter=lora", estimate(size, dtype=dtype, rank=16)))
+        if lines:
+            options.append(
+                (f"adapter=lora {lines[0]}", estimate(size, dtype=torch.bfloat16, rank=16))
+            )
+    elif rank > 8:
+        options.append(("adapter.rank=8", estimate(size, dtype=dtype, rank=8)))
+    fitting = [
+        f"{line} needs {_show(option.total)}" for line, option in options if option.total <= free
+    ]
+    hint = "; ".join(fitting) or "nothing fits here: take a smaller model or a larger device"
+    raise ModelError(
+        f"training {size.parameters / 1e6:,.0f}M parameters needs {needed}, free are {_show(free)}",
+        where=name, hint=hint,
+    )  # fmt: skip
+
+
+def activation_bytes(config: Any, *, dtype: torch.dtype, checkpointing: bool = False) -> int:
+    """Bytes of activations that the backward of one token keeps.
+
+    A layer keeps about 8 vectors of the hidden size (its input, two norms' inputs and outputs, query, key and value,
+    attention output, residuals) and 4 of each width of the feed-forward used by a token (gate, up, activation, product);
+    with checkpointing only its input. The largest temporary of one layer is counted once.
+    """
+    text = config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    width = getattr(text, "intermediate_size", None) or 4 * hidden
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    if getattr(text, "moe_intermediate_size", None):
+        width = text.moe_intermediate_size
+    layer = 8 * hidden + 4 * int(width) * int(active)
+    kept = layers * hidden + layer if checkpointing else layers * layer
+    return kept * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class MicroChoice:
+    """Tokens that go through the device at a time, and whether activations are recomputed to make room for them."""
+
+    tokens: int
+    checkpointing: bool
+    reason: str
+
+
+def choose_micro_tokens(
+    config: Any, *, dtype: torch.dtype, device: torch.device | str, room: int, longest: int
+) -> MicroChoice:
+    """`device.micro_tokens: auto` from the bytes left for activations (`room`) and the longest path of the data.
+
+    Half of the room is used. Checkpointing is taken only where the longest path would not fit without it. A CPU gains
+    nothing from more than a few thousand tokens at a time: its caches are small.
+    """
+    kind = "cpu" if torch.device(device).type == "cpu" else "other"
+    least, most = _MICRO_TOKENS[kind]
+    per_token = activation_bytes(config, dtype=dtype)
+    fits = room // 2 // per_token
+    checkpointing = fits < max(longest, least)
+    if checkpointing:
+        per_token = activation_bytes(config, dtype=dtype, checkpointing=True)
+        fits = room // 2 // per_token
+    tokens = int(max(min(fits, most), least))
+    tokens = 2 ** (tokens.bit_length() - 1)
+    text = f"{_show(per_token * tokens)} of activations, {_show(room)} are left for them"
+    return MicroChoice(tokens, checkpointing, text + (", recomputed" if checkpointing else ""))
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * kilobytes
+
+
+def _group_limit(root: Path) -> int | None:
+    """What the control group of this process still allows; None without a limit. Version 2's files, then version 1's."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (root / limit_name).read_text(encoding="ascii").strip()
+            usage = int((root / usage_name).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= 2**60:
+            return None
+        # file cache counts as usage but is given back when memory is asked for
+        return max(0, int(limit) - usage + _cache(root / limit_name))
+    return None
+
+
+def _cache(limit_file: Path) -> int:
+    try:
+        lines = (limit_file.parent / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split() for line in lines if len(line.split()) == 2)
+    return int(fields.get("inactive_file", fields.get("total_inactive_file", 0)))
+
+
+def _show(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"
