@@ -1,0 +1,131 @@
+"""One run of TRL's SFTTrainer, timed from outside its steps; vs_trl.py gives it a process.
+
+    python benchmarks/trl_run.py '{"setting": "default", "model": M, "rows": F, "documents": 8,
+                                   "lr": 1e-4, "warmup": 1, "seed": 42, "threads": 2}'
+
+The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from typing import Any
+
+KEEP = {"gradient_checkpointing": False}
+PURE = {**KEEP, "bf16": False, "dtype": "bfloat16"}
+FLAT = {"padding_free": True, "max_length": None}
+PACKED = {"packing": True, "packing_strategy": "bfd"}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    # As it comes: float32 weights under bfloat16 autocast, activations recomputed.
+    "default": {},
+    "autocast": {**KEEP},
+    "autocast, padding-free": {**KEEP, **FLAT},
+    "autocast, padding-free, micro-batch of 4": {**KEEP, **FLAT, "micro": 4},
+    "float32": {**PURE, "dtype": "float32"},
+    "bf16 weights": {**PURE},
+    "bf16 weights, by length": {**PURE, "train_sampling_strategy": "group_by_length"},
+    "bf16 weights, micro-batch of 2": {**PURE, "micro": 2},
+    "bf16 weights, micro-batch of 1": {**PURE, "micro": 1},
+    "bf16 weights, padding-free": {**PURE, **FLAT},
+    "bf16 weights, padding-free, micro-batch of 4": {**PURE, **FLAT, "micro": 4},
+    "bf16 weights, padding-free, micro-batch of 2": {**PURE, **FLAT, "micro": 2},
+    "bf16 weights, packed 512": {**PURE, **PACKED, "max_length": 512, "micro": 1},
+    "bf16 weights, packed 1024": {**PURE, **PACKED, "max_length": 1024, "micro": 1},
+}
+"""Arguments of SFTConfig; `dtype` is the model's and `micro` the documents of a micro-batch."""
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Train once over the rows; tokens are those that are not padding, seconds the steps' own."""
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    torch.set_num_threads(job["threads"])
+    transformers.logging.set_verbosity_error()
+    steps: list[dict[str, Any]] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps.append({"ended": time.perf_counter(), "tokens": 0, "targets": 0, "loss": 0.0})
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps[-1]["ended"] = time.perf_counter()
+            steps.append({"ended": 0.0, "tokens": 0, "targets": 0, "loss": 0.0})
+
+    class Counted(trl.SFTTrainer):
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            loss = super().training_step(model, inputs, *args)
+            steps[-1]["tokens"] += tokens
+            steps[-1]["targets"] += int((inputs["labels"] != -100).sum())
+            steps[-1]["loss"] += float(loss)  # shares of one step's mean over its targets
+            return loss
+
+    setting = dict(SETTINGS[job["setting"]])
+    micro = setting.pop("micro", job["documents"])
+    dtype = setting.pop("dtype", None)
+    blocks = job.get("blocks_per_step", 1) if setting.get("packing") else 0
+    with open(job["rows"], encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments: dict[str, Any] = {
+            "output_dir": folder,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": blocks or max(1, job["documents"] // micro),
+            "num_train_epochs": 1,
+            "learning_rate": job["lr"],
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "report_to": "none",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "seed": job["seed"],
+            **setting,
+        }
+        if dtype is not None:
+            arguments["model_init_kwargs"] = {"dtype": dtype}
+        trainer = Counted(
+            model=job["model"],
+            args=trl.SFTConfig(**arguments),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+            callbacks=[Clock()],
+        )
+        weights = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+        steps.clear()
+        trainer.train()
+    return {**_summary(steps, job["warmup"]), "weights": weights, "version": trl.__version__}
+
+
+def _summary(steps: list[dict[str, Any]], warmup: int) -> dict[str, Any]:
+    done = [step for step in steps if step["ended"] and step["tokens"]]
+    timed = done[warmup:]
+    seconds = timed[-1]["ended"] - done[warmup - 1]["ended"]
+    tokens = sum(step["tokens"] for step in timed)
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "losses": [step["loss"] for step in done],
+        "step_tokens": [step["tokens"] for step in done],
+        "step_targets": [step["targets"] for step in done],
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(json.dumps(measure(json.loads(sys.argv[1]))))
