@@ -268,6 +268,17 @@ def test_norms_biases_and_embeddings_are_not_decayed():
     assert not no_decay("x.weight", torch.zeros(3, 3))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_what_decays_in_real_families(family):
+    from tiny import tiny_model
+
+    model = tiny_model(family)
+    spared = undecayed(model)
+    for name, parameter in model.named_parameters():
+        kinds = ("norm", "bias", "embed_tokens", "sinks")
+        assert (name in spared) == any(kind in name for kind in kinds), (name, parameter.shape)
+
+
 def test_norm_and_clip_factor_equal_torch():
     named = parameters(torch.float32)
     set_gradients(named, 5)

@@ -77,10 +77,14 @@ class JsonlSink:
                 hint="free some space, then run `tunesmith resume`",
             ) from error
 
+    def sync(self) -> None:
+        """Bring what was written to the disk; before a checkpoint, so that it never lags behind."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Bring the file to the disk and close it."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
 
