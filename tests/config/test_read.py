@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tunesmith.config.document import read_document
+from tunesmith.config.names import known_keys
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import AdapterSection, Recipe
 from tunesmith.config.values import Holdout
@@ -117,6 +123,15 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path: Path) -> None:
         ("- model\n", "", "mapping of sections"),
         ("model: M\noptim: {lr: !secret 3}\n", ":2 optim.lr", "!secret"),
         ("model: &m {name: *m}\n", ":1 model", "holds itself"),
+        ("model: M\ndata: {eval: []}\n", ":2 data.eval", "names no file"),
+        ("model: M\ndata: {eval: {a: }}\n", ":2 data.eval", "names no file"),
+        ("model: M\ndata: {eval: {}}\n", ":2 data.eval", "names no set"),
+        ("model: M\ndata: {train: ''}\n", ":2 data.train.0", "is empty"),
+        ("model: M\noptim: {betas: [0.9]}\n", ":2 optim.betas.1", "needed"),
+        ("model: M\noptim: {betas: [0.9, 0.9, 0.9]}\n", ":2 optim.betas", "2 items"),
+        ("model: M\noptim: {betas: [0.9, 1.5]}\n", ":2 optim.betas.1", "below 1"),
+        ("model: M\noptim: {lr: .nan}\n", ":2 optim.lr", "finite"),
+        ("model: ''\n", ":1 model", "needed"),
         ("data: a.jsonl\n", "model", "needed"),
         ("model:\n", "model", "needed"),
         ("", "model", "needed"),
@@ -193,3 +208,69 @@ def test_a_recipe_object_can_be_read_again_and_changed() -> None:
     assert read_recipe(first) == first
     assert read_recipe(first, ["train.steps=5"]).train.epochs is None
     assert isinstance(first, Recipe)
+
+
+def test_merge_keys_and_aliases_are_followed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "model: M\n"
+        "data:\n"
+        "  train:\n"
+        "    - &first {path: a.jsonl, limit: 3}\n"
+        "    - &second {<<: *first, path: b.jsonl}\n"
+        "  eval: {one: *second, two: [*second]}\n",
+    )
+    recipe = read_recipe(path)
+    assert [(source.path, source.limit) for source in recipe.data.train] == [
+        ("a.jsonl", 3),
+        ("b.jsonl", 3),
+    ]
+    assert isinstance(recipe.data.eval, dict)
+    assert recipe.data.eval["one"] == recipe.data.eval["two"]
+
+
+def test_merged_mappings_are_replaced_not_joined(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "model: M\n"
+        "data:\n"
+        "  train:\n"
+        "    - &first {path: a, columns: {prompt: q, completion: r}}\n"
+        "    - {<<: *first, columns: {prompt: x}}\n",
+    )
+    assert read_recipe(path).data.train[1].columns == {"prompt": "x"}
+
+
+WORDS = st.sampled_from(
+    [*known_keys(), *sum(known_keys().values(), ()), "<<", "x", "learning_rate"]
+)
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 300), st.floats(), st.text(max_size=5), WORDS
+)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(WORDS, TREES, max_size=5), st.lists(st.tuples(WORDS, WORDS, TREES), max_size=2)
+)
+def test_whatever_stands_in_a_recipe_is_read_or_refused(
+    data: dict[str, Any], changes: list[tuple[str, str, Any]]
+) -> None:
+    overrides = [f"{section}.{key}={yaml.safe_dump(value)}" for section, key, value in changes]
+    try:
+        recipe = read_recipe(data, overrides)
+    except RecipeError:
+        return
+    assert read_recipe(recipe) == recipe
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="model:[]{}&*!|>-#'\"\n\t ,<?%@`1\x00é", max_size=30))
+def test_whatever_text_is_read_or_noted(text: str) -> None:
+    document = read_document(text, "r.yaml")
+    assert isinstance(document.data, dict)

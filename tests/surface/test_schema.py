@@ -103,6 +103,7 @@ def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
         {"model": "M", "data": "a.jsonl"},
         {"model": {"name": "M"}, "data": {"train": ["a", {"path": "b"}], "eval": "2%"}},
         {"model": "M", "adapter": "lora", "log": ["wandb"], "optim": None},
+        {"model": "M", "log": "wandb"},
         {"model": "M", "data": {"eval": {"dev": "d"}}, "checkpoint": {"every": "0.5 epoch"}},
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.config.overrides import Override, parse_value
+from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
@@ -53,7 +53,7 @@ def recipe_from_arguments(
     if data:
         overrides.append(Override(("data", "train"), list(data), "--data"))
     if eval is not None:
-        overrides.append(Override(("data", "eval"), _eval_value(eval), "--eval"))
+        overrides.append(_eval_override(eval))
     recipe = read_recipe(source, [*overrides, *changes])
     if not recipe.data.train:
         raise RecipeError(
@@ -89,5 +89,8 @@ def _is_recipe(argument: str) -> bool:
     return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
 
 
-def _eval_value(text: str) -> object:
-    return parse_value(text) if text.lstrip().startswith(("{", "[")) else text
+def _eval_override(text: str) -> Override | str:
+    """A share, a number and a path mean the same as text; lists and mappings are YAML."""
+    if text.lstrip().startswith(("{", "[")):
+        return f"data.eval={text}"
+    return Override(("data", "eval"), text, "--eval")

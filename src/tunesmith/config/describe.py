@@ -27,6 +27,9 @@ def recipe_schema() -> dict[str, Any]:
         {"type": "object", "additionalProperties": sources},
         {"type": "null"},
     ]
+    trackers = definitions["LogSection"]["properties"]["to"]
+    trackers["anyOf"] = [trackers["items"], {"type": "array", "items": trackers["items"]}]
+    definitions["LogSection"]["properties"]["to"] = _without_type(trackers)
     for name, section in schema["properties"].items():
         reference = section.pop("$ref", None) or section.pop("allOf")[0]["$ref"]
         properties = definitions[reference.rsplit("/", 1)[-1]]["properties"]

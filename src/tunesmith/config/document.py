@@ -112,6 +112,8 @@ class _Reader:
 
     def __init__(self, loader: yaml.SafeLoader, document: Document, name: str) -> None:
         self.loader, self.document, self.name = loader, document, name
+        self.flattened: set[int] = set()
+        self.repeated: set[Path] = set()
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         if len(path) > _DEEPEST:
@@ -136,21 +138,28 @@ class _Reader:
         self.document.places[path] = f"{self.name}:{node.start_mark.line + 1}"
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in lines and key != "<<":
-                self._mark(key_node, (*path, key))
-                self.document.complain(
-                    (*path, key), f"given twice; the first is on line {lines[key]}"
-                )
-            lines.setdefault(key, line)
-        self.loader.flatten_mapping(node)
+        if id(node) not in self.flattened:  # an alias leads to the same node again
+            self._refuse_duplicates(node, path)
+            self.loader.flatten_mapping(node)
+            self.flattened.add(id(node))
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
             self._mark(key_node, (*path, key))
             value = self.value(value_node, (*path, key))
             # Of a key given twice all the contents are kept, so that errors in either are seen.
-            values[key] = _joined(values.get(key), value)
+            twice = (*path, key) in self.repeated
+            values[key] = _joined(values.get(key), value) if twice else value
         return values
+
+    def _refuse_duplicates(self, node: yaml.MappingNode, path: Path) -> None:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in lines and key != "<<":
+                self._mark(key_node, (*path, key))
+                self.repeated.add((*path, key))
+                self.document.complain(
+                    (*path, key), f"given twice; the first is on line {lines[key]}"
+                )
+            lines.setdefault(key, line)

@@ -60,6 +60,8 @@ def meaning(name: str) -> Foreign | None:
     section, _, key = plain.rpartition(".")
     if key in keys.get(section, ()):
         return Foreign((plain,), None)
+    if plain in keys:
+        return Foreign((plain,), None)
     owners = tuple(f"{owner}.{key}" for owner, names in keys.items() if key in names)
     if owners and not section:
         return Foreign(owners, None)

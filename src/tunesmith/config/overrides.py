@@ -58,7 +58,7 @@ def _parse(document: Document, text: str) -> Override | None:
     path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
     try:
         return Override(path, parse_value(value), where)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         document.places[path] = where
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         document.complain(path, f"the value is not YAML: {problem}")
@@ -70,9 +70,11 @@ def parse_value(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is neither.
+        ValueError: it has the form of a date and is none.
+        RecursionError: an anchor holds itself.
     """
     try:
-        return yaml.safe_load(text)
+        return as_plain(yaml.safe_load(text))
     except yaml.YAMLError:
         if ":" not in text or text.lstrip().startswith(("{", "[")):
             raise

@@ -58,12 +58,16 @@ def _path(data: Any, loc: Sequence[str | int], kind: str) -> Path:
     for number, part in enumerate(loc):
         if isinstance(data, dict) and part in data:
             data = cast("dict[str | int, Any]", data)[part]
-        elif isinstance(data, list) and isinstance(part, int):
-            data = cast("list[Any]", data)[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(_items(data)):
+            data = _items(data)[part]
         elif not (kind == "missing" and number == len(loc) - 1):
             continue
         path.append(part)
     return tuple(path)
+
+
+def _items(data: Any) -> list[Any]:
+    return cast("list[Any]", data)
 
 
 def _describe(path: Path, group: list[Mapping[str, Any]]) -> tuple[str, str | None]:
@@ -83,6 +87,10 @@ def _describe(path: Path, group: list[Mapping[str, Any]]) -> tuple[str, str | No
     own = [str(finding["ctx"]["error"]) for finding in group if finding["type"] == "value_error"]
     if own and len(group) == 1:
         return own[0], None
+    if kind == "too_long":
+        return f"must have {first['ctx']['max_length']} items", None
+    if kind == "string_too_short":
+        return "is empty", None
     value = first["input"]
     expected = _expected(group)
     hint = "put it in quotes" if expected == ["text"] and isinstance(value, int | float) else None

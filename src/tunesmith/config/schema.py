@@ -19,7 +19,7 @@ from tunesmith.config.sources import (
     Sources,
     SourceSection,
 )
-from tunesmith.config.values import Duration, Holdout, parse_duration, parse_number
+from tunesmith.config.values import Duration, Holdout, parse_duration, parse_number, parse_words
 
 __all__ = ["MAIN_KEYS", "SCIENCE", "Duration", "Holdout", "Recipe", "Section", "SourceSection"]
 
@@ -65,7 +65,8 @@ class ModelSection(Section):
     """The pretrained model."""
 
     name: str = Field(
-        description="hub id, folder in Hugging Face format, .gguf file, or a run folder"
+        min_length=1,
+        description="hub id, folder in Hugging Face format, .gguf file, or a run folder",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
@@ -261,7 +262,7 @@ class EvalSection(Section):
 class LogSection(Section):
     """Where the numbers go besides metrics.jsonl."""
 
-    to: list[Tracker] = Field(
+    to: Annotated[list[Tracker], BeforeValidator(parse_words)] = Field(
         default_factory=list[Tracker], description="trackers (extra `logging`)"
     )
     project: str = Field(

@@ -35,7 +35,7 @@ class Section(BaseModel):
 class SourceSection(Section):
     """One source of rows."""
 
-    path: str = Field(description="file: .jsonl .json .csv .parquet")
+    path: str = Field(min_length=1, description="file: .jsonl .json .csv .parquet")
     format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
         default="auto", description="shape of the rows"
     )
@@ -63,11 +63,20 @@ def parse_eval(value: Any) -> Any:
     if (holdout := parse_holdout(value)) is not None:
         return holdout
     if not isinstance(value, Mapping):
-        return {"eval": parse_sources(value)}
+        return {"eval": _some_sources(value)}
     named = cast("Mapping[Any, Any]", value)
+    if not named:
+        raise ValueError("names no set; null is no held-out data")
     if isinstance(named.get("path"), str) and set(named) <= set(SourceSection.model_fields):
         return {"eval": [named]}
-    return {name: parse_sources(sources) for name, sources in named.items()}
+    return {name: _some_sources(sources) for name, sources in named.items()}
+
+
+def _some_sources(value: Any) -> Any:
+    sources = parse_sources(value)
+    if not sources:
+        raise ValueError("a set of held-out data names no file")
+    return sources
 
 
 def _plain_eval(value: Holdout | dict[str, list[SourceSection]]) -> Any:

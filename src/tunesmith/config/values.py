@@ -108,6 +108,11 @@ def parse_holdout(value: Any) -> Holdout | None:
     return Holdout(rows=int(value))
 
 
+def parse_words(value: Any) -> Any:
+    """A list from a single word; everything else is left to the field's own check."""
+    return [value] if isinstance(value, str) else value
+
+
 def parse_columns(value: Any) -> Any:
     """A mapping from `prompt: question, completion: answer`, as it is typed on a command line."""
     if not isinstance(value, str):
