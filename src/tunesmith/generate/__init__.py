@@ -1,11 +1,12 @@
 """Answers of a model to prompts: in batches, or one as it is written."""
 
-from tunesmith.generate.batched import Generation, answers, generate
+from tunesmith.generate.batched import Generation, Options, answers, generate
 from tunesmith.generate.prompts import Prompt, prompt_from, prompts_from_document
 from tunesmith.generate.stream import stream
 
 __all__ = [
     "Generation",
+    "Options",
     "Prompt",
     "answers",
     "generate",

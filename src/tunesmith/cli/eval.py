@@ -1,0 +1,131 @@
+"""`tunesmith eval`: loss on data, and how often the generated answers are the given ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.session import (
+    DataOption,
+    Limit,
+    MaxNewTokens,
+    ModelArgument,
+    Overrides,
+    Session,
+    context_of,
+    open_session,
+    read_settings,
+    sources_of,
+    tell,
+)
+from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from tunesmith.types import Document
+
+MICRO_TOKENS = 4096
+"""Tokens through the device at a time where the settings leave it open."""
+
+
+def evaluate(
+    model: ModelArgument,
+    data: DataOption,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
+    session = open_session(recipe)
+    documents = read_documents(session)
+    result = measure(session, documents, max_new_tokens=max_new_tokens)
+    if as_json:
+        print(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
+        return
+    _print_table(result)
+
+
+def read_documents(session: Session) -> list[Document]:
+    """The rows of the data, rendered as in training."""
+    from tunesmith.data.prepare import prepare
+
+    section = session.recipe.data
+    prepared = prepare(
+        sources_of(session.recipe),
+        session.template,
+        train_on=section.train_on,
+        max_length=context_of(session),
+        too_long=section.too_long,
+        bad_rows=section.bad_rows,
+        faults_file=None,
+    )
+    if not prepared.documents:
+        raise DataError("no row can be evaluated", where=", ".join(s.path for s in section.train))
+    return list(prepared.documents)
+
+
+def measure(
+    session: Session, documents: Sequence[Document], *, max_new_tokens: int
+) -> dict[str, Any]:
+    """Means over all targets, and shares of the rows that have an answer to compare with."""
+    from tunesmith.generate import generate, prompts_from_document
+    from tunesmith.model.selftest import self_test
+    from tunesmith.train.evaluate import evaluate as evaluate_loss
+
+    longest = max(document.longest_path for document in documents)
+    for note in self_test(session.model, max_length=longest).notes:
+        tell(note)
+    micro_tokens = session.recipe.device.micro_tokens
+    loss = evaluate_loss(
+        session.model,
+        documents,
+        micro_tokens=MICRO_TOKENS if micro_tokens == "auto" else micro_tokens,
+        device=session.device,
+    )
+    result: dict[str, Any] = {
+        "rows": loss.documents,
+        "target_tokens": loss.target_tokens,
+        "nll": loss.nll,
+        "perplexity": loss.perplexity,
+        "token_accuracy": loss.accuracy,
+    }
+    found = [prompts_from_document(document, session.template) for document in documents]
+    prompts = [prompt for prompt in found if prompt is not None]
+    if prompts:
+        tell(f"answering {len(prompts)} prompts")
+        answers = generate(
+            session.model,
+            session.template,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+        )
+        same = [
+            answer.text.strip() == (prompt.reference or "").strip()
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
+        result["answered"] = len(prompts)
+        result["exact_match"] = sum(same) / len(prompts)
+        result["ended"] = sum(answer.stopped for answer in answers) / len(prompts)
+    return result
+
+
+LABELS = {
+    "rows": ("rows", "{:,}"),
+    "target_tokens": ("target tokens", "{:,}"),
+    "nll": ("NLL per target token (nats)", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "token_accuracy": ("token accuracy", "{:.2%}"),
+    "answered": ("answers generated", "{:,}"),
+    "exact_match": ("exact match", "{:.2%}"),
+    "ended": ("ended by themselves", "{:.2%}"),
+}
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    width = max(len(LABELS[name][0]) for name in result)
+    for name, value in result.items():
+        label, form = LABELS[name]
+        print(f"{label:<{width}}  {form.format(value):>12}")

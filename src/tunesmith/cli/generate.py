@@ -1,0 +1,171 @@
+"""`tunesmith generate`: answer the prompts of files in batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.session import (
+    DataOption,
+    Limit,
+    MaxNewTokens,
+    ModelArgument,
+    Overrides,
+    Seed,
+    Session,
+    Temperature,
+    TopP,
+    open_session,
+    read_settings,
+    sources_of,
+    tell,
+)
+from tunesmith.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from tunesmith.data.sources import Row
+    from tunesmith.generate import Prompt
+    from tunesmith.types import Origin
+
+ROWS_AT_A_TIME = 64
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row of the data and the prompt in it."""
+
+    origin: Origin
+    prompt: Prompt
+
+
+def generate(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write the answers to.")],
+    overrides: Overrides = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    limit: Limit = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    from tunesmith.generate import Options
+
+    options = Options(max_new_tokens, temperature, top_p, seed)
+    recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
+    _refuse_existing(out, overwrite)
+    session = open_session(recipe)
+    asked = read_prompts(session)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", encoding="utf-8") as file:
+            ended = 0
+            for done, record in enumerate(_records(session, asked, options), start=1):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                ended += record["stopped"]
+                if done % ROWS_AT_A_TIME == 0 or done == len(asked):
+                    file.flush()
+                    tell(f"{done} of {len(asked)} rows answered")
+    except OSError as error:
+        raise InputError(f"can't be written: {error.strerror or error}", where=str(out)) from error
+    tell(f"{ended} of {len(asked)} answers ended by themselves; wrote {out}")
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise InputError("is a folder", where=str(out), hint="--out names a file")
+    if out.exists() and not overwrite:
+        raise InputError("exists already", where=str(out), hint="--overwrite replaces it")
+
+
+def _records(session: Session, asked: Sequence[Asked], options: Any) -> Iterator[dict[str, Any]]:
+    """One object a row, in the order of the data, a few batches at a time."""
+    from tunesmith.generate import answers
+
+    for start, group in _groups(asked):
+        prompts = [item.prompt.ids for item in group]
+        found = dict(answers(session.model, session.template, prompts, options, first_row=start))
+        for number, item in enumerate(group):
+            record: dict[str, Any] = {
+                "source": item.origin.source,
+                "row": item.origin.row,
+                "prompt": item.prompt.text,
+                "generated": found[number].text,
+                "stopped": found[number].stopped,
+            }
+            if item.prompt.reference is not None:
+                record["reference"] = item.prompt.reference
+            yield record
+
+
+def _groups(asked: Iterable[Asked]) -> Iterator[tuple[int, list[Asked]]]:
+    items, start = iter(asked), 0
+    while group := list(islice(items, ROWS_AT_A_TIME)):
+        yield start, group
+        start += len(group)
+
+
+def read_prompts(session: Session) -> list[Asked]:
+    """The prompts of all rows.
+
+    Raises:
+        DataError: rows that hold none, unless the settings drop bad rows.
+    """
+    from tunesmith.data.faults import RowError
+    from tunesmith.data.sources import read_rows
+
+    asked: list[Asked] = []
+    bad: list[str] = []
+    for source in sources_of(session.recipe):
+        for row in read_rows(source):
+            try:
+                asked.append(Asked(row.origin, _prompt(session, row, source.format)))
+            except RowError as error:
+                bad.append(f"{row.origin}: {error.fault.message}")
+    if bad:
+        shown = "\n  ".join(bad[:SHOWN])
+        message = f"{len(bad)} rows hold no prompt:\n  {shown}"
+        if session.recipe.data.bad_rows == "error" or not asked:
+            raise DataError(message, hint="go on without them: data.bad_rows=drop")
+        tell(message)
+    return asked
+
+
+def _prompt(session: Session, row: Row, format: str) -> Prompt:
+    from tunesmith.data.conversation import detect_format, to_example
+    from tunesmith.data.faults import Fault, RowError
+    from tunesmith.generate import prompt_from
+
+    if row.values is None:
+        raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))
+    values = dict(row.values)
+    if values.get("prompt") is not None and not values.get("completion") and format != "text":
+        return _unanswered(session, values)
+    found = detect_format(values) if format == "auto" else format
+    if found is None:
+        raise RowError(Fault("unknown-format", f"no prompt among the columns {', '.join(values)}"))
+    example = to_example(values, format=found, templated=not session.raw)
+    return prompt_from(example, session.template)
+
+
+def _unanswered(session: Session, values: dict[str, Any]) -> Prompt:
+    """The prompt of a row that has only that."""
+    from tunesmith.data.conversation import Chat, Message, Text, to_example
+    from tunesmith.generate import prompt_from
+
+    prompt = values["prompt"]
+    if not isinstance(prompt, str):
+        example = to_example({**values, "messages": prompt}, format="messages")
+    elif session.raw:
+        example = Text(prompt)
+    else:
+        example = Chat((Message("user", prompt),), tools=values.get("tools"))
+    return prompt_from(example, session.template)

@@ -1,0 +1,179 @@
+"""What the commands after a run share: a model, the template it was trained with, and data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.config.overrides import Override
+from tunesmith.config.read import read_recipe
+from tunesmith.config.schema import Recipe
+from tunesmith.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tunesmith.data.sources import Source
+    from tunesmith.data.template import Template
+    from tunesmith.model.causal_lm import CausalLM
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, model folder, hub id or .gguf file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="What to change, as in data.columns='prompt: question'.",
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    list[str], typer.Option("--data", help="File with the rows; may be given again.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 is greedy; 1 samples as the model says.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample among the likeliest tokens that reach this share.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use only the first rows of each file.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A loaded model with its template; `recipe` holds the settings it is used with."""
+
+    recipe: Recipe
+    model: CausalLM
+    template: Template
+    raw: bool  # no chat template
+
+    @property
+    def device(self) -> Any:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text before the next assistant turn."""
+        return self.template.render([dict(m) for m in messages], add_generation_prompt=True)
+
+
+def read_settings(
+    name: str, *, data: Sequence[str] = (), overrides: Sequence[str] = (), limit: int | None = None
+) -> Recipe:
+    """The settings for using model `name`: those of its run if it is one, then `overrides`.
+
+    Raises:
+        RecipeError: an override is none, or what `read_recipe` refuses.
+    """
+    for item in overrides:
+        if "=" not in item:
+            hint = "changes have the form section.key=value, data the form --data FILE"
+            raise RecipeError(f"{item!r} is one argument too many", hint=hint)
+    values = _run_settings(name)
+    values["model"] = {**values.get("model", {}), "name": name}
+    changes: list[str | Override] = []
+    if data:
+        sources = [{"path": path, **({"limit": limit} if limit else {})} for path in data]
+        changes.append(Override(("data", "train"), sources, "--data"))
+    return read_recipe(values, [*changes, *overrides])
+
+
+def _run_settings(name: str) -> dict[str, Any]:
+    """What of a run's recipe holds for other data too: columns, template, what is trained on."""
+    path = Path(name).expanduser()
+    folder = path.parent if path.name == "model" else path
+    if not (folder / "recipe.yaml").is_file():
+        return {}
+    recipe = read_recipe(folder)
+    data = recipe.data.model_dump(
+        mode="json",
+        include={"columns", "template_kwargs", "train_on", "max_length", "too_long", "bad_rows"},
+    )
+    if recipe.data.template == "none":
+        data["template"] = "none"
+    columns = [source.columns for source in recipe.data.train]
+    if data["columns"] is None and columns and all(found == columns[0] for found in columns):
+        data["columns"] = columns[0]
+    model = recipe.model.model_dump(mode="json", include={"dtype", "trust_remote_code"})
+    device = recipe.device.model_dump(mode="json", include={"kind", "micro_tokens", "attention"})
+    return {"model": model, "data": data, "device": device}
+
+
+def open_session(recipe: Recipe) -> Session:
+    """Load the model that the settings name, with the template choice kept beside it."""
+    from tunesmith.data.template import load_template
+    from tunesmith.export import read_choice
+    from tunesmith.model.load import load_causal_lm, resolve_model
+
+    source = resolve_model(recipe.model.name, revision=recipe.model.revision)
+    choice = read_choice(source.adapter_folder or source.folder)
+    asked, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
+    if choice is not None:
+        asked = "none" if asked is None and choice.raw else asked
+        kwargs = {**choice.template_kwargs, **kwargs}
+    template = load_template(
+        source.tokenizer_folder,
+        template=asked,
+        kwargs=kwargs,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    model = load_causal_lm(
+        source,
+        dtype=recipe.model.dtype,
+        device=_device(recipe),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    model.eval()
+    if recipe.device.attention == "isolated":
+        model.isolate()
+    return Session(recipe, model, template, raw=not template.has_chat_template)
+
+
+def _device(recipe: Recipe) -> str:
+    import torch
+
+    if recipe.device.kind != "auto":
+        return recipe.device.kind
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sources_of(recipe: Recipe) -> list[Source]:
+    """The files of the settings as the data layer reads them."""
+    from tunesmith.data.sources import Source
+
+    return [
+        Source(
+            name=section.path,
+            path=Path(section.path).expanduser(),
+            format=section.format,
+            columns=section.columns or recipe.data.columns,
+            limit=section.limit,
+        )
+        for section in recipe.data.train
+    ]
+
+
+def context_of(session: Session) -> int:
+    """The longest path in tokens that the settings allow."""
+    asked = session.recipe.data.max_length
+    if asked != "auto":
+        return asked
+    config = session.model.config.get_text_config()
+    known = session.template.context_length
+    return int(known or getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def tell(text: str) -> None:
+    """A message for the user; stdout is for data."""
+    print(text, file=sys.stderr, flush=True)
