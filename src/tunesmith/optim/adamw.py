@@ -65,8 +65,8 @@ class Slot:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on float32 masters.
 
-    A parameter without a gradient is updated as if it were zero, so that a run doesn't depend on whether
-    a buffer happens to exist.
+    A parameter without a gradient is updated as if it were zero, so that a run doesn't depend on
+    whether a buffer happens to exist.
 
     Args:
         named_parameters: what is trained; those that don't require gradients are left out.
