@@ -42,6 +42,7 @@ class StepResult:
     document_loss: NDArray[np.float64]  # sum of weight * loss of each document
     document_weight: NDArray[np.float64]
     computed_tokens: int
+    target_tokens: int  # repeats counted
 
     @property
     def loss(self) -> float:
@@ -107,6 +108,7 @@ def _sum_up(
         document_loss=loss,
         document_weight=weight,
         computed_tokens=sum(plan.tokens for plan in plans),
+        target_tokens=sum(len(plan.shares.weight) for plan in plans),
     )
 
 

@@ -1,0 +1,73 @@
+"""All objects of a run, put together by `build` and used up by `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config.schema import Recipe
+from tunesmith.data.loader import StepOrder
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.template import Template
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.source import ModelSource
+from tunesmith.optim import AdamW
+from tunesmith.types import Document, HeadLoss
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """Held-out documents under a name."""
+
+    name: str
+    documents: Sequence[Document]
+    content_hash: str
+
+
+@dataclass(slots=True)
+class Job:
+    """A run, ready to start. `recipe` has every science value resolved."""
+
+    recipe: Recipe
+    model: CausalLM
+    source: ModelSource | None  # None: the user gave the model
+    template: Template
+    prepared: Prepared
+    eval_sets: Sequence[EvalSet]
+    order: StepOrder
+    total_steps: int
+    lr: Callable[[int], float]
+    optimizer: AdamW
+    head_loss: HeadLoss
+    device: torch.device
+    micro_tokens: int
+    share: bool
+    trained_parameters: int
+    chosen: dict[str, Any]  # what `auto` became, for machine.json
+    notes: list[str] = field(default_factory=list)  # for the start-up lines
+
+    @property
+    def documents(self) -> Sequence[Document]:
+        """The documents that are learned from."""
+        return self.prepared.documents
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """Paths of what a run leaves behind, by what they are."""
+    names = {
+        "recipe": "recipe.yaml",
+        "machine": "machine.json",
+        "ledger": "ledger.json",
+        "metrics": "metrics.jsonl",
+        "rows": "rows.parquet",
+        "samples": "samples.jsonl",
+        "faults": "faults.jsonl",
+        "model": "model",
+        "report": "report.html",
+        "checkpoints": "checkpoints",
+    }
+    return {name: folder / file for name, file in names.items()}
