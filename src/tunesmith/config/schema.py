@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from tunesmith.config.fields import Every, Momentum, Number, Tracker
 from tunesmith.config.sources import (
     Columns,
     Count,
@@ -19,32 +20,9 @@ from tunesmith.config.sources import (
     Sources,
     SourceSection,
 )
-from tunesmith.config.values import Duration, Holdout, parse_duration, parse_number, parse_words
+from tunesmith.config.values import Duration, Holdout, parse_words
 
 __all__ = ["MAIN_KEYS", "SCIENCE", "Duration", "Holdout", "Recipe", "Section", "SourceSection"]
-
-Number = Annotated[float, BeforeValidator(parse_number)]
-"""A float; `2e-5`, which YAML 1.1 reads as a string, is one too."""
-
-Momentum = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1)]
-"""Decay of a running mean."""
-
-Tracker = Literal["wandb", "tensorboard", "trackio", "mlflow"]
-
-Every = Annotated[
-    Duration,
-    BeforeValidator(parse_duration),
-    PlainSerializer(Duration.plain),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": "^[0-9.]+ ?(steps?|epochs?|min|minutes?)$"},
-            ]
-        }
-    ),
-]
-"""`200` (steps), `0.25 epoch` or `10 min`."""
 
 
 def _one_of(values: Any, section: str, defaults: dict[str, Any]) -> Any:
