@@ -1,0 +1,204 @@
+"""Tokens a second and memory of Tunesmith and of TRL, measured in turn on one machine.
+
+    python benchmarks/vs_trl.py --model MODEL --data ROWS.jsonl      # A B C A B C A B C
+    python benchmarks/vs_trl.py --model MODEL --search               # every TRL setting, once each
+
+Each run is a fresh process over the same rows in the same order, with the same documents a step,
+AdamW (weight decay 0) at the same constant rate, full fine-tuning, completions as the only targets.
+A token counts if it is not padding; time is that of the steps after the first. Ratios are taken
+between runs of the same round, since a machine's speed drifts. Rows have `prompt` and
+`completion`, or `question` and `answer`; without --data the calendar example is used.
+
+TRL runs with its defaults and with the fastest of the settings in trl_run.py (--search ranks them).
+Where a setting changes which documents share a step (by length, packed), its losses are not
+compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from calendar_events import rows as calendar_rows
+from trl_run import SETTINGS
+
+HERE = Path(__file__).resolve().parent
+BEST = "bf16 weights, padding-free, micro-batch of 2"
+TUNESMITH = "tunesmith"
+
+
+def write_rows(data: Path | None, count: int, out: Path) -> str:
+    """Write `count` rows of chats with a prompt and a completion; return the name of the data."""
+    if data is None:
+        found = [row for row, _ in calendar_rows(count, seed=7)]
+    else:
+        with data.open(encoding="utf-8") as file:
+            found = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+    if len(found) < count:
+        raise SystemExit(f"error: {data} has {len(found)} rows, {count} are needed")
+    with out.open("w", encoding="utf-8") as file:
+        for row in found:
+            prompt = row.get("prompt", row.get("question"))
+            answer = row.get("completion", row.get("answer"))
+            chat = {
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+            file.write(json.dumps(chat) + "\n")
+    return "calendar example" if data is None else data.name
+
+
+def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One run in its own process."""
+    script = "tunesmith_run.py" if name == TUNESMITH else "trl_run.py"
+    command = [sys.executable, str(HERE / script), json.dumps({**job, "setting": name})]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(job["threads"]),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"error: {name}\n{done.stderr[-3000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{name:<46} {result['tokens_per_second']:8.1f} tokens/s"
+        f" {result['peak_rss'] / 2**30:6.2f} GiB   first loss {result['losses'][0]:.5f}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return result
+
+
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Min, median and max of each peer's speed, and of ours over its in the same round."""
+    summary: dict[str, Any] = {}
+    for name, done in runs.items():
+        speeds = [run["tokens_per_second"] for run in done]
+        entry: dict[str, Any] = {
+            "tokens_per_second": _spread(speeds),
+            "peak_rss": max(run["peak_rss"] for run in done),
+            "first_loss": done[0]["losses"][0],
+        }
+        ours = runs.get(TUNESMITH)
+        if ours and name != TUNESMITH:
+            speeds_of_ours = [run["tokens_per_second"] for run in ours]
+            pairs = zip(speeds_of_ours, speeds, strict=True)
+            entry["tunesmith_faster"] = _spread([mine / theirs for mine, theirs in pairs])
+            if done[0]["step_targets"] == ours[0]["step_targets"]:
+                gaps = zip(ours[0]["losses"], done[0]["losses"], strict=True)
+                entry["largest_loss_gap"] = max(abs(mine - theirs) for mine, theirs in gaps)
+        summary[name] = entry
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        f"{facts['data']}: {facts['rows']} rows, {facts['documents']} a step, lr {facts['lr']:g};"
+        f" {facts['processor']}, {facts['threads']} threads; {facts['rounds']} rounds.",
+        "",
+        "| run | real tokens/s, min-median-max | peak memory | Tunesmith is faster by |"
+        " first loss | largest gap of losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in summary.items():
+        speed, ratio = entry["tokens_per_second"], entry.get("tunesmith_faster")
+        gap = entry.get("largest_loss_gap")
+        lines.append(
+            f"| {name if name == TUNESMITH else 'TRL, ' + name} | {_range(speed, '.0f')} |"
+            f" {entry['peak_rss'] / 2**30:.2f} GiB | {_range(ratio, '.2f') if ratio else ''} |"
+            f" {entry['first_loss']:.5f} | {'' if gap is None else f'{gap:.5f}'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _range(spread: dict[str, float], form: str) -> str:
+    return " - ".join(format(spread[name], form) for name in ("min", "median", "max"))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    arguments = parse()
+    names = (
+        list(SETTINGS) if arguments.search else [TUNESMITH, *(arguments.trl or ("default", BEST))]
+    )
+    rounds = 1 if arguments.search else arguments.rounds
+    count = arguments.documents * (arguments.steps + 1)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        facts = {
+            "data": write_rows(arguments.data, count, rows),
+            "rows": count,
+            "documents": arguments.documents,
+            "lr": arguments.lr,
+            "rounds": rounds,
+            "threads": arguments.threads,
+            "processor": processor(),
+            "python": platform.python_version(),
+        }
+        job = {
+            "model": str(arguments.model),
+            "rows": str(rows),
+            "documents": arguments.documents,
+            "lr": arguments.lr,
+            "warmup": 1,
+            "seed": 42,
+            "threads": arguments.threads,
+        }
+        for _ in range(rounds):
+            for name in names:
+                runs[name].append(run_peer(name, job))
+    summary = summarize(runs)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = arguments.out / ("trl_settings" if arguments.search else "vs_trl")
+    report = {"facts": facts, "summary": summary, "runs": runs}
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(table(summary, facts), encoding="utf-8")
+    print(table(summary, facts))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model")
+    parser.add_argument("--data", type=Path, help="JSONL rows (default: the calendar example)")
+    parser.add_argument("--documents", type=int, default=8, help="documents a step (default 8)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--lr", type=float, default=1e-4, help="constant rate (default 1e-4)")
+    parser.add_argument("--trl", action="append", choices=SETTINGS, help="TRL settings to run")
+    parser.add_argument("--search", action="store_true", help="rank the TRL settings, alone")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
