@@ -1,0 +1,99 @@
+"""The self-test finds the families that can't be packed, and raises no false alarm for those that can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from tunesmith.errors import ModelError
+from tunesmith.model.load import wrap_causal_lm
+from tunesmith.model.selftest import self_test
+
+DEEPSEEK = dict(
+    n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
+    first_k_dense_replace=1, num_key_value_heads=4,
+)  # fmt: skip
+GPT2 = dict(n_embd=64, n_layer=4, n_head=4)
+DYNAMIC = dict(
+    rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    max_position_embeddings=64,
+)
+PACKED = {
+    "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": {}, "gpt_oss": {}, "gemma3_text": dict(sliding_window=8),
+    "phimoe": dict(num_local_experts=4, sliding_window=8), "gpt2": GPT2, "cohere2": dict(sliding_window=8),
+    "granite": {}, "deepseek_v3": DEEPSEEK,
+}  # fmt: skip
+ISOLATED = {"stablelm": {}, "nemotron": {}, "bloom": {}, "mamba": {}, "minimax": {}}
+
+
+def run(family: str, options: dict, *, dtype=torch.float32, max_length: int = 500):
+    causal_lm = wrap_causal_lm(tiny_model(family, **options).to(dtype))
+    return causal_lm, self_test(causal_lm, max_length=max_length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", PACKED)
+def test_families_that_pack(family: str, dtype: torch.dtype) -> None:
+    causal_lm, result = run(family, PACKED[family], dtype=dtype)
+    assert not result.isolated, result
+    assert not causal_lm.isolated
+    assert set(result.differences) == {"head", "causal", "packed", "tree", "neighbour"}
+    assert max(result.differences.values()) < 1e-5
+    assert not any(module._forward_pre_hooks for module in causal_lm.modules())
+    assert all(p.dtype == dtype for p in causal_lm.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ISOLATED)
+def test_families_that_must_be_isolated(family: str, dtype: torch.dtype) -> None:
+    causal_lm, result = run(family, ISOLATED[family], dtype=dtype)
+    assert result.isolated
+    assert causal_lm.isolated
+    assert causal_lm.config._attn_implementation == causal_lm.native_attention
+    assert any("one path at a time" in note for note in (*result.notes, *causal_lm.notes))
+
+
+def test_position_encoding_that_looks_at_neighbours() -> None:
+    assert run("llama", DYNAMIC, max_length=500)[1].isolated
+    short = run("llama", DYNAMIC, max_length=60)[1]
+    assert not short.isolated, short
+
+
+def test_wrong_logit_transform_is_refused() -> None:
+    causal_lm = wrap_causal_lm(tiny_model("cohere2", sliding_window=8))
+    causal_lm.logits = dataclasses.replace(causal_lm.logits, scale=1.0)
+    with pytest.raises(ModelError, match="logits"):
+        self_test(causal_lm, max_length=100)
+
+
+def test_model_that_sees_later_tokens_is_refused() -> None:
+    class Bidirectional(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden + hidden.mean(1, keepdim=True)
+
+    model = tiny_model("llama")
+    model.model.norm = Bidirectional()
+    with pytest.raises(ModelError, match="later tokens"):
+        self_test(wrap_causal_lm(model), max_length=100)
+
+
+def test_wrong_window_is_found(monkeypatch) -> None:
+    from tunesmith.model import attention
+
+    monkeypatch.setattr(attention, "_locality", lambda *_: None)
+    assert run("cohere2", dict(sliding_window=8))[1].isolated
+
+
+def test_noise_in_training_is_said() -> None:
+    causal_lm = wrap_causal_lm(tiny_model("llama"))
+    assert not self_test(causal_lm, max_length=100).noisy
+    causal_lm.train()
+    causal_lm.base.model.layers[0].mlp.act_fn = torch.nn.Dropout(0.5)
+    result = self_test(causal_lm, max_length=100)
+    assert result.noisy
+    assert causal_lm.training
+    assert causal_lm.base.model.layers[0].mlp.training
