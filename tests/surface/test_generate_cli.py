@@ -1,0 +1,112 @@
+"""`tunesmith generate` answers every row of a file and writes JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from answering import PAIRS, answering_folder, chat_rows
+from tiny import write_jsonl
+from tunesmith.cli.app import run
+
+QUESTIONS = [{"question": question, "answer": answer} for question, answer in PAIRS]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return answering_folder(tmp_path / "model")
+
+
+def answer(model: Path, rows: list[dict], tmp_path: Path, *more: str) -> list[dict]:
+    data, out = write_jsonl(tmp_path / "data.jsonl", rows), tmp_path / "new" / "out.jsonl"
+    code = run(["generate", str(model), "--data", str(data), "--out", str(out), *more])
+    assert code == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_one_object_a_row_in_order(model: Path, tmp_path: Path):
+    rows = answer(model, chat_rows(), tmp_path, "--max-new-tokens", "20")
+    assert [row["row"] for row in rows] == [0, 1, 2, 3]
+    assert [row["generated"] for row in rows] == [a for _, a in PAIRS]
+    assert [row["reference"] for row in rows] == [a for _, a in PAIRS]
+    assert all(row["stopped"] for row in rows)
+    assert rows[0]["source"] == str(tmp_path / "data.jsonl")
+    assert rows[0]["prompt"].endswith("What is 1 plus 2?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_limit_of_tokens(model: Path, tmp_path: Path):
+    rows = answer(model, chat_rows(), tmp_path, "--max-new-tokens", "1")
+    assert not any(row["stopped"] for row in rows)
+
+
+def test_prompts_without_answers(model: Path, tmp_path: Path):
+    strings = [{"prompt": question} for question, _ in PAIRS]
+    expected = [a for _, a in PAIRS]
+    assert [row["generated"] for row in answer(model, strings, tmp_path)] == expected
+    lists = [{"prompt": [{"role": "user", "content": question}]} for question, _ in PAIRS]
+    more = ("--overwrite",)
+    assert [row["generated"] for row in answer(model, lists, tmp_path, *more)] == expected
+    chats = [{"messages": [{"role": "user", "content": question}]} for question, _ in PAIRS]
+    rows = answer(model, chats, tmp_path, *more)
+    assert [row["generated"] for row in rows] == expected
+    assert "reference" not in rows[0]
+
+
+def test_columns_and_limit(model: Path, tmp_path: Path):
+    columns = "data.columns={prompt: question, completion: answer}"
+    rows = answer(model, QUESTIONS, tmp_path, columns, "--limit", "2")
+    assert [row["generated"] for row in rows] == ["three", "it is eight"]
+
+
+def test_raw_prompts(tmp_path: Path):
+    model = answering_folder(tmp_path / "model", raw=True)
+    strings = [{"prompt": q, "completion": a} for q, a in PAIRS]
+    rows = answer(model, strings, tmp_path, "data.template=none")
+    assert [row["generated"] for row in rows] == [a for _, a in PAIRS]
+    assert rows[0]["prompt"] == "What is 1 plus 2?"
+    (model / "tunesmith.json").write_text('{"template": "none", "template_kwargs": {}}')
+    assert answer(model, strings, tmp_path, "--overwrite") == rows
+
+
+def test_an_existing_file_stays(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows())
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    assert run(["generate", str(model), "--data", str(data), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_bad_rows(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(data, [*chat_rows(), {"messages": 3}])
+    with data.open("a") as file:
+        file.write("{broken\n")
+    arguments = ["generate", str(model), "--data", str(data), "--out", str(out)]
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f"{data}:4" in shown
+    assert f"{data}:5" in shown
+    assert not out.exists()
+    assert run([*arguments, "data.bad_rows=drop"]) == 0
+    assert len(out.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--top-p", "0"], "top_p"),
+        (["nonsense"], "argument too many"),
+        (["data.colums=3"], "columns"),
+    ],
+)
+def test_wrong_arguments(
+    more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data, out = write_jsonl(tmp_path / "d.jsonl", chat_rows()), tmp_path / "out.jsonl"
+    code = run(["generate", "nowhere/x", "--data", str(data), "--out", str(out), *more])
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
