@@ -1,0 +1,20 @@
+"""`tunesmith resume`: go on with a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes under device, log or checkpoint."),
+    ] = None,
+) -> None:
+    """Go on with a run from its newest good checkpoint."""
+    from tunesmith.run import resume as go_on
+
+    print(go_on(run, overrides=overrides or ()).model_folder)

@@ -1,0 +1,403 @@
+"""The main job, end to end: from a recipe to a run folder with a model in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.dump import Difference, differences, to_plain, to_yaml
+from tunesmith.config.overrides import Override
+from tunesmith.config.read import RecipeSource, read_recipe
+from tunesmith.config.schema import SCIENCE, Recipe
+from tunesmith.errors import InputError, RecipeError
+from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write_json, write_text
+from tunesmith.train.job import run_files
+
+if TYPE_CHECKING:
+    from tunesmith.train.build import Given
+    from tunesmith.train.job import Job
+
+RESUMABLE = ("device", "log", "checkpoint")
+"""Sections that a resume may change: none of them decides what is learned."""
+
+Data = str | PathLike[str] | Sequence[str] | Iterable[Mapping[str, Any]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    model_folder: Path
+    steps: int
+    metrics: Mapping[str, float]  # last training loss, held-out numbers by set: `eval/nll`, ...
+    model: Any  # the trained transformers or peft model
+    tokenizer: Any
+
+
+def train(
+    recipe: RecipeSource = None,
+    *,
+    model: Any = None,
+    data: Data | None = None,
+    eval: Data | int | None = None,
+    out: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    overrides: Sequence[str | Override] = (),
+    progress: bool = True,
+    **sections: Any,
+) -> Run:
+    """Fine-tune a model and leave a run folder with the result.
+
+    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, or a transformers or peft model
+    (then with its `tokenizer`). `data` and `eval` are paths, or any iterables of dicts; `eval` may also be a share of the
+    rows (`"2%"`) or a number. `sections` change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run
+    folder; with `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
+
+    Raises:
+        InputError: recipe, data or model are wrong; nothing was trained.
+        RunError: the run failed; its checkpoints stay.
+        InterruptedRun: a signal stopped it after it saved.
+    """
+    from tunesmith.train.build import Given
+
+    given = Given(tokenizer=tokenizer)
+    changes: list[str | Override] = list(overrides)
+    if model is not None and not isinstance(model, str | PathLike):
+        given.model = model
+        model = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model")
+    if model is not None:
+        changes.insert(0, Override(("model", "name"), str(model), "model="))
+    given.rows = _rows_or_override(data, "train", changes)
+    given.eval_rows = _rows_or_override(eval, "eval", changes)
+    asked = read_recipe(recipe, changes, held_out_rows=given.eval_rows is not None, **sections)
+    if given.rows is None and not asked.data.train:
+        raise RecipeError("no data to learn from", where="data.train", hint="give --data FILE, or data.train")
+    return train_recipe(
+        asked, out=out, resume=resume, overwrite=overwrite, given=given, recipe_file=recipe, progress=progress
+    )
+
+
+def train_recipe(
+    asked: Recipe,
+    *,
+    out: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Given | None = None,
+    recipe_file: RecipeSource = None,
+    progress: bool = True,
+) -> Run:
+    """What `train` does once the recipe has been read; data is also looked for beside `recipe_file`."""
+    from tunesmith.train.build import Given
+
+    folder = open_run(
+        None if out is None else Path(out), model_name=asked.model.name, resume=resume, overwrite=overwrite
+    )
+    with folder:
+        if folder.resumed:
+            _same_recipe(folder.path, asked)
+        return _run(folder, asked, given or Given(), beside=_recipe_folders(recipe_file), progress=progress)
+
+
+def resume(
+    run: str | PathLike[str], *, overrides: Sequence[str | Override] = (), progress: bool = True
+) -> Run:
+    """Go on with a run from its newest good checkpoint; overrides may change `device`, `log` and `checkpoint` only.
+
+    Raises:
+        InputError: not a run, another process trains in it, or an override changes what is learned.
+        RunError, InterruptedRun: as `train`.
+    """
+    from tunesmith.train.build import Given
+
+    path = Path(run)
+    if not is_run(path):
+        raise InputError(
+            "this is not a run", where=str(path), hint="a run folder has recipe.yaml and machine.json"
+        )
+    asked = _resumed_recipe(path, overrides)
+    with open_run(path, model_name=asked.model.name, resume=True) as folder:
+        return _run(folder, asked, Given(), beside=_recipe_folders(path), progress=progress)
+
+
+def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any:
+    """Rows given as objects; what the recipe can name becomes an override instead."""
+    if data is None:
+        return None
+    named = isinstance(data, str | PathLike | int)
+    if not named and isinstance(data, Sequence):
+        named = all(isinstance(item, str | PathLike) for item in data) and len(data) > 0
+    if isinstance(data, Mapping) and key == "eval":
+        named = all(not isinstance(value, Mapping) for value in data.values()) and "column_names" not in dir(data)
+    if not named:
+        return data
+    value = [str(item) for item in data] if isinstance(data, list | tuple) else data
+    value = str(value) if isinstance(value, PathLike) else value
+    changes.append(Override(("data", key), value, f"{'data' if key == 'train' else key}="))
+    return None
+
+
+def _recipe_folders(recipe: RecipeSource) -> list[Path]:
+    """Where data may lie besides the current folder: beside the recipe, and where its run was started."""
+    if not isinstance(recipe, str | PathLike):
+        return []
+    path = Path(recipe)
+    folder = path if path.is_dir() else path.parent
+    folders = [folder]
+    if (folder / "machine.json").is_file():
+        started = read_json(folder / "machine.json").get("folder")
+        folders += [Path(started)] if started else []
+    return folders
+
+
+def _same_recipe(path: Path, asked: Recipe) -> None:
+    """Refuse to go on with a run of another recipe.
+
+    Raises:
+        RecipeError: a science section differs both from the recipe as asked for then and as resolved.
+    """
+    resolved = read_recipe(run_files(path)["recipe"])
+    first = read_recipe(read_json(run_files(path)["machine"])["asked"])
+    found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
+    if found:
+        shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])
+        raise RecipeError(
+            f"the run there has another recipe ({shown})",
+            where=str(path),
+            hint="give another --out, or --overwrite to start anew",
+        )
+
+
+def _science(found: Sequence[Difference]) -> list[Difference]:
+    return [difference for difference in found if difference.section in SCIENCE]
+
+
+def _resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
+    """The run's recipe with overrides of the sections a resume may change."""
+    old = read_recipe(run_files(path)["recipe"])
+    new = read_recipe(run_files(path)["recipe"], overrides)
+    for difference in differences(old, new):
+        if difference.section not in RESUMABLE:
+            raise RecipeError(
+                "a resume can't change what is learned or looked at",
+                where=difference.key,
+                hint=f"tunesmith train --model {path} starts a new run from its result",
+            )
+    return new
+
+
+def _run(
+    folder: RunFolder, asked: Recipe, given: Given, *, beside: Sequence[Path], progress: bool
+) -> Run:
+    """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
+    from tunesmith.train.build import build
+    from tunesmith.train.console import announce
+
+    path = folder.path
+    faults = path.with_name(f"{path.name}-faults.jsonl")
+    try:
+        job = build(asked, given=given, folders=beside, faults_file=faults)
+    except BaseException:
+        if not folder.resumed:
+            _remove_unused(path)
+        raise
+    if progress:
+        announce([f"run: {path}", *job.notes])
+    if folder.resumed:
+        _check_data(path, job)
+    else:
+        _write_start(path, asked, job)
+    return _train_and_export(folder, job, given, progress=progress)
+
+
+def _remove_unused(path: Path) -> None:
+    if all(entry.name == ".lock" for entry in path.iterdir()):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_start(path: Path, asked: Recipe, job: Job) -> None:
+    """What a run is known by; recipe.yaml comes last, since with it the folder counts as a run."""
+    from tunesmith.train.metrics import machine_record
+
+    files = run_files(path)
+    machine = {
+        **machine_record(),
+        "world_size": 1,
+        "folder": str(Path.cwd()),
+        "asked": to_plain(asked),
+        "chosen": job.chosen,
+        "model_commit": job.source.commit if job.source else None,
+        "data": dict(job.prepared.content_hashes),
+        "eval": {held.name: held.content_hash for held in job.eval_sets},
+        "template": {"name": job.template.name, "sha256": job.template.sha256},
+        "rendered_row": job.prepared.sample_text,
+    }
+    job.prepared.ledger.save(files["ledger"])
+    write_json(files["machine"], machine)
+    write_text(files["recipe"], to_yaml(job.recipe))
+
+
+def _check_data(path: Path, job: Job) -> None:
+    from tunesmith.train.sources import check_unchanged
+
+    machine = read_json(run_files(path)["machine"])
+    check_unchanged(machine["data"], job.prepared.content_hashes)
+    check_unchanged({"the chat template": machine["template"]["sha256"]}, {"the chat template": job.template.sha256})
+
+
+def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bool) -> Run:
+    from tunesmith.train.checkpoint import clean_checkpoints
+    from tunesmith.train.trainer import Trainer
+
+    path, files = folder.path, run_files(folder.path)
+    clean_checkpoints(path)
+    trainer = Trainer(job, path, [])
+    if folder.resumed:
+        _restore(trainer, path, progress=progress)
+    sinks = _sinks(folder, job, after_step=trainer.step if folder.resumed else None, progress=progress)
+    samples = _samples(job, files["samples"], after_step=trainer.step)
+    trainer.sinks, trainer.on_eval = sinks, samples
+    try:
+        trainer.fit()
+    finally:
+        for sink in sinks:
+            sink.close()
+    trainer.rows.write(files["rows"], job.documents, job.order)
+    _take_best(trainer)
+    return _finish(path, job, given)
+
+
+def _restore(trainer: Any, path: Path, *, progress: bool) -> None:
+    """Go on from the newest good checkpoint; a run that was killed before its first one begins again."""
+    from tunesmith.train.checkpoint import differences as changed
+    from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
+    from tunesmith.train.console import announce
+
+    checkpoints = run_files(path)["checkpoints"]
+    lines: list[str] = []
+    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+        lines.append("resume: there is no checkpoint yet, so the run begins again")
+    else:
+        found = newest_checkpoint(path)
+        meta = load_checkpoint(found.path).meta
+        lines += found.warnings
+        now = trainer.meta()
+        unlike = changed(meta, now)
+        if meta.get("micro_tokens") != now["micro_tokens"]:
+            unlike.append(f"micro_tokens was {meta.get('micro_tokens')}, is {now['micro_tokens']}")
+        trainer.restore(found.path)
+        exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
+        lines.append(f"resume: from step {found.step}, {exact}")
+    if progress:
+        announce(lines)
+
+
+def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: bool) -> list[Any]:
+    from tunesmith.train.console import ConsoleSink
+    from tunesmith.train.metrics import JsonlSink
+    from tunesmith.train.trackers import TrackedRun, open_tracker
+
+    tracked = TrackedRun(
+        folder=folder.path, project=job.recipe.log.project, recipe=to_plain(job.recipe), resumed=folder.resumed
+    )
+    sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]
+    sinks += [open_tracker(name, tracked) for name in job.recipe.log.to]
+    if progress:
+        sinks.append(ConsoleSink(job.total_steps, done_steps=after_step or 0))
+    return sinks
+
+
+def _samples(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] | None:
+    """Answers to the first held-out prompts, written to samples.jsonl at each evaluation."""
+    count = job.recipe.eval.samples
+    if not count or not job.eval_sets:
+        return None
+    from tunesmith.generate import generate, prompts_from_document
+    from tunesmith.train.metrics import JsonlSink
+
+    chosen = [
+        (document.origin, prompt)
+        for document in job.eval_sets[0].documents
+        if (prompt := prompts_from_document(document, job.template)) is not None
+    ][:count]
+    if not chosen:
+        return None
+    JsonlSink(path, after_step=after_step).close()
+
+    def on_eval(step: int) -> None:
+        answers = generate(
+            job.model, job.template, [prompt.ids for _, prompt in chosen],
+            max_new_tokens=job.recipe.eval.max_new_tokens,
+        )  # fmt: skip
+        sink = JsonlSink(path)
+        for (origin, prompt), answer in zip(chosen, answers, strict=True):
+            sink.write(
+                {
+                    "kind": "sample", "step": step, "source": origin.source, "row": origin.row, "prompt": prompt.text,
+                    "reference": prompt.reference, "answer": answer.text, "stopped": answer.stopped,
+                }
+            )  # fmt: skip
+        sink.close()
+
+    return on_eval
+
+
+def _take_best(trainer: Any) -> None:
+    """With `train.result: best` the weights of the best evaluation become the result."""
+    from tunesmith.train.checkpoint import load_checkpoint
+
+    if trainer.job.recipe.train.result != "best" or trainer.best is None:
+        return
+    step = int(trainer.best["step"])
+    if step != trainer.step:
+        checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
+        trainer.job.optimizer.load_state_dict(load_checkpoint(checkpoint).optimizer)
+
+
+def _finish(path: Path, job: Job, given: Given) -> Run:
+    from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
+    from tunesmith.report import write_report
+    from tunesmith.train.metrics import read_records
+
+    files = run_files(path)
+    records = list(read_records(files["metrics"]))
+    metrics = _final_metrics(records)
+    hashes = job.prepared.content_hashes
+    rows = job.prepared.ledger.rows_by_source()
+    card = ModelCard(
+        base_model=job.recipe.model.name,
+        base_commit=job.source.commit if job.source else None,
+        data=[DataEntry(name, rows.get(name, 0), digest) for name, digest in hashes.items()],
+        choice=TemplateChoice(
+            template="none" if job.recipe.data.template == "none" else "own",
+            template_kwargs=job.recipe.data.template_kwargs,
+        ),
+        recipe=to_yaml(job.recipe),
+        metrics=metrics,
+    )
+    write_model(job.model, job.template, job.source, files["model"], card=card)
+    write_report(files["report"], title=path.name, recipe=to_yaml(job.recipe), records=records, ledger=job.prepared.ledger.to_dict())
+    if given.model is not None:
+        from tunesmith.model.load import unwrap
+
+        unwrap(job.model)
+    return Run(path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer)
+
+
+def _final_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for record in records:
+        if record.get("kind") == "train":
+            found["loss"] = record["loss"]
+        elif record.get("kind") == "eval":
+            for name in ("nll", "perplexity", "accuracy"):
+                found[f"{record['set']}/{name}"] = record[name]
+    return found
