@@ -249,10 +249,9 @@ def _go_on(causal_lm: CausalLM, *, rank: int, alpha: float) -> AdapterReport:
 
 def _report(causal_lm: CausalLM, names: Sequence[str]) -> AdapterReport:
     parameters = list(causal_lm.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     return AdapterReport(
-        tuple(names),
-        dict(sorted(_kinds(names).items())),
-        trained,
-        sum(p.numel() for p in parameters),
+        names=tuple(sorted(names)),
+        kinds=dict(sorted(_kinds(names).items())),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
     )

@@ -1,0 +1,202 @@
+"""LoRA goes on what was asked, in every family, and learns through packed batches what it learns alone."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_folder, tiny_model
+
+from tunesmith.data.batch import collate
+from tunesmith.data.packing import plan_step
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters import add_lora, candidates, full_report
+from tunesmith.model.load import load_causal_lm, wrap_causal_lm
+from tunesmith.model.source import resolve_model
+from tunesmith.objectives import head_loss, nll
+from tunesmith.types import Document, Origin, Segment
+
+ATTENTION = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4}
+DENSE = {**ATTENTION, "gate_proj": 4, "up_proj": 4, "down_proj": 4}
+EXPERTS = {**ATTENTION, "gate_up_proj": 4, "down_proj": 4}
+DEEPSEEK = dict(
+    n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
+    first_k_dense_replace=1, num_key_value_heads=4,
+)  # fmt: skip
+GPT2 = dict(n_embd=64, n_layer=4, n_head=4)
+KINDS = {
+    "llama": ({}, DENSE),
+    "gemma2": ({}, DENSE),
+    "mixtral": ({}, EXPERTS),
+    "gpt_oss": ({}, EXPERTS),
+    "qwen3_moe": (
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        EXPERTS,
+    ),
+    "gpt2": (GPT2, {"c_attn": 4, "c_proj": 8, "c_fc": 4}),
+    # the first layer is dense; the others have shared experts (dense) and routed ones
+    "deepseek_v3": (
+        DEEPSEEK,
+        {
+            "q_a_proj": 4, "q_b_proj": 4, "kv_a_proj_with_mqa": 4, "kv_b_proj": 4, "o_proj": 4,
+            "gate_proj": 4, "up_proj": 4, "down_proj": 4 + 3, "gate_up_proj": 3,
+        },
+    ),
+}  # fmt: skip
+
+
+def make(family: str, **options):
+    return wrap_causal_lm(tiny_model(family, **options))
+
+
+def randomise(causal_lm) -> None:
+    """B starts at zero, which hides A's gradient and the adapter's effect."""
+    torch.manual_seed(1)
+    for name, parameter in causal_lm.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+        assert parameter.requires_grad == ("lora_" in name), name
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_all_linear_is_the_same_in_every_family(family: str) -> None:
+    options, kinds = KINDS[family]
+    causal_lm = make(family, **options)
+    before = sum(p.numel() for p in causal_lm.parameters())
+    report = add_lora(causal_lm, rank=4, alpha=8)
+    assert report.kinds == kinds
+    added = [p for n, p in causal_lm.named_parameters() if "lora_" in n]
+    assert report.trained == sum(p.numel() for p in added) > 0
+    assert report.total == before + report.trained
+    # one pair of matrices for each thing the report names, none elsewhere
+    assert len(added) == 2 * len(report.names)
+    assert not any(word in name for name in report.names for word in ("router", "lm_head", "embed"))
+    randomise(causal_lm)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_adapter_reloads_as_it_was(family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_folder(tmp_path / "base", family, **KINDS[family][0])
+    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32")
+    report = add_lora(causal_lm, rank=4, alpha=8)
+    randomise(causal_lm)
+    ids = torch.arange(3, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        without = plain(ids).logits
+        with causal_lm.generation() as model:
+            trained = model(input_ids=ids).logits
+            model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        assert (trained - without).norm() > 0.01 * without.norm()
+        again = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(input_ids=ids).logits
+        torch.testing.assert_close(again, trained)
+    source = resolve_model(str(tmp_path / "adapter"))
+    assert source.folder == base.resolve()
+    continued = load_causal_lm(source, dtype="float32")
+    assert add_lora(continued, rank=4, alpha=8) == report
+    with pytest.raises(ModelError, match="rank 4"):
+        add_lora(continued, rank=8, alpha=8)
+    with torch.no_grad(), continued.generation() as model:
+        torch.testing.assert_close(model(input_ids=ids).logits, trained)
+
+
+def document(number: int, prefix, length: int) -> Document:
+    ids = np.concatenate([prefix, np.random.default_rng(number).integers(3, 400, length)])
+    index = np.arange(len(ids) - 4, len(ids), dtype=np.int32)
+    segment = Segment(
+        ids.astype(np.int32), -1, 0, index, np.ones(4, np.float32), np.zeros(4, np.int32)
+    )
+    return Document((segment,), Origin("made", number))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss"])
+def test_gradients_of_packed_batches_equal_those_of_plain_transformers(
+    family: str, checkpointing: bool
+) -> None:
+    causal_lm = make(family)
+    add_lora(causal_lm, rank=4, alpha=8)
+    randomise(causal_lm)
+    prefix = np.arange(5, 25)
+    rows = [document(i, prefix, 6 + 3 * i) for i in range(4)]
+    with causal_lm.generation() as model:
+        for row in rows:
+            ids = torch.tensor(row.segments[0].ids).long()
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, -5:-1]
+            torch.nn.functional.cross_entropy(logits, ids[-4:], reduction="sum").backward()
+    expected = {n: p.grad for n, p in causal_lm.named_parameters() if p.requires_grad}
+    causal_lm.zero_grad(set_to_none=True)
+    causal_lm.train()
+    if checkpointing:
+        causal_lm.base.gradient_checkpointing_enable({"use_reentrant": False})
+    head = functools.partial(head_loss, objective=nll)
+    for plan in plan_step(rows, micro_tokens=10**6):
+        assert plan.tokens < sum(row.tokens for row in rows), "nothing is shared"
+        causal_lm(collate(plan), head).loss_sum.backward()
+    for name, parameter in causal_lm.named_parameters():
+        if parameter.requires_grad:
+            difference = (parameter.grad - expected[name]).norm()
+            assert difference <= 1e-5 * expected[name].norm() + 1e-12, name
+
+
+def test_additions_have_the_models_dtype() -> None:
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    add_lora(causal_lm)
+    assert {p.dtype for p in causal_lm.parameters()} == {torch.bfloat16}
+
+
+def test_tied_embeddings_stay_tied_and_frozen() -> None:
+    causal_lm = make("llama", tie_word_embeddings=True)
+    add_lora(causal_lm, targets=["q_proj"])
+    assert causal_lm.head.weight is causal_lm.base.get_input_embeddings().weight
+    assert not causal_lm.head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("targets", "kinds"),
+    [
+        (["q_proj", "v_proj"], {"q_proj": 4, "v_proj": 4}),
+        (["layers.1.mlp.up_proj"], {"up_proj": 1}),
+        (r".*\.layers\.[01]\.self_attn\.[qk]_proj", {"q_proj": 2, "k_proj": 2}),
+    ],
+)
+def test_chosen_targets(targets, kinds: dict) -> None:
+    assert add_lora(make("llama"), targets=targets).kinds == kinds
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "qproj"], "query.*", ["lm_head"], ["_proj"], []])
+def test_targets_that_match_nothing_name_the_candidates(targets) -> None:
+    with pytest.raises(ModelError, match="matches nothing") as caught:
+        add_lora(make("llama"), targets=targets)
+    assert "q_proj" in (caught.value.hint or "")
+
+
+def test_routers_are_no_targets() -> None:
+    causal_lm = make("mixtral")
+    assert not any("gate" in name.split(".") for name in candidates(causal_lm).names)
+    with pytest.raises(ModelError, match="matches nothing"):
+        add_lora(causal_lm, targets=["gate"])
+
+
+def test_broken_regular_expression_is_refused() -> None:
+    with pytest.raises(ModelError, match="regular expression"):
+        add_lora(make("llama"), targets="(q_proj")
+
+
+def test_dropout_before_experts_is_refused() -> None:
+    with pytest.raises(ModelError, match="dropout"):
+        add_lora(make("mixtral"), dropout=0.1)
+    assert add_lora(make("mixtral"), dropout=0.1, targets=["q_proj"]).kinds == {"q_proj": 4}
+
+
+def test_full_report_counts_everything() -> None:
+    report = full_report(make("llama"))
+    assert report.share == 1.0
+    assert report.trained == sum(p.numel() for p in tiny_model("llama").parameters())

@@ -1,0 +1,105 @@
+"""Sizes computed from the config are those of the real model; what can't fit is refused with what would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_folder
+
+from tunesmith.errors import ModelError
+from tunesmith.model import memory
+from tunesmith.model.adapters import add_lora
+from tunesmith.model.load import load_causal_lm
+from tunesmith.model.memory import (
+    ModelSize,
+    check_fits,
+    choose_micro_tokens,
+    estimate,
+    free_memory,
+    measure,
+)
+from tunesmith.model.source import resolve_model
+from tunesmith.optim.adamw import AdamW
+
+BIG = ModelSize(parameters=10**9, per_rank=10**6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss"])
+def test_counts_are_those_of_the_real_model(family: str, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_folder(tmp_path / "m", family)))
+    size = measure(source)
+    causal_lm = load_causal_lm(source, dtype="float32")
+    assert size.parameters == sum(p.numel() for p in causal_lm.parameters())
+    report = add_lora(causal_lm, rank=5)
+    needed = estimate(size, dtype=torch.float32, rank=5)
+    assert (needed.trained, needed.parameters) == (report.trained, report.total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_bytes_are_the_optimizers(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_folder(tmp_path / "m")))
+    causal_lm = load_causal_lm(source, dtype=dtype)
+    optimizer = AdamW(causal_lm.named_parameters())
+    held = 0
+    for slot in optimizer._slots.values():
+        for tensor in (slot.rest, slot.exp_avg, slot.exp_avg_sq):
+            held += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    needed = estimate(measure(source), dtype=dtype, rank=None)
+    assert held == needed.optimizer
+    assert needed.weights == sum(p.numel() * p.element_size() for p in causal_lm.parameters())
+
+
+def test_what_fits_passes() -> None:
+    needed = estimate(BIG, dtype=torch.bfloat16, rank=None)
+    assert needed.total == (2 + 4 + 8 + 2) * 10**9
+    assert check_fits(BIG, dtype=torch.bfloat16, rank=None, free=needed.total, name="m") == needed
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_fits(BIG, dtype=torch.float32, rank=None, free=5 * 10**9, name="m")
+    message, hint = str(caught.value), caught.value.hint or ""
+    assert "1,000M parameters" in message
+    assert "4.7 GiB" in message  # free
+    assert "14.9 GiB" in message  # needed
+    assert "adapter=lora" in hint
+    assert "model.dtype=bfloat16 needs" in hint
+    assert not hint.startswith("model.dtype"), "full training in bfloat16 doesn't fit either"
+
+
+def test_hint_is_honest_where_nothing_fits() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_fits(BIG, dtype=torch.bfloat16, rank=8, free=10**9, name="m")
+    assert "nothing fits" in (caught.value.hint or "")
+
+
+def test_free_memory_respects_control_groups(tmp_path: Path, monkeypatch) -> None:
+    assert 0 < free_memory("cpu") <= memory._available() * 2
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 50000\n")
+    assert memory._group_limit(tmp_path) == 350000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._group_limit(tmp_path) is None
+    assert memory._group_limit(tmp_path / "nowhere") is None
+    monkeypatch.setattr(memory, "_group_limit", lambda _: 1234)
+    assert free_memory("cpu") == 1234
+
+
+def test_micro_tokens_grow_with_room_and_recompute_only_where_they_must() -> None:
+    config = tiny_config("llama", hidden_size=1024, intermediate_size=4096)
+
+    def choose(room: int, longest: int = 1000, device: str = "cpu"):
+        return choose_micro_tokens(
+            config, dtype=torch.float32, device=device, room=room, longest=longest
+        )
+
+    large, small = choose(2**36), choose(2**29)
+    assert large.tokens == 4096
+    assert not large.checkpointing
+    assert small.checkpointing
+    assert small.tokens >= 512
+    assert choose(2**36, device="meta").tokens == 32768
+    assert choose(2**31, longest=100).tokens < 4096
