@@ -41,36 +41,46 @@ def evaluate(
     recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
     session = open_session(recipe)
     documents = read_documents(session)
-    result = measure(session, documents, max_new_tokens=max_new_tokens)
+    asked = documents if _asks(session) else read_documents(session, last=True)
+    result = measure(session, documents, asked, max_new_tokens=max_new_tokens)
     if as_json:
         print(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
         return
     _print_table(result)
 
 
-def read_documents(session: Session) -> list[Document]:
-    """The rows of the data, rendered as in training."""
+def _asks(session: Session) -> bool:
+    """True if targets are whole answers, so that a prompt ends where the last of them begins."""
+    return session.recipe.data.train_on in ("auto", "assistant", "last", "completion")
+
+
+def read_documents(session: Session, *, last: bool = False) -> list[Document]:
+    """The rows, rendered as in training; `last`: those with an answer, for that alone."""
     from tunesmith.data.prepare import prepare
 
     section = session.recipe.data
     prepared = prepare(
         sources_of(session.recipe),
         session.template,
-        train_on=section.train_on,
+        train_on="last" if last else section.train_on,
         max_length=context_of(session),
         too_long=section.too_long,
-        bad_rows=section.bad_rows,
+        bad_rows="drop" if last else section.bad_rows,
         faults_file=None,
     )
-    if not prepared.documents:
+    if not prepared.documents and not last:
         raise DataError("no row can be evaluated", where=", ".join(s.path for s in section.train))
     return list(prepared.documents)
 
 
 def measure(
-    session: Session, documents: Sequence[Document], *, max_new_tokens: int
+    session: Session,
+    documents: Sequence[Document],
+    asked: Sequence[Document],
+    *,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Means over all targets, and shares of the rows that have an answer to compare with."""
+    """Means over all targets of `documents`, and shares of those `asked` that have an answer."""
     from tunesmith.generate import generate, prompts_from_document
     from tunesmith.model.selftest import self_test
     from tunesmith.train.evaluate import evaluate as evaluate_loss
@@ -92,7 +102,7 @@ def measure(
         "perplexity": loss.perplexity,
         "token_accuracy": loss.accuracy,
     }
-    found = [prompts_from_document(document, session.template) for document in documents]
+    found = [prompts_from_document(document, session.template) for document in asked]
     prompts = [prompt for prompt in found if prompt is not None]
     if prompts:
         tell(f"answering {len(prompts)} prompts")

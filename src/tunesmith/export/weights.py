@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
 
 MAX_SHARD = "5GB"
 """Files above this size are split; readers on small machines map one at a time."""
@@ -23,7 +25,7 @@ def write_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None)
     and turns them back when it saves; tied weights are written once. `dtype` rounds floating-point
     weights; None keeps what was computed with.
     """
-    with _scratch(folder) as scratch:
+    with _scratch(folder) as scratch, _quietly(model):
         model.save_pretrained(scratch, max_shard_size=MAX_SHARD, state_dict=_state(model, dtype))
         for path in sorted(scratch.glob("*.safetensors*")):
             path.rename(folder / path.name)
@@ -57,6 +59,26 @@ def _state(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | N
             tensor = cast.setdefault(key, tensor.to(dtype))
         state[name] = tensor
     return state
+
+
+@contextlib.contextmanager
+def _quietly(model: Any) -> Iterator[None]:
+    """Save without progress bars, and without a look at the generation config.
+
+    transformers refuses or comments on one that it finds odd; it would not be used anyway.
+    """
+    own = getattr(model, "generation_config", None)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if own is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.generation_config = own
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

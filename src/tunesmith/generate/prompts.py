@@ -66,21 +66,22 @@ def _until_stop(ids: Any, template: Any) -> str:
 
 
 def prompts_from_document(document: Document, template: Any) -> Prompt | None:
-    """The prompt and reference of the last message that a rendered row trains, None for running
-    text.
+    """The prompt and reference of the last message that a rendered row trains.
 
     These are the very ids of training, so the question is the one the model has learned to answer.
+    None for running text, and for an answer that was cut off or apart: there is nothing to compare.
     """
     last = max((int(m) for s in document.segments for m in s.message), default=NO_MESSAGE)
     if last == NO_MESSAGE:
         return None
-    number = next(n for n, s in enumerate(document.segments) if last in s.message)
-    segment = document.segments[number]
+    holding = [segment for segment in document.segments if last in segment.message]
+    segment = holding[0]
     chosen = segment.index[segment.message == last]
     first, end = int(chosen[0]), int(chosen[-1]) + 1
     before = np.concatenate([_path(document, segment.parent), segment.ids[:first]])
     answer = segment.ids[first:end]
-    if len(before) == 0:
+    whole = len(holding) == 1 and int(answer[-1]) in template.stop_ids
+    if not whole or len(before) == 0:
         return None
     ids = tuple(int(i) for i in before)
     return Prompt(ids, template.decode(list(ids)), _until_stop(answer, template))
