@@ -142,3 +142,20 @@ def test_the_model_is_left_as_it_was(tmp_path: Path):
 def test_no_prompts_no_answers(tmp_path: Path):
     model, template = load(tmp_path / "base")
     assert generate(model, template, [], max_new_tokens=3) == []
+
+
+def test_a_character_of_several_tokens_is_shown_whole(tmp_path: Path):
+    from tunesmith.generate.stream import _Pieces
+
+    _, template = load(tmp_path / "base")
+    pieces: list[str] = []
+    streamer = _Pieces(template, pieces.append)
+    text = "Größe 🙂 ja"
+    ids = template.tokenizer(text)["input_ids"]
+    assert len(ids) > len(text) - 2
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in [*ids, min(template.stop_ids)]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from tunesmith.generate.batched import (
     Generation,
@@ -14,26 +16,44 @@ from tunesmith.generate.batched import (
     finish,
     new_tokens,
     plain_generation,
+    visible_text,
 )
 from tunesmith.generate.sampling import RowSampler
 from tunesmith.model.causal_lm import CausalLM
 
 
-class _Pieces(TextStreamer):
-    """Gives finished pieces of text to a function."""
+class _Pieces(BaseStreamer):
+    """Hands on the text that later tokens can't change any more.
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(
-            tokenizer,
-            skip_prompt=True,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+    All ids are decoded together each time: decoders that treat the first token of a text apart
+    would otherwise lose the space before every piece.
+    """
+
+    def __init__(self, template: Any, on_text: Callable[[str], None]) -> None:
+        self.template = template
         self.on_text = on_text
+        self.ids: list[int] | None = None
+        self.shown = ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
+    def put(self, value: Tensor) -> None:
+        """Take the prompt at the first call, then one token a call."""
+        if self.ids is None:
+            self.ids = []
+            return
+        new = [int(i) for i in value.reshape(-1)]
+        self.ids += [i for i in new if i not in self.template.stop_ids]
+        text = visible_text(self.ids, self.template)
+        # A character may take several tokens; until the last one it reads as U+FFFD.
+        self._show(text.rstrip("\ufffd"))
+
+    def end(self) -> None:
+        """Show what was held back."""
+        self._show(visible_text(self.ids or [], self.template))
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.shown):
+            self.on_text(text[len(self.shown) :])
+            self.shown = text
 
 
 def stream(
@@ -65,6 +85,6 @@ def stream(
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=processors,
-            streamer=_Pieces(template.tokenizer, on_text),
+            streamer=_Pieces(template, on_text),
         )
     return finish(output[0, len(prompt) :].tolist(), template)
