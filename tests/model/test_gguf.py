@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import CHATML, tiny_model, tiny_tokenizer
 
+from tiny import CHATML, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.model.gguf import FILES, convert_gguf, is_complete
 from tunesmith.model.load import load_causal_lm
@@ -19,10 +19,16 @@ from tunesmith.model.source import resolve_model
 gguf = pytest.importorskip("gguf")
 TEXT = "<|im_start|>user\nAdd 12 and 30: it's  42!\n\n<|im_end|> Ünï 2026"
 NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -181,11 +187,11 @@ def test_bos_is_put_first_where_the_file_says_so(model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(architecture="gemma3"), "gemma3"),
-        (dict(tokenizer="llama"), "only byte-level BPE"),
-        (dict(pre="qwen2"), "qwen2"),
-        (dict(scaling=gguf.RopeScalingType.YARN), "scaled RoPE"),
-        (dict(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), "rope_freqs"),
+        ({"architecture": "gemma3"}, "gemma3"),
+        ({"tokenizer": "llama"}, "only byte-level BPE"),
+        ({"pre": "qwen2"}, "qwen2"),
+        ({"scaling": gguf.RopeScalingType.YARN}, "scaled RoPE"),
+        ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "rope_freqs"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name(model, tmp_path: Path, changes, message) -> None:
@@ -220,8 +226,10 @@ def test_smollm2_answers() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True,
-    )["input_ids"]  # fmt: skip
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
     causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
     with torch.no_grad(), causal_lm.generation() as model:
         answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder, tiny_model
 
+from tiny import tiny_folder, tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.model.load import choose_dtype, load_causal_lm, unwrap, wrap_causal_lm
 from tunesmith.model.source import resolve_model
@@ -55,12 +55,12 @@ def test_bfloat16_leaves_rope_in_float32(folder: Path) -> None:
 
 
 def test_dtype_follows_capability(monkeypatch) -> None:
-    from tunesmith.model import load
+    from tunesmith.model import dtype
 
-    monkeypatch.setattr(load, "cpu_bfloat16", lambda: "AMX")
+    monkeypatch.setattr(dtype, "cpu_bfloat16", lambda: "AMX")
     assert choose_dtype("auto", "cpu").dtype == torch.bfloat16
     assert "AMX" in choose_dtype("auto", "cpu").reason
-    monkeypatch.setattr(load, "cpu_bfloat16", lambda: None)
+    monkeypatch.setattr(dtype, "cpu_bfloat16", lambda: None)
     assert choose_dtype("auto", "cpu").dtype == torch.float32
     assert choose_dtype("bfloat16", "cpu").dtype == torch.bfloat16
 
@@ -75,9 +75,9 @@ def test_dropout_is_turned_off_and_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("gpt2", dict(n_embd=64, n_layer=2, n_head=4)),
-        ("opt", dict(dropout=0.2)),
-        ("llama", dict(attention_dropout=0.3)),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+        ("opt", {"dropout": 0.2}),
+        ("llama", {"attention_dropout": 0.3}),
     ],
 )
 def test_dropout_of_a_model_in_memory_is_turned_off(family: str, options: dict) -> None:
@@ -189,12 +189,12 @@ def test_tied_head_is_not_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"}), r"modeling_own\.py"),
-        (dict(model_type="t5", architectures=["T5ForConditionalGeneration"]), "encoder-decoder"),
-        (dict(architectures=["LlamaForSequenceClassification"]), "no causal language model"),
-        (dict(model_type="made_up_family"), "made_up_family"),
-        (dict(model_type="vit", architectures=None), "no causal language model"),
-        (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}, r"modeling_own\.py"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
+        ({"model_type": "made_up_family"}, "made_up_family"),
+        ({"model_type": "vit", "architectures": None}, "no causal language model"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],
 )
 def test_other_kinds_of_models_are_refused(

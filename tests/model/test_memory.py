@@ -1,4 +1,6 @@
-"""Sizes computed from the config are those of the real model; what can't fit is refused with what would."""
+"""Sizes computed from the config are those of the real model; what can't fit is refused with what
+would.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_folder
 
+from tiny import tiny_config, tiny_folder
 from tunesmith.errors import ModelError
 from tunesmith.model import memory
 from tunesmith.model.adapters import add_lora

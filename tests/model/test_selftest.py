@@ -1,4 +1,6 @@
-"""The self-test finds the families that can't be packed, and raises no false alarm for those that can."""
+"""The self-test finds the families that can't be packed, and raises no false alarm for those that
+can.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +8,45 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny_model
 
+from tiny import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.selftest import self_test
 
-DEEPSEEK = dict(
-    n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32,
-    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
-    first_k_dense_replace=1, num_key_value_heads=4,
-)  # fmt: skip
-GPT2 = dict(n_embd=64, n_layer=4, n_head=4)
-DYNAMIC = dict(
-    rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-    max_position_embeddings=64,
-)
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "max_position_embeddings": 64,
+}
 PACKED = {
-    "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": {}, "gpt_oss": {}, "gemma3_text": dict(sliding_window=8),
-    "phimoe": dict(num_local_experts=4, sliding_window=8), "gpt2": GPT2, "cohere2": dict(sliding_window=8),
-    "granite": {}, "deepseek_v3": DEEPSEEK,
-}  # fmt: skip
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {},
+    "mixtral": {},
+    "gpt_oss": {},
+    "gemma3_text": {"sliding_window": 8},
+    "phimoe": {"num_local_experts": 4, "sliding_window": 8},
+    "gpt2": GPT2,
+    "cohere2": {"sliding_window": 8},
+    "granite": {},
+    "deepseek_v3": DEEPSEEK,
+}
 ISOLATED = {"stablelm": {}, "nemotron": {}, "bloom": {}, "mamba": {}, "minimax": {}}
 
 
@@ -85,7 +105,7 @@ def test_wrong_window_is_found(monkeypatch) -> None:
     from tunesmith.model import attention
 
     monkeypatch.setattr(attention, "_locality", lambda *_: None)
-    assert run("cohere2", dict(sliding_window=8))[1].isolated
+    assert run("cohere2", {"sliding_window": 8})[1].isolated
 
 
 def test_noise_in_training_is_said() -> None:

@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) through peft, with one rule of what they go on in every family.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) through peft, with one rule of what they go
+on in every family.
 
-The additions have the dtype of the model they go on, so that they cost no casts in each layer; the optimizer keeps
-float32 masters of them, so their updates are as accurate as float32 parameters' would be.
+The additions have the dtype of the model they go on, so that they cost no casts in each layer; the
+optimizer keeps float32 masters of them, so their updates are as accurate as float32 parameters'
+would be.
 """
 
 from __future__ import annotations
@@ -66,9 +68,10 @@ def add_lora(
 ) -> AdapterReport:
     """Freeze the model and put trainable low-rank additions on `targets`, scaled by alpha / rank.
 
-    `targets`: `all-linear` is every linear map and expert tensor of the decoder, never a router or the head; another
-    string is a regular expression that must match a whole name; a list holds endings of names. A model that came with
-    an adapter of the same rank and alpha goes on with that one.
+    `targets`: `all-linear` is every linear map and expert tensor of the decoder, never a router or
+    the head; another string is a regular expression that must match a whole name; a list holds
+    endings of names. A model that came with an adapter of the same rank and alpha goes on with that
+    one.
 
     Raises:
         ModelError: a target matches nothing, or the family can't take this adapter.
@@ -81,9 +84,10 @@ def add_lora(
     chosen = _choose(found, targets)
     if chosen.experts and dropout:
         raise ModelError(
-            f"dropout can't be put before expert tensors ({chosen.experts[0]})", where="adapter.dropout",
+            f"dropout can't be put before expert tensors ({chosen.experts[0]})",
+            where="adapter.dropout",
             hint="adapter.dropout=0, or adapter.targets without the experts",
-        )  # fmt: skip
+        )
     modules, parameters = _peft_names(causal_lm, chosen)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -241,9 +245,11 @@ def _go_on(causal_lm: CausalLM, *, rank: int, alpha: float) -> AdapterReport:
     config = causal_lm.model.peft_config[causal_lm.model.active_adapter]
     if (config.r, float(config.lora_alpha)) != (rank, float(alpha)):
         raise ModelError(
-            f"the model comes with an adapter of rank {config.r} and alpha {config.lora_alpha}, not {rank} and {alpha}",
-            where="adapter", hint=f"adapter.rank={config.r} adapter.alpha={config.lora_alpha}, or merge it first",
-        )  # fmt: skip
+            f"the model comes with an adapter of rank {config.r} and alpha {config.lora_alpha},"
+            f" not {rank} and {alpha}",
+            where="adapter",
+            hint=f"adapter.rank={config.r} adapter.alpha={config.lora_alpha}, or merge it first",
+        )
     return _report(causal_lm, _adapted(causal_lm))
 
 

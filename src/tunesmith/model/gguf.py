@@ -1,4 +1,6 @@
-"""A .gguf file of the llama architecture as a folder in Hugging Face format, readable by transformers 4.57 and 5."""
+"""A .gguf file of the llama architecture as a folder in Hugging Face format, readable by
+transformers 4.57 and 5.
+"""
 
 from __future__ import annotations
 

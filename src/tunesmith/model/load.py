@@ -1,12 +1,11 @@
-"""Load a causal language model so that its decoder takes layouts, and refuse what would not be the model asked for."""
+"""Load a causal language model so that its decoder takes layouts, and refuse what would not be the
+model asked for.
+"""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import ModelSource, read_json, resolve_model
 
@@ -26,7 +26,6 @@ __all__ = [
     "wrap_causal_lm",
 ]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NOISE = (
     "dropout",
     "pdrop",
@@ -47,63 +46,6 @@ _NOT_CAUSAL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DtypeChoice:
-    """The dtype of the forward and backward pass, and why it was taken."""
-
-    dtype: torch.dtype
-    reason: str
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeChoice:
-    """`auto` is bfloat16 where the device multiplies it in hardware, else float32."""
-    if isinstance(dtype, torch.dtype):
-        return DtypeChoice(dtype, "as asked")
-    if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ModelError(
-                f"unknown dtype {dtype!r}", where="model.dtype", hint="auto, bfloat16 or float32"
-            )
-        return DtypeChoice(_DTYPES[dtype], "as asked")
-    kind = torch.device(device).type
-    if kind == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return DtypeChoice(torch.bfloat16, "the GPU multiplies bfloat16 in hardware")
-        return DtypeChoice(torch.float32, "the GPU has no bfloat16 in hardware")
-    if kind == "cpu":
-        fast = cpu_bfloat16()
-        if fast:
-            return DtypeChoice(torch.bfloat16, f"the CPU multiplies bfloat16 in hardware ({fast})")
-        return DtypeChoice(torch.float32, "the CPU has no bfloat16 in hardware")
-    return DtypeChoice(torch.float32, f"bfloat16 is not known to be fast on {kind}")
-
-
-def cpu_bfloat16() -> str | None:
-    """Name of the instruction set with which this CPU multiplies bfloat16 matrices, None if it has none."""
-    read = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.11
-    capabilities: dict[str, Any] = read()
-    known = {
-        "amx_bf16": "AMX",
-        "amx_tile": "AMX",
-        "avx512_bf16": "AVX512-BF16",
-        "arm_bf16": "Arm BF16",
-        "bf16": "Arm BF16",
-    }
-    for key, label in known.items():
-        if capabilities.get(key):
-            return label
-    if platform.system() == "Linux":
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        flags = {
-            word
-            for line in text.splitlines()
-            if line.startswith(("flags", "Features"))
-            for word in line.split()
-        }
-        return next((label for key, label in known.items() if key in flags), None)
-    return None
-
-
 def load_causal_lm(
     source: ModelSource,
     *,
@@ -111,12 +53,13 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> CausalLM:
-    """The model of `source` on `device`, with its adapter trainable on top if it has one; randomness in it set to 0.
+    """The model of `source` on `device`, with its adapter trainable on top if it has one;
+    randomness in it set to 0.
 
     What was decided here is in the returned object's `notes`.
 
     Raises:
-        ModelError: not a causal language model, foreign code without leave, or weights that are missing.
+        ModelError: not a causal language model, foreign code without leave, or missing weights.
     """
     config = _checked_config(source, trust_remote_code)
     notes = _silence(config)
@@ -138,7 +81,9 @@ def load_causal_lm(
 
 
 def wrap_causal_lm(model: Any) -> CausalLM:
-    """A model the user has loaded, plain or wrapped by peft; its attention is exchanged, `unwrap` gives it back."""
+    """A model the user has loaded, plain or wrapped by peft; its attention is exchanged, `unwrap`
+    gives it back.
+    """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise ModelError(
@@ -185,13 +130,19 @@ def _checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     raw = read_json(source.folder / "config.json")
-    modules = sorted({str(value).split("--")[-1].split(".")[0] + ".py" for value in raw.get("auto_map", {}).values()
-                      if value})  # fmt: skip
+    modules = sorted(
+        {
+            str(value).split("--")[-1].split(".")[0] + ".py"
+            for value in raw.get("auto_map", {}).values()
+            if value
+        }
+    )
     if modules and not trust_remote_code:
         raise ModelError(
-            f"needs Python code of its own folder ({', '.join(modules)})", where=source.name,
+            f"needs Python code of its own folder ({', '.join(modules)})",
+            where=source.name,
             hint="read it, then set model.trust_remote_code=true",
-        )  # fmt: skip
+        )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -217,8 +168,11 @@ def _refuse_config(config: Any, where: str) -> None:
         if architecture.endswith(_NOT_CAUSAL):
             raise ModelError(f"{architecture} is no causal language model", where=where)
     if getattr(config, "quantization_config", None):
-        raise ModelError("is quantised; its weights can't be trained as they are", where=where,
-                         hint="give the unquantised model")  # fmt: skip
+        raise ModelError(
+            "is quantised; its weights can't be trained as they are",
+            where=where,
+            hint="give the unquantised model",
+        )
 
 
 def _silence(config: Any) -> list[str]:
@@ -237,7 +191,9 @@ def _silence(config: Any) -> list[str]:
 
 
 def _silence_modules(model: Any) -> list[str]:
-    """The same for modules already made from the config; dropout of an adapter stays, it was asked for."""
+    """The same for modules already made from the config; dropout of an adapter stays, it was asked
+    for.
+    """
     changed = 0
     for name, module in model.named_modules():
         if "lora_" in name:
@@ -264,9 +220,10 @@ def _from_pretrained(
     def load(implementation: str | None) -> Any:
         chosen = {} if implementation is None else {"attn_implementation": implementation}
         with _no_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, config=config, output_loading_info=True, **options, **chosen
             )
+        model, info = loaded
         _refuse_missing(model, info, source)
         return model
 
@@ -311,6 +268,8 @@ def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:
         names = missing + mismatched
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ModelError(
-            f"its files lack weights that {type(model).__name__} needs: {', '.join(names[:3])}{more}",
-            where=source.name, hint="they would start at random; is the download complete, the config the right one?",
-        )  # fmt: skip
+            f"its files lack weights that {type(model).__name__} needs: "
+            f"{', '.join(names[:3])}{more}",
+            where=source.name,
+            hint="they would start at random; is the download complete, the config the right one?",
+        )

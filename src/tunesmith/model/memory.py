@@ -1,4 +1,5 @@
-"""How much memory a training needs, computed from the config before any weight is read, and what the device has.
+"""How much memory a training needs, computed from the config before any weight is read, and what
+the device has.
 
 Bytes of a trained parameter: its weight, a float32 gradient, the two float32 moments of AdamW, and
 what completes a 16-bit weight to a float32 master (2 bytes for bfloat16). A frozen one: its weight.
@@ -52,7 +53,9 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Counts from the config alone. `per_rank`: parameters that one rank of an all-linear LoRA adds."""
+    """Counts from the config alone. `per_rank`: parameters that one rank of an all-linear LoRA
+    adds.
+    """
 
     parameters: int
     per_rank: int
@@ -93,13 +96,18 @@ def estimate(size: ModelSize, *, dtype: torch.dtype, rank: int | None) -> Memory
     trained = parameters if rank is None else added
     rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
     return MemoryEstimate(
-        parameters=parameters, trained=trained, weights=parameters * dtype.itemsize,
-        gradients=4 * trained, optimizer=(8 + rest) * trained,
-    )  # fmt: skip
+        parameters=parameters,
+        trained=trained,
+        weights=parameters * dtype.itemsize,
+        gradients=4 * trained,
+        optimizer=(8 + rest) * trained,
+    )
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that a new allocation may take; on a CPU what is available, less where a control group allows less."""
+    """Bytes that a new allocation may take; on a CPU what is available, less where a control group
+    allows less.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -118,7 +126,7 @@ def check_fits(
     """The estimate, if it leaves room.
 
     Raises:
-        ModelError: more is needed than is free; with the numbers, and the recipe lines that would fit.
+        ModelError: more is needed than is free; with the numbers, and what would fit.
     """
     needed = estimate(size, dtype=dtype, rank=rank)
     if needed.total <= free:
@@ -141,16 +149,18 @@ def check_fits(
     hint = "; ".join(fitting) or "nothing fits here: take a smaller model or a larger device"
     raise ModelError(
         f"training {size.parameters / 1e6:,.0f}M parameters needs {needed}, free are {_show(free)}",
-        where=name, hint=hint,
-    )  # fmt: skip
+        where=name,
+        hint=hint,
+    )
 
 
 def activation_bytes(config: Any, *, dtype: torch.dtype, checkpointing: bool = False) -> int:
     """Bytes of activations that the backward of one token keeps.
 
-    A layer keeps about 8 vectors of the hidden size (its input, two norms' inputs and outputs, query, key and value,
-    attention output, residuals) and 4 of each width of the feed-forward used by a token (gate, up, activation, product);
-    with checkpointing only its input. The largest temporary of one layer is counted once.
+    A layer keeps about 8 vectors of the hidden size (its input, two norms' inputs and outputs,
+    query, key and value, attention output, residuals) and 4 of each width of the feed-forward used
+    by a token (gate, up, activation, product); with checkpointing only its input. The largest
+    temporary of one layer is counted once.
     """
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
@@ -165,7 +175,9 @@ def activation_bytes(config: Any, *, dtype: torch.dtype, checkpointing: bool = F
 
 @dataclass(frozen=True, slots=True)
 class MicroChoice:
-    """Tokens that go through the device at a time, and whether activations are recomputed to make room for them."""
+    """Tokens that go through the device at a time, and whether activations are recomputed to make
+    room for them.
+    """
 
     tokens: int
     checkpointing: bool
@@ -175,10 +187,12 @@ class MicroChoice:
 def choose_micro_tokens(
     config: Any, *, dtype: torch.dtype, device: torch.device | str, room: int, longest: int
 ) -> MicroChoice:
-    """`device.micro_tokens: auto` from the bytes left for activations (`room`) and the longest path of the data.
+    """`device.micro_tokens: auto` from the bytes left for activations (`room`) and the longest path
+    of the data.
 
-    Half of the room is used. Checkpointing is taken only where the longest path would not fit without it. A CPU gains
-    nothing from more than a few thousand tokens at a time: its caches are small.
+    Half of the room is used. Checkpointing is taken only where the longest path would not fit
+    without it. A CPU gains nothing from more than a few thousand tokens at a time: its caches are
+    small.
     """
     kind = "cpu" if torch.device(device).type == "cpu" else "other"
     least, most = _MICRO_TOKENS[kind]
@@ -206,7 +220,9 @@ def _available() -> int:
 
 
 def _group_limit(root: Path) -> int | None:
-    """What the control group of this process still allows; None without a limit. Version 2's files, then version 1's."""
+    """What the control group of this process still allows; None without a limit. Version 2's files,
+    then version 1's.
+    """
     for limit_name, usage_name in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

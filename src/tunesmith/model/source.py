@@ -1,4 +1,6 @@
-"""From what the user calls a model to a folder with its files: a folder, a run, an adapter, a .gguf file, a hub id."""
+"""From what the user calls a model to a folder with its files: a folder, a run, an adapter, a .gguf
+file, a hub id.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _UNWANTED = ["original/*", "onnx/*", "consolidated*.safetensors", "*/*.safetenso
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's files on this machine. `adapter_folder` holds a peft adapter that goes on top of `folder`."""
+    """A model's files on this machine. `adapter_folder` holds a peft adapter that goes on top of
+    `folder`.
+    """
 
     name: str  # as the user wrote it
     folder: Path  # config, weights, tokenizer of the (base) model
@@ -99,9 +103,10 @@ def _from_adapter(name: str, folder: Path) -> ModelSource:
         found = resolve_model(base, revision=config.get("revision"))
     except ModelError as error:
         raise ModelError(
-            f"the adapter's base model: {error.message}", where=f"{name} -> {base}",
+            f"the adapter's base model: {error.message}",
+            where=f"{name} -> {base}",
             hint=error.hint or "set base_model_name_or_path in adapter_config.json",
-        ) from error  # fmt: skip
+        ) from error
     if found.adapter_folder is not None:
         raise ModelError(
             "is an adapter on top of another adapter",
@@ -114,7 +119,8 @@ def _from_adapter(name: str, folder: Path) -> ModelSource:
 def _from_file(name: str, path: Path) -> ModelSource:
     if path.suffix != ".gguf":
         raise ModelError(
-            "is a file; a model is a folder in Hugging Face format, a hub id, a run folder or a .gguf file",
+            "is a file; a model is a folder in Hugging Face format, a hub id, a run folder or a"
+            " .gguf file",
             where=name,
             hint=f"the folder it is in: {path.parent}"
             if (path.parent / "config.json").exists()
@@ -143,9 +149,10 @@ def _check_files(name: str, folder: Path) -> None:
         )
         if pickles:
             raise ModelError(
-                f"holds weights only as pickles ({pickles[0]}), which can run code when they are read", where=name,
-                hint="convert them once: AutoModelForCausalLM.from_pretrained(F).save_pretrained(G)",
-            )  # fmt: skip
+                f"holds weights only as pickles ({pickles[0]}), which can run code when read",
+                where=name,
+                hint="convert once: AutoModelForCausalLM.from_pretrained(F).save_pretrained(G)",
+            )
         raise ModelError("holds no *.safetensors weights", where=name)
 
 
@@ -173,8 +180,8 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
