@@ -1,0 +1,276 @@
+"""The tokenizer with its chat template and stop tokens; the only data module that knows transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from tunesmith.data.faults import Fault, RowError
+from tunesmith.errors import DataError, ModelError
+
+_UNBOUNDED = 10**9
+"""Tokenizers without a limit name a number far above this one."""
+
+_PROBE = "tunesmith"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What turns messages into text, text into ids, and says which ids end an answer.
+
+    `jinja` is the chat template's text where one was chosen or the tokenizer has exactly one; None
+    without a chat template. `kwargs` are given to every rendering.
+    """
+
+    tokenizer: Any
+    name: str
+    jinja: str | None
+    has_chat_template: bool
+    stop_ids: frozenset[int]
+    special_ids: frozenset[int]
+    special_texts: tuple[str, ...]  # longest first
+    bos_id: int | None
+    eos_id: int | None
+    context_length: int | None
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of the messages.
+
+        Raises:
+            RowError: there is no chat template, or it refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise RowError(_no_chat_template())
+        arguments = {**self.kwargs, **(kwargs or {})}
+        try:
+            # As a batch of one, since an empty conversation is read only there.
+            texts = self.tokenizer.apply_chat_template(
+                [list(messages)],
+                tools=list(tools) if tools else None,
+                chat_template=self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **arguments,
+            )
+        except Exception as error:
+            # A template is foreign code: whatever it raises means that it can't take this row.
+            raise RowError(_refusal(error)) from error
+        return str(texts[0])
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        """Ids of each text, in one call; special tokens are added only if asked, BOS never twice."""
+        if not texts:
+            return []
+        rows = self.tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        if add_special_tokens and self.bos_id is not None:
+            rows = [ids[1:] if ids[:2] == [self.bos_id] * 2 else ids for ids in rows]
+        return cast("list[list[int]]", rows)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens written out."""
+        return str(
+            self.tokenizer.decode(
+                [int(token) for token in ids],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def token_text(self, token: int) -> str:
+        """The text of one token."""
+        return self.decode([token])
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and the chat template in use to a folder."""
+        self.tokenizer.save_pretrained(folder)
+        if self.jinja is not None:
+            (folder / "chat_template.jinja").write_text(self.jinja, encoding="utf-8")
+
+
+def load_template(
+    model_folder: Path | str,
+    *,
+    template: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Template:
+    """The template of a model's folder; reads tokenizer, config and generation config, no weights.
+
+    `template`: None for the model's own, "none" for raw text, else the path of a Jinja file.
+
+    Raises:
+        ModelError: the folder has no tokenizer that can be read.
+        DataError: the Jinja file is missing or not a template.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model_folder)
+    load = cast("Any", AutoTokenizer.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
+    try:
+        tokenizer = load(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Tokenizer readers raise whatever their format's parser does.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"its tokenizer can't be read: {reason}",
+            where=str(folder),
+            hint="the folder must hold tokenizer.json and tokenizer_config.json",
+        ) from error
+    config = _read_json(folder / "config.json")
+    text_config = config.get("text_config")
+    inner: dict[str, Any] = cast("dict[str, Any]", text_config) if text_config else config
+    context = inner.get("max_position_embeddings") or config.get("max_position_embeddings")
+    generation = _read_json(folder / "generation_config.json")
+    return _make(
+        tokenizer,
+        template=template,
+        kwargs=kwargs,
+        stops=_id_list(generation.get("eos_token_id")) or _id_list(inner.get("eos_token_id")),
+        context=context if isinstance(context, int) else None,
+    )
+
+
+def wrap_tokenizer(
+    tokenizer: Any, *, template: str | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Template:
+    """The template of a tokenizer that is already loaded.
+
+    Raises:
+        DataError: the Jinja file is missing or not a template.
+    """
+    return _make(tokenizer, template=template, kwargs=kwargs, stops=[], context=None)
+
+
+def _make(
+    tokenizer: Any,
+    *,
+    template: str | None,
+    kwargs: Mapping[str, Any] | None,
+    stops: list[int],
+    context: int | None,
+) -> Template:
+    jinja, name, has_one = _choose(tokenizer, template)
+    added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
+    special = {token for token, entry in added.items() if entry.special}
+    special |= {int(token) for token in tokenizer.all_special_ids}
+    eos, limit = tokenizer.eos_token_id, tokenizer.model_max_length
+    if context is None and limit is not None and 0 < limit < _UNBOUNDED:
+        context = int(limit)
+    stop_ids = {*stops, *([] if eos is None else [int(eos)])}
+
+    def build(stop_ids: set[int]) -> Template:
+        texts = {str(text) for text in tokenizer.convert_ids_to_tokens(sorted(special | stop_ids))}
+        return Template(
+            tokenizer=tokenizer,
+            name=name,
+            jinja=jinja,
+            has_chat_template=has_one,
+            stop_ids=frozenset(stop_ids),
+            special_ids=frozenset(special),
+            special_texts=tuple(sorted(texts, key=lambda text: (-len(text), text))),
+            bos_id=tokenizer.bos_token_id,
+            eos_id=eos,
+            context_length=context,
+            kwargs=dict(kwargs or {}),
+        )
+
+    built = build(stop_ids)
+    turn_end = _turn_end(built, {*added, *special}) if has_one else None
+    return built if turn_end is None else build({*stop_ids, turn_end})
+
+
+def _choose(tokenizer: Any, template: str | None) -> tuple[str | None, str, bool]:
+    """The template's text where it is one text, its name, and whether there is one."""
+    if template == "none":
+        return None, "none", False
+    if template is None:
+        own = tokenizer.chat_template
+        return (own if isinstance(own, str) else None), "own" if own else "none", bool(own)
+    path = Path(template).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"the chat template can't be read: {reason}",
+            where=f"data.template={template}",
+            hint="give the path of a .jinja file, or none",
+        ) from error
+    _check_syntax(text, path)
+    return text, str(template), True
+
+
+def _check_syntax(text: str, path: Path) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils import chat_template_utils
+
+    compile_template: Any = chat_template_utils._compile_jinja_template  # pyright: ignore
+    try:
+        compile_template(text)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"not a Jinja template: {error.message}", where=f"{path}:{error.lineno}"
+        ) from error
+
+
+def _turn_end(template: Template, added: set[int]) -> int | None:
+    """The first added token that follows an assistant's content; None if the template has none."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = template.render(turns)
+    except RowError:
+        return None
+    _, found, rest = text.rpartition(_PROBE)
+    if not found:
+        return None
+    return next((token for token in template.encode([rest])[0] if token in added), None)
+
+
+def _refusal(error: Exception) -> Fault:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Fault(
+        "template-refused",
+        f"the chat template can't render this row: {reason}",
+        "change the row, or choose another template: data.template=FILE.jinja",
+    )
+
+
+def _no_chat_template() -> Fault:
+    return Fault(
+        "no-chat-template",
+        "the row is a chat, but there is no chat template",
+        "give data.template=FILE.jinja, or prompt and completion as strings with data.template=none",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't be read: {error}", where=str(path)) from error
+    return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+
+
+def _id_list(value: Any) -> list[int]:
+    if isinstance(value, int):
+        return [value]
+    return [int(item) for item in cast("list[Any]", value)] if isinstance(value, list) else []
