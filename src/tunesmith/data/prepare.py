@@ -58,8 +58,8 @@ def iter_prepared(
 ) -> Iterator[PreparedRow]:
     """Every row of the sources with what rendering made of it; bad rows are values, not errors.
 
-    `formats` is filled with the format of each source as it is found: that of its first row which has
-    one. Raises DataError where a source as a whole can't be read.
+    `formats` is filled with the format of each source once it is read: that of its first row
+    which has one. Raises DataError where a source as a whole can't be read.
     """
     found = formats if formats is not None else {}
     for source in sources:
@@ -111,9 +111,9 @@ def prepare(
     """The documents of all rows for which `keep` is true.
 
     All bad rows are found first. Under `bad_rows="error"` one DataError counts them by kind, shows
-    three of each and names `faults_file`, which lists them all; under "drop" they are in the ledger.
-    Over-long rows under `too_long="error"` are refused in the same way. Raises DataError as well
-    where no row is left to train on.
+    three of each and names `faults_file`, which lists them all; under "drop" they are in the
+    ledger. Over-long rows under `too_long="error"` are refused in the same way. Raises DataError
+    as well where no row is left to train on.
     """
     documents: list[Document] = []
     ledger = Ledger()
