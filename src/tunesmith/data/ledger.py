@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.holdout import HoldoutChoice
 from tunesmith.types import Origin
 
 HELD_OUT = "held out for evaluation"
@@ -69,6 +70,7 @@ class Ledger:
     def __init__(self) -> None:
         self.sources: dict[str, Totals] = {}
         self.reasons: dict[str, dict[str, Reason]] = {}
+        self.holdout: dict[str, Any] | None = None
 
     @property
     def totals(self) -> Totals:
@@ -106,6 +108,11 @@ class Ledger:
         self._count(origin, Totals(rows=1, rows_held_out=1))
         self.explain(origin, HELD_OUT)
 
+    def note_holdout(self, asked: str, choice: HoldoutChoice) -> None:
+        """What was asked to be held out, how many rows that is, and the hashes of them."""
+        contents = sorted(digest.hex() for digest in choice.digests)
+        self.holdout = {"asked": asked, "rows": choice.rows, "contents": contents}
+
     def explain(
         self, origin: Origin, reason: str, *, tokens: int = 0, detail: str | None = None
     ) -> None:
@@ -118,6 +125,7 @@ class Ledger:
 
     def merge(self, other: Ledger) -> None:
         """Add another ledger's rows to these."""
+        self.holdout = self.holdout or other.holdout
         for name, counts in other.sources.items():
             self.sources.setdefault(name, Totals()).add(counts)
         for name, reasons in other.reasons.items():
@@ -140,8 +148,9 @@ class Ledger:
                 raise LedgerError(f"ledger of {name}: {len(unlike)} rows with a reason is too few")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `totals`, `sources`, `reasons`."""
+        """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`."""
         return {
+            "holdout": self.holdout,
             "totals": asdict(self.totals),
             "sources": {name: asdict(counts) for name, counts in self.sources.items()},
             "reasons": {
@@ -154,6 +163,7 @@ class Ledger:
     def from_dict(cls, values: Mapping[str, Any]) -> Ledger:
         """The ledger that `to_dict` wrote."""
         ledger = cls()
+        ledger.holdout = values["holdout"]
         ledger.sources = {name: Totals(**counts) for name, counts in values["sources"].items()}
         ledger.reasons = {
             name: {reason: Reason(**entry) for reason, entry in reasons.items()}

@@ -138,9 +138,9 @@ def prepare(
     refused = [
         (origin, fault) for origin, fault in faults if fault.kind == TOO_LONG or bad_rows == "error"
     ]
-    if faults and faults_file is not None:
-        _write_faults(faults_file, faults)
     if refused:
+        if faults_file is not None:
+            _write_faults(faults_file, refused)
         raise _refusal(refused, total, faults_file)
     ledger.check()
     if not documents:
