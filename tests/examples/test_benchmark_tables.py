@@ -1,0 +1,84 @@
+"""The benchmark drivers' arithmetic, on runs made up here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gsm8k
+import trl_run
+import vs_trl
+
+
+def _run(speed: float, losses: list[float], targets: list[int]) -> dict[str, Any]:
+    return {
+        "tokens_per_second": speed,
+        "peak_rss": 2**30,
+        "losses": losses,
+        "step_targets": targets,
+    }
+
+
+def test_ratios_are_taken_within_a_round():
+    runs = {
+        "tunesmith": [_run(100, [2.0, 1.0], [5, 5]), _run(300, [2.0, 1.0], [5, 5])],
+        "default": [_run(50, [2.0, 1.25], [5, 5]), _run(100, [2.0, 1.25], [5, 5])],
+    }
+    peer = vs_trl.summarize(runs)["default"]
+    assert peer["tunesmith_faster"] == {"min": 2.0, "median": 2.5, "max": 3.0}
+    assert peer["largest_loss_gap"] == 0.25
+
+
+def test_losses_over_other_documents_are_not_compared():
+    runs = {
+        "tunesmith": [_run(100, [2.0, 1.0], [5, 5])],
+        "bf16 weights, packed 512": [_run(50, [2.0], [10])],
+    }
+    assert "largest_loss_gap" not in vs_trl.summarize(runs)["bf16 weights, packed 512"]
+
+
+def test_speed_leaves_out_the_warm_up_and_padding():
+    steps = [
+        {"ended": 10.0, "tokens": 70, "targets": 7, "loss": 3.0},
+        {"ended": 12.0, "tokens": 50, "targets": 5, "loss": 2.0},
+        {"ended": 15.0, "tokens": 100, "targets": 9, "loss": 1.0},
+        {"ended": 0.0, "tokens": 0, "targets": 0, "loss": 0.0},  # opened for a step that never came
+    ]
+    found = trl_run._summary(steps, warmup=1)
+    assert (found["tokens"], found["seconds"]) == (150, 5.0)
+    assert found["losses"] == [3.0, 2.0, 1.0]
+
+
+def test_rows_keep_their_order_and_too_few_are_refused(tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in "123"))
+    out = tmp_path / "rows.jsonl"
+    vs_trl.write_rows(data, 2, out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q2"]
+    assert rows[0]["completion"] == [{"role": "assistant", "content": "a"}]
+    with pytest.raises(SystemExit, match="3 rows, 4 are needed"):
+        vs_trl.write_rows(data, 4, out)
+
+
+def test_gsm8k_table_reads_the_metrics():
+    train = {"kind": "train", "loss": 1.0, "tokens": 90, "seconds": 3.0, "peak_memory": 2**30}
+    records = [
+        {"kind": "eval", "step": 0, "nll": 1.5, "target_tokens": 11},
+        {**train, "seconds": 100.0},
+        train,
+        {"kind": "event", "event": "checkpoint", "step": 2},
+        train,
+        {"kind": "eval", "step": 3, "nll": 0.75, "target_tokens": 11},
+    ]
+    summary = gsm8k.summarize(records, {"cpu": "C", "threads": 2})
+    assert summary["tokens_per_second"] == 30
+    text = gsm8k.table(summary)
+    assert "| 0 | 1.5000 |" in text
+    assert "| 3 | 0.7500 |" in text
