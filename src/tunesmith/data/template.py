@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,13 @@ class Template:
     eos_id: int | None
     context_length: int | None
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the chat template's text and arguments: rows rendered by another are other rows."""
+        text = (self.jinja or self.tokenizer.chat_template) if self.has_chat_template else None
+        key = json.dumps([text, dict(self.kwargs)], sort_keys=True, default=str)
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def render(
         self,
