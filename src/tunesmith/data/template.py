@@ -1,7 +1,8 @@
-"""The tokenizer with its chat template and stop tokens; the only data module that knows transformers."""
+"""The tokenizer, its chat template and stop tokens; the only data module with transformers."""
 
 from __future__ import annotations
 
+import hashlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,7 +78,7 @@ class Template:
         return str(texts[0])
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of each text, in one call; special tokens are added only if asked, BOS never twice."""
+        """Ids of each text, in one call; special tokens are added if asked, BOS never twice."""
         if not texts:
             return []
         rows = self.tokenizer(
@@ -104,6 +105,13 @@ class Template:
     def token_text(self, token: int) -> str:
         """The text of one token."""
         return self.decode([token])
+
+    @property
+    def sha256(self) -> str:
+        """Hash in hex of the chat template in use, all of them where there are several."""
+        own = self.tokenizer.chat_template if self.has_chat_template else None
+        text = self.jinja if self.jinja is not None else json.dumps(own, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the chat template in use to a folder."""
@@ -264,7 +272,7 @@ def _no_chat_template() -> Fault:
     return Fault(
         "no-chat-template",
         "the row is a chat, but there is no chat template",
-        "give data.template=FILE.jinja, or prompt and completion as strings with data.template=none",
+        "give data.template=FILE.jinja, or string prompt and completion with data.template=none",
     )
 
 

@@ -1,0 +1,121 @@
+"""Token paths with targets on them, merged into the tree of segments of one document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tunesmith.types import IntArray, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPath:
+    """Ids from a root on, of which [first, end) are targets of one message. `first` is at least 1."""
+
+    ids: IntArray
+    first: int
+    end: int
+    weight: float
+    message: int
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    ids: IntArray
+    start: int
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=lambda: {})
+    targets: list[tuple[int, int, float, int]] = field(default_factory=lambda: [])
+
+
+def merge_paths(paths: Sequence[TokenPath]) -> tuple[Segment, ...]:
+    """The segments of the prefix tree of the paths, parents first, without needless cuts.
+
+    No token may be a target of two paths.
+    """
+    root = _Node(np.empty(0, np.int32), 0, None)
+    for path in paths:
+        _insert(root, path.ids)
+    for path in paths:
+        _place(root, path)
+    return tuple(_segments(root))
+
+
+def _insert(root: _Node, ids: IntArray) -> None:
+    node, done = root, 0
+    while done < len(ids):
+        child = node.children.get(int(ids[done]))
+        if child is None:
+            if node.children or node is root:
+                node.children[int(ids[done])] = _Node(ids[done:], done, node)
+            else:
+                node.ids = np.concatenate([node.ids, ids[done:]])
+            return
+        same = common_length(child.ids, ids[done:])
+        done += same
+        if same < len(child.ids) and done < len(ids):
+            _split(child, same)
+        node = child
+
+
+def _split(node: _Node, length: int) -> None:
+    """Keep the first `length` ids in `node` and move the rest into its only child."""
+    rest = _Node(node.ids[length:], node.start + length, node, node.children)
+    for child in rest.children.values():
+        child.parent = rest
+    node.ids = node.ids[:length]
+    node.children = {int(rest.ids[0]): rest}
+
+
+def _place(root: _Node, path: TokenPath) -> None:
+    """Give each node along the path the part of the targets that stands in it."""
+    node, done = root, 0
+    while done < path.end:
+        node = node.children[int(path.ids[done])]
+        first = max(path.first - node.start, 0)
+        end = min(path.end - node.start, len(node.ids))
+        if first < end:
+            node.targets.append((first, end, path.weight, path.message))
+        done += len(node.ids)
+
+
+def _segments(root: _Node) -> Iterator[Segment]:
+    numbers: dict[int, int] = {id(root): -1}
+    waiting = list(reversed(root.children.values()))
+    while waiting:
+        node = waiting.pop()
+        assert node.parent is not None
+        parent = numbers[id(node.parent)]
+        numbers[id(node)] = len(numbers) - 1
+        yield make_segment(node.ids, node.targets, parent=parent, start=node.start)
+        waiting.extend(reversed(node.children.values()))
+
+
+def make_segment(
+    ids: IntArray,
+    targets: Sequence[tuple[int, int, float, int]],
+    *,
+    parent: int = -1,
+    start: int = 0,
+) -> Segment:
+    """A segment with targets given as (first, end, weight, message), in any order, apart."""
+    ordered = sorted(targets)
+    counts = [end - first for first, end, _, _ in ordered]
+    ranges = [np.arange(first, end, dtype=np.int32) for first, end, _, _ in ordered]
+    return Segment(
+        ids=np.asarray(ids, np.int32),
+        parent=parent,
+        start=start,
+        index=np.concatenate(ranges) if ranges else np.empty(0, np.int32),
+        weight=np.repeat(np.array([t[2] for t in ordered], np.float32), counts),
+        message=np.repeat(np.array([t[3] for t in ordered], np.int32), counts),
+    )
+
+
+def common_length(a: IntArray, b: IntArray) -> int:
+    """How many ids the two share from their start."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length

@@ -1,0 +1,266 @@
+"""Examples become documents: exactly the ids that inference sees, and what must be predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.data.contents import check_contents, check_special_tokens, refuse_special_tokens
+from tunesmith.data.conversation import Chat, Completion, Example, Text
+from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.paths import TokenPath, make_segment, merge_paths
+from tunesmith.data.template import Template
+from tunesmith.data.turns import Turn, read_turns, render_all
+from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
+
+TOO_LONG = "too-long"
+NO_TARGETS = "no-targets"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What became of a row.
+
+    `tokens` counts all of the row, kept or not; `unused` those after the last thing to learn, which
+    never were in the document. What is left over was cut off, for `reason`.
+    """
+
+    document: Document | None
+    status: str  # trained | truncated | dropped
+    reason: str | None
+    tokens: int
+    unused: int = 0
+
+
+def render_example(
+    example: Example,
+    template: Template,
+    *,
+    train_on: str | list[str] = "auto",
+    max_length: int | None = None,
+    too_long: str = "error",
+    origin: Origin,
+) -> Rendered:
+    """The document of one example.
+
+    `max_length` bounds the longest path. Over it, `too_long` decides: `error` refuses the row and
+    `drop` leaves it out. `truncate` cuts a text; of a chat or completion it leaves out every answer
+    that does not fit with its stop token. `split` cuts a text, or a raw completion, into pieces that
+    each start afresh; a chat, whose answers need their prompts, is treated as under `truncate`.
+
+    Raises:
+        RowError: the example can't be learned faithfully.
+    """
+    if isinstance(example, Chat):
+        if train_on == "all":
+            ids = _conversation_ids(example, template)
+            return _stream(ids, 1, (max_length, too_long), origin)
+        return _chat(example, template, train_on, (max_length, too_long), origin)
+    if isinstance(example, Completion):
+        ids, first = _completion_ids(example, template, everything=train_on == "all")
+        return _stream(ids, first, (max_length, too_long), origin, whole=train_on != "all")
+    return _stream(_text_ids(example, template), 1, (max_length, too_long), origin)
+
+
+_Limit = tuple["int | None", str]
+
+
+def _chat(
+    chat: Chat, template: Template, train_on: str | list[str], limit: _Limit, origin: Origin
+) -> Rendered:
+    turns = read_turns(chat, template, train_on=train_on)
+    if not turns:
+        ids = template.encode([render_all(chat, template)])[0]
+        return Rendered(None, "dropped", NO_TARGETS, len(ids), 0)
+    last = turns[-1].message + 1
+    texts = [text for turn in turns for text in (turn.prompt, turn.target)]
+    tail = last < len(chat.messages)
+    if tail:
+        texts += [render_all(chat, template), render_all(chat, template, last)]
+    ids = template.encode(texts)
+    unused = max(0, len(ids[-2]) - len(ids[-1])) if tail else 0
+    paths = [
+        path
+        for number, turn in enumerate(turns)
+        if (path := _path(turn, ids[2 * number], ids[2 * number + 1], template)) is not None
+    ]
+    return _fit_paths(paths, limit, origin, unused)
+
+
+def _path(turn: Turn, prompt: list[int], target: list[int], template: Template) -> TokenPath | None:
+    """The turn's ids, cut after its stop token."""
+    stop = next((at for at, token in enumerate(target) if token in template.stop_ids), None)
+    if stop is not None:
+        _check_tail(turn, target[stop + 1 :], template)
+        target = target[: stop + 1]
+    elif turn.answer:
+        raise _no_stop(turn, target, template)
+    ids = np.array(prompt + target, np.int32)
+    first = max(len(prompt), 1)  # nothing can predict the first token of all
+    return TokenPath(ids, first, len(ids), turn.weight, turn.message) if first < len(ids) else None
+
+
+def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
+    words = [token for token in tail if token not in template.special_ids]
+    left = template.decode(words).strip()
+    if left:
+        raise RowError(
+            Fault(
+                "text-after-stop",
+                f"message {turn.message} goes on after its stop token, with {left[:60]!r}",
+                "at inference the model would stop there; use another template",
+            )
+        )
+
+
+def _no_stop(turn: Turn, target: list[int], template: Template) -> RowError:
+    stops = ", ".join(template.token_text(token) for token in sorted(template.stop_ids))
+    end = template.decode(target[-8:])
+    return RowError(
+        Fault(
+            "no-stop-token",
+            f"message {turn.message} ends with {end!r} and holds no stop token ({stops or 'none'}), "
+            "so the model would never learn to stop",
+            "the template must close an answer with a token that the tokenizer or "
+            "generation_config.json names as eos",
+        )
+    )
+
+
+def _fit_paths(paths: Sequence[TokenPath], limit: _Limit, origin: Origin, unused: int) -> Rendered:
+    segments = merge_paths(paths)
+    tokens = sum(len(segment.ids) for segment in segments) + unused
+    max_length, too_long = limit
+    longest = max(len(path.ids) for path in paths)
+    if max_length is None or longest <= max_length:
+        return Rendered(Document(segments, origin), "trained", None, tokens, unused)
+    if too_long == "error":
+        raise _over(longest, max_length)
+    kept = [path for path in paths if len(path.ids) <= max_length]
+    if too_long == "drop" or not kept:
+        return Rendered(None, "dropped", TOO_LONG, tokens, 0)
+    return Rendered(Document(merge_paths(kept), origin), "truncated", TOO_LONG, tokens, unused)
+
+
+def _stream(
+    ids: list[int], first: int, limit: _Limit, origin: Origin, *, whole: bool = False
+) -> Rendered:
+    """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end."""
+    max_length, too_long = limit
+    array = np.array(ids, np.int32)
+    if len(array) <= first:
+        return Rendered(None, "dropped", NO_TARGETS, len(array), 0)
+    if max_length is None or len(array) <= max_length:
+        pieces = [(0, len(array))]
+    elif too_long == "error":
+        raise _over(len(array), max_length)
+    elif too_long == "split":
+        pieces = _cuts(len(array), max_length)
+    elif too_long == "truncate" and not whole:
+        pieces = [(0, max_length)]
+    else:
+        return Rendered(None, "dropped", TOO_LONG, len(array), 0)
+    segments = [_piece(array, first, start, end) for start, end in pieces]
+    kept = tuple(segment for segment in segments if len(segment.index))
+    cut = sum(len(segment.ids) for segment in kept) < len(array)
+    return Rendered(
+        Document(kept, origin),
+        "truncated" if cut else "trained",
+        TOO_LONG if cut else None,
+        len(array),
+        0,
+    )
+
+
+def _piece(ids: IntArray, first: int, start: int, end: int) -> Segment:
+    begin = max(first - start, 1)
+    message = [(begin, end - start, 1.0, NO_MESSAGE)] if begin < end - start else []
+    return make_segment(ids[start:end], message)
+
+
+def _cuts(length: int, size: int) -> list[tuple[int, int]]:
+    """Pieces of at most `size` tokens; the last never of one token alone, if `size` allows it."""
+    starts = list(range(0, length, size))
+    if length - starts[-1] == 1 and size > 2:
+        starts[-1] -= 1
+    return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def _conversation_ids(chat: Chat, template: Template) -> list[int]:
+    """The whole conversation as it is rendered, without what follows its last stop token."""
+    wishes = [n for n, m in enumerate(chat.messages) if m.train is not None or m.weight is not None]
+    if wishes:
+        raise RowError(
+            Fault(
+                "conflicting-wishes",
+                f"message {wishes[0]} has its own train or weight, but train_on is all",
+                "give data.train_on=assistant, or take these fields out",
+            )
+        )
+    check_special_tokens(chat, template)
+    text = render_all(chat, template)
+    check_contents(text, chat, len(chat.messages) - 1)
+    ids = template.encode([text])[0]
+    stops = [at for at, token in enumerate(ids) if token in template.stop_ids]
+    if stops and not template.decode(ids[stops[-1] + 1 :]).strip():
+        return ids[: stops[-1] + 1]
+    return ids
+
+
+def _text_ids(example: Text, template: Template) -> list[int]:
+    _check_raw(example.text, template, "the text", bos=True, eos=True)
+    ids = template.encode([example.text], add_special_tokens=True)[0]
+    return _closed(ids, template)
+
+
+def _completion_ids(
+    example: Completion, template: Template, *, everything: bool
+) -> tuple[list[int], int]:
+    """Prompt and completion as inference puts them together, and where the targets begin."""
+    _check_raw(example.prompt, template, "the prompt", bos=True)
+    _check_raw(example.completion, template, "the completion", eos=True)
+    prompt = template.encode([example.prompt], add_special_tokens=True)[0] if example.prompt else []
+    if not example.prompt and template.bos_id is not None:
+        # An empty prompt is still opened by whatever the tokenizer puts before a text.
+        opened = template.encode([""], add_special_tokens=True)[0]
+        prompt = opened[:1] if opened[:1] == [template.bos_id] else []
+    while len(prompt) > 1 and prompt[-1] in template.stop_ids:
+        prompt = prompt[:-1]
+    completion = _closed(template.encode([example.completion])[0], template)
+    return prompt + completion, 1 if everything else max(len(prompt), 1)
+
+
+def _closed(ids: list[int], template: Template) -> list[int]:
+    """The ids with the end token, which must be a stop token, once."""
+    if template.eos_id is None:
+        raise RowError(
+            Fault(
+                "no-stop-token",
+                "the tokenizer has no eos token, so the model would never learn to stop",
+                "set eos_token in the model's tokenizer_config.json",
+            )
+        )
+    return ids if ids and ids[-1] in template.stop_ids else [*ids, template.eos_id]
+
+
+def _check_raw(
+    text: str, template: Template, place: str, *, bos: bool = False, eos: bool = False
+) -> None:
+    """Refuse control tokens in raw text, but for an opening BOS and a closing EOS."""
+    if bos and template.bos_id is not None:
+        text = text.removeprefix(template.token_text(template.bos_id))
+    if eos and template.eos_id is not None:
+        text = text.removesuffix(template.token_text(template.eos_id))
+    refuse_special_tokens(text, template, place)
+
+
+def _over(length: int, max_length: int) -> RowError:
+    return RowError(
+        Fault(
+            TOO_LONG,
+            f"its longest path is {length:,} tokens; data.max_length allows {max_length:,}",
+            "data.too_long=drop, truncate or split, or a larger data.max_length",
+        )
+    )
