@@ -12,14 +12,13 @@ from typing import Any
 from tunesmith.data.conversation import FORMATS, detect_format, to_example
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.render import Rendered, render_example
+from tunesmith.data.render import TOO_LONG, Rendered, render_example
 from tunesmith.data.sources import Row, Source, content_hash, read_rows
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 
-TOO_LONG = "too-long"
-"""Kind of the fault of a row over `max_length`; its policy is `too_long`, not `bad_rows`."""
+UNUSED = "after the last answer"
 _SHOWN = 3
 
 Keep = Callable[[Mapping[str, Any]], bool]
@@ -191,9 +190,9 @@ def _record(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> 
         )
         cut = result.tokens - document.tokens - result.unused
         if cut:
-            ledger.explain(origin, result.reason or "over max_length", tokens=cut)
+            ledger.explain(origin, result.reason or TOO_LONG, tokens=cut)
         if result.unused:
-            ledger.explain(origin, "nothing to learn after it", tokens=result.unused)
+            ledger.explain(origin, UNUSED, tokens=result.unused)
 
 
 def _write_faults(path: Path, faults: Sequence[tuple[Origin, Fault]]) -> None:

@@ -48,9 +48,8 @@ class Source:
         if (self.path is None) == (self.rows is None):
             raise ValueError("a source has either a path or rows")
         if isinstance(self.rows, Mapping):
-            keys = list(cast("Mapping[Any, Any]", self.rows))
             raise DataError(
-                f"the rows are one mapping with the keys {_names(keys)}",
+                f"the rows are one mapping with the keys {_names(list[Any](self.rows))}",
                 where=self.name,
                 hint="give an iterable of dicts, such as one split: data['train']",
             )
@@ -263,16 +262,18 @@ def _without_mark(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _parquet_rows(source: Source) -> Iterator[_Raw]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+    from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
+
+    arrow, parquet_files = cast("Any", pyarrow), cast("Any", parquet)
 
     with _opened(source) as file:
         try:
-            table = pq.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS):  # pyright: ignore
-                for values in cast("list[dict[str, Any]]", batch.to_pylist()):
+            table = parquet_files.ParquetFile(file)
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+                for values in batch.to_pylist():
                     yield values, None
-        except (pa.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]
             raise DataError(f"not readable as Parquet: {message}", where=source.name) from error
 
