@@ -1,4 +1,4 @@
-"""Whether a rendered text says what the messages say: nothing dropped, no control token smuggled in."""
+"""Whether a rendered text says what the messages say: nothing dropped, no control token."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def check_contents(text: str, chat: Chat, last: int, *, target: str | None = Non
     Reasoning of earlier turns may be missing, since templates leave it out on purpose; that of
     message `last` must stand in `target`, as must its content.
     """
+    for name in _tool_names(chat.tools):
+        if not _holds(text, name):
+            raise _dropped("the tools", name)
     wanted: Counter[str] = Counter()
     for number, message in enumerate(chat.messages[: last + 1]):
         supervised = target is not None and number == last
@@ -56,9 +59,6 @@ def check_contents(text: str, chat: Chat, last: int, *, target: str | None = Non
         for piece in _call_pieces(message):
             if not _holds(place, piece):
                 raise _dropped(f"a tool call of message {number} ({message.role})", piece)
-    for name in _tool_names(chat.tools):
-        if not _holds(text, name):
-            raise _dropped("the tools", name)
 
 
 def _check_reasoning(text: str, message: Message, number: int) -> None:

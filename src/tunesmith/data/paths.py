@@ -12,7 +12,7 @@ from tunesmith.types import IntArray, Segment
 
 @dataclass(frozen=True, slots=True)
 class TokenPath:
-    """Ids from a root on, of which [first, end) are targets of one message. `first` is at least 1."""
+    """Ids from a root on, of which [first, end), first >= 1, are targets of one message."""
 
     ids: IntArray
     first: int
@@ -26,8 +26,10 @@ class _Node:
     ids: IntArray
     start: int
     parent: _Node | None
-    children: dict[int, _Node] = field(default_factory=lambda: {})
-    targets: list[tuple[int, int, float, int]] = field(default_factory=lambda: [])
+    children: dict[int, _Node] = field(default_factory=lambda: dict[int, _Node]())
+    targets: list[tuple[int, int, float, int]] = field(
+        default_factory=list[tuple[int, int, float, int]]
+    )
 
 
 def merge_paths(paths: Sequence[TokenPath]) -> tuple[Segment, ...]:

@@ -47,8 +47,8 @@ def render_example(
 
     `max_length` bounds the longest path. Over it, `too_long` decides: `error` refuses the row and
     `drop` leaves it out. `truncate` cuts a text; of a chat or completion it leaves out every answer
-    that does not fit with its stop token. `split` cuts a text, or a raw completion, into pieces that
-    each start afresh; a chat, whose answers need their prompts, is treated as under `truncate`.
+    that does not fit with its stop token. `split` cuts a text or a raw completion into pieces, each
+    with a root of its own; a chat, whose answers need their prompts, goes as under `truncate`.
 
     Raises:
         RowError: the example can't be learned faithfully.
@@ -121,7 +121,7 @@ def _no_stop(turn: Turn, target: list[int], template: Template) -> RowError:
     return RowError(
         Fault(
             "no-stop-token",
-            f"message {turn.message} ends with {end!r} and holds no stop token ({stops or 'none'}), "
+            f"message {turn.message} ends with {end!r} without a stop token ({stops or 'none'}), "
             "so the model would never learn to stop",
             "the template must close an answer with a token that the tokenizer or "
             "generation_config.json names as eos",

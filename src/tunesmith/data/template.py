@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ class Template:
 
     @property
     def sha256(self) -> str:
-        """Hash of the chat template's text and arguments: rows rendered by another are other rows."""
+        """Hash in hex of the chat template's text and arguments, which all ids depend on."""
         text = (self.jinja or self.tokenizer.chat_template) if self.has_chat_template else None
         key = json.dumps([text, dict(self.kwargs)], sort_keys=True, default=str)
         return hashlib.sha256(key.encode()).hexdigest()
@@ -105,13 +104,6 @@ class Template:
     def token_text(self, token: int) -> str:
         """The text of one token."""
         return self.decode([token])
-
-    @property
-    def sha256(self) -> str:
-        """Hash in hex of the chat template in use, all of them where there are several."""
-        own = self.tokenizer.chat_template if self.has_chat_template else None
-        text = self.jinja if self.jinja is not None else json.dumps(own, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the chat template in use to a folder."""
