@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from tunesmith.data.template import load_template
 
 from tiny import FAMILIES, tiny_folder
+from tunesmith.data.template import load_template
 from tunesmith.errors import DataError
 from tunesmith.generate import generate, stream
 from tunesmith.generate.sampling import RowSampler
@@ -46,11 +47,11 @@ def test_greedy_rows_do_not_depend_on_their_batch(family: str, tmp_path: Path):
     assert in_pairs == together
 
 
-def test_ends_at_every_stop_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ends_at_every_stop_id(tmp_path: Path):
     model, template = load(tmp_path / "base")
     free = generate(model, template, PROMPTS, max_new_tokens=12)
     stop = free[1].ids[4]
-    monkeypatch.setattr(template, "stop_ids", frozenset({stop, *template.stop_ids}))
+    template = dataclasses.replace(template, stop_ids=frozenset({stop, *template.stop_ids}))
     answers = generate(model, template, PROMPTS, max_new_tokens=12)
     for answer, before in zip(answers, free, strict=True):
         cut = before.ids.index(stop) + 1 if stop in before.ids else 12

@@ -15,7 +15,6 @@ from tunesmith.cli.session import (
     ModelArgument,
     Overrides,
     Session,
-    context_of,
     open_session,
     read_settings,
     sources_of,
@@ -57,19 +56,23 @@ def _asks(session: Session) -> bool:
 def read_documents(session: Session, *, last: bool = False) -> list[Document]:
     """The rows, rendered as in training; `last`: those with an answer, for that alone."""
     from tunesmith.data.prepare import prepare
+    from tunesmith.train.build import resolve_max_length
 
     section = session.recipe.data
-    prepared = prepare(
-        sources_of(session.recipe),
-        session.template,
-        train_on="last" if last else section.train_on,
-        max_length=context_of(session),
-        too_long=section.too_long,
-        bad_rows="drop" if last else section.bad_rows,
-        faults_file=None,
-    )
-    if not prepared.documents and not last:
-        raise DataError("no row can be evaluated", where=", ".join(s.path for s in section.train))
+    try:
+        prepared = prepare(
+            sources_of(session.recipe),
+            session.template,
+            train_on="last" if last else section.train_on,
+            max_length=resolve_max_length(session.recipe, session.template),
+            too_long=section.too_long,
+            bad_rows="drop" if last else section.bad_rows,
+            faults_file=None,
+        )
+    except DataError:
+        if last:  # not one row has an answer
+            return []
+        raise
     return list(prepared.documents)
 
 

@@ -115,6 +115,7 @@ def open_session(recipe: Recipe) -> Session:
     from tunesmith.data.template import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
+    from tunesmith.train.build import choose_device
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
     choice = read_choice(source.adapter_folder or source.folder)
@@ -131,7 +132,7 @@ def open_session(recipe: Recipe) -> Session:
     model = load_causal_lm(
         source,
         dtype=recipe.model.dtype,
-        device=_device(recipe),
+        device=choose_device(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model.eval()
@@ -140,38 +141,11 @@ def open_session(recipe: Recipe) -> Session:
     return Session(recipe, model, template, raw=not template.has_chat_template)
 
 
-def _device(recipe: Recipe) -> str:
-    import torch
-
-    if recipe.device.kind != "auto":
-        return recipe.device.kind
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def sources_of(recipe: Recipe) -> list[Source]:
     """The files of the settings as the data layer reads them."""
-    from tunesmith.data.sources import Source
+    from tunesmith.train.sources import make_sources
 
-    return [
-        Source(
-            name=section.path,
-            path=Path(section.path).expanduser(),
-            format=section.format,
-            columns=section.columns or recipe.data.columns,
-            limit=section.limit,
-        )
-        for section in recipe.data.train
-    ]
-
-
-def context_of(session: Session) -> int:
-    """The longest path in tokens that the settings allow."""
-    asked = session.recipe.data.max_length
-    if asked != "auto":
-        return asked
-    config = session.model.config.get_text_config()
-    known = session.template.context_length
-    return int(known or getattr(config, "max_position_embeddings", None) or 2048)
+    return make_sources(recipe.data.train, recipe.data)
 
 
 def tell(text: str) -> None:

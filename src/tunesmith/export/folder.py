@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
+from tunesmith.data.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
@@ -33,7 +34,7 @@ MODEL_FILES = (
 
 def write_model(
     model: CausalLM,
-    template: Any,
+    template: Template,
     source: ModelSource | None,
     out: Path,
     *,
@@ -76,7 +77,7 @@ def write_model(
 def _fill(
     folder: Path,
     model: CausalLM,
-    template: Any,
+    template: Template,
     source: ModelSource | None,
     *,
     stop_ids: list[int],
@@ -130,7 +131,7 @@ def _is_adapter(model: CausalLM) -> bool:
     return hasattr(model.model, "peft_config")
 
 
-def _save_in_memory(folder: Path, model: CausalLM, template: Any) -> None:
+def _save_in_memory(folder: Path, model: CausalLM, template: Template) -> None:
     """Files of a model that has no folder, as the installed transformers writes them."""
     config = model.config.to_dict()
     config["use_cache"] = True
@@ -142,9 +143,9 @@ def _save_in_memory(folder: Path, model: CausalLM, template: Any) -> None:
     template.save(folder)
 
 
-def _update_template(folder: Path, template: Any) -> None:
+def _update_template(folder: Path, template: Template) -> None:
     """Put the template where every reader looks: its own file and tokenizer_config.json."""
-    text = template.tokenizer.chat_template
+    text = template.tokenizer.chat_template if template.jinja is None else template.jinja
     if isinstance(text, Mapping):
         text = text.get("default")
     path = folder / "tokenizer_config.json"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 from tunesmith.generate.sampling import RowSampler
 from tunesmith.model.causal_lm import CausalLM
@@ -47,7 +48,7 @@ class Options:
 
 def generate(
     model: CausalLM,
-    template: Any,
+    template: Template,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -73,7 +74,7 @@ def generate(
 
 def answers(
     model: CausalLM,
-    template: Any,
+    template: Template,
     prompts: Sequence[Sequence[int]],
     options: Options,
     *,
@@ -89,7 +90,7 @@ def answers(
             yield row, finish(new, template)
 
 
-def new_tokens(ids: Sequence[int], template: Any, options: Options, row: int = 0) -> int:
+def new_tokens(ids: Sequence[int], template: Template, options: Options, row: int = 0) -> int:
     """How many tokens may follow this prompt."""
     if len(ids) == 0:
         raise DataError("the prompt has no tokens", where=f"prompt {row}")
@@ -133,7 +134,7 @@ def _sampler(rows: Sequence[int], options: Options) -> RowSampler | None:
 
 def _run(
     model: CausalLM,
-    template: Any,
+    template: Template,
     prompts: Sequence[Sequence[int]],
     *,
     limit: int,
@@ -157,7 +158,7 @@ def _run(
 
 @contextmanager
 def plain_generation(
-    model: CausalLM, template: Any, limit: int
+    model: CausalLM, template: Template, limit: int
 ) -> Iterator[tuple[Any, GenerationConfig]]:
     """The transformers model and a config that takes the arg max until a stop id or `limit` tokens.
 
@@ -183,13 +184,13 @@ def plain_generation(
         base.generation_config = own
 
 
-def pad_id(template: Any) -> int:
+def pad_id(template: Template) -> int:
     """Any id will do where the mask is 0; the tokenizer's own if it has one."""
     padding = template.tokenizer.pad_token_id
     return int(padding) if padding is not None else min(template.stop_ids, default=0)
 
 
-def finish(ids: Sequence[int], template: Any) -> Generation:
+def finish(ids: Sequence[int], template: Template) -> Generation:
     """The answer in raw output: up to and including its first stop id."""
     for at, token in enumerate(ids):
         if token in template.stop_ids:
@@ -197,7 +198,7 @@ def finish(ids: Sequence[int], template: Any) -> Generation:
     return Generation(tuple(ids), visible_text(ids, template), False)
 
 
-def visible_text(ids: Sequence[int], template: Any) -> str:
+def visible_text(ids: Sequence[int], template: Template) -> str:
     """Text of ids without special tokens; other added tokens, such as tool-call marks, stay."""
     return template.tokenizer.decode(
         [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False

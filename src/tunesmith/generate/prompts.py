@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.conversation import Chat, Completion, Example
+from tunesmith.data.template import Template
 from tunesmith.generate.batched import visible_text
 from tunesmith.types import NO_MESSAGE, Document, IntArray
 
@@ -21,7 +22,7 @@ class Prompt:
     reference: str | None = None
 
 
-def prompt_from(example: Example, template: Any) -> Prompt:
+def prompt_from(example: Example, template: Template) -> Prompt:
     """The prompt before the last assistant turn or completion; all of it where nothing answers.
 
     A text is a prompt as a whole, without reference.
@@ -33,7 +34,7 @@ def prompt_from(example: Example, template: Any) -> Prompt:
     return _raw_prompt(example.text, template, reference=None)
 
 
-def _chat_prompt(chat: Chat, template: Any) -> Prompt:
+def _chat_prompt(chat: Chat, template: Template) -> Prompt:
     messages = [message.to_dict() for message in chat.messages]
     answered = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     before = answered[-1] if answered and answered[-1] == len(messages) - 1 else len(messages)
@@ -48,7 +49,7 @@ def _chat_prompt(chat: Chat, template: Any) -> Prompt:
     return Prompt(tuple(int(i) for i in ids), text, reference)
 
 
-def _raw_prompt(text: str, template: Any, *, reference: str | None) -> Prompt:
+def _raw_prompt(text: str, template: Template, *, reference: str | None) -> Prompt:
     ids = template.encode([text], add_special_tokens=True)[0]
     # Some tokenizers close every text with their end token; nothing would follow that.
     while len(ids) > 1 and ids[-1] in template.stop_ids:
@@ -56,7 +57,7 @@ def _raw_prompt(text: str, template: Any, *, reference: str | None) -> Prompt:
     return Prompt(tuple(int(i) for i in ids), text, reference)
 
 
-def _until_stop(ids: Any, template: Any) -> str:
+def _until_stop(ids: Any, template: Template) -> str:
     kept: list[int] = []
     for token in ids:
         if int(token) in template.stop_ids:
@@ -65,7 +66,7 @@ def _until_stop(ids: Any, template: Any) -> str:
     return visible_text(kept, template)
 
 
-def prompts_from_document(document: Document, template: Any) -> Prompt | None:
+def prompts_from_document(document: Document, template: Template) -> Prompt | None:
     """The prompt and reference of the last message that a rendered row trains.
 
     These are the very ids of training, so the question is the one the model has learned to answer.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from tunesmith.data.template import Template
 from tunesmith.generate.batched import (
     Generation,
     Options,
@@ -29,7 +29,7 @@ class _Pieces(BaseStreamer):
     would otherwise lose the space before every piece.
     """
 
-    def __init__(self, template: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, template: Template, on_text: Callable[[str], None]) -> None:
         self.template = template
         self.on_text = on_text
         self.ids: list[int] | None = None
@@ -58,7 +58,7 @@ class _Pieces(BaseStreamer):
 
 def stream(
     model: CausalLM,
-    template: Any,
+    template: Template,
     prompt: Sequence[int],
     on_text: Callable[[str], None],
     *,
