@@ -1,4 +1,4 @@
-"""Reading and rendering as one, with a renderer that takes every word for a token."""
+"""Reading and rendering as one, with a renderer of words and with a real template."""
 
 import json
 from dataclasses import dataclass
@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import tunesmith.data.prepare as module
+from tiny import chat_rows, tiny_tokenizer
 from tunesmith.data.conversation import Chat, Completion
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.holdout import holdout_split
-from tunesmith.data.prepare import TOO_LONG, iter_prepared, prepare
+from tunesmith.data.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
 from tunesmith.data.sources import Source
+from tunesmith.data.template import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Segment
 
@@ -65,7 +67,7 @@ def document(length, origin):
     return Document((segment,), origin)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def words(monkeypatch):
     monkeypatch.setattr(module, "render_example", render_words)
 
@@ -74,10 +76,16 @@ def texts(*rows, name="data.jsonl"):
     return Source(name, rows=[{"text": row} if isinstance(row, str) else row for row in rows])
 
 
+@pytest.fixture(scope="module")
+def template():
+    return wrap_tokenizer(tiny_tokenizer())
+
+
 def run(*sources, **options):
     return prepare(sources, FakeTemplate(), **{"max_length": 4, **options})
 
 
+@pytest.mark.usefixtures("words")
 def test_documents_keep_order_origin_and_count():
     prepared = run(texts("a b c", "d e"), texts("f g h i", name="other"))
     assert [str(one.origin) for one in prepared.documents] == [
@@ -92,6 +100,7 @@ def test_documents_keep_order_origin_and_count():
     assert (totals.tokens, totals.tokens_trained, totals.tokens_context) == (9, 6, 3)
 
 
+@pytest.mark.usefixtures("words")
 def test_all_bad_rows_are_counted_shown_and_listed(tmp_path):
     data = tmp_path / "data.jsonl"
     lines = ['{"text": "a b"}', '{"text": 3}', "{", *['{"text": ""}'] * 5, '{"text": "forbidden"}']
@@ -112,6 +121,7 @@ def test_all_bad_rows_are_counted_shown_and_listed(tmp_path):
     assert rows == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.usefixtures("words")
 def test_dropped_bad_rows_are_in_the_ledger_with_their_reason():
     prepared = run(texts("a b", "", "forbidden", {"text": 1}), bad_rows="drop")
     assert len(prepared.documents) == 1
@@ -125,6 +135,7 @@ def test_dropped_bad_rows_are_in_the_ledger_with_their_reason():
     assert [fault.kind for _, fault in prepared.faults] == list(reasons)
 
 
+@pytest.mark.usefixtures("words")
 def test_over_long_rows_are_an_error_of_their_own():
     source = texts("a b", "a b c d e", "a b c d e f")
     with pytest.raises(DataError, match="2 of 3 rows") as caught:
@@ -138,6 +149,7 @@ def test_over_long_rows_are_an_error_of_their_own():
     ("policy", "documents", "columns"),
     [("drop", 1, (0, 5, 0)), ("truncate", 2, (1, 0, 1))],
 )
+@pytest.mark.usefixtures("words")
 def test_over_long_rows_are_accounted_for(policy, documents, columns):
     prepared = run(texts("a b", "a b c d e"), too_long=policy)
     totals = prepared.ledger.totals
@@ -146,6 +158,7 @@ def test_over_long_rows_are_accounted_for(policy, documents, columns):
     assert prepared.ledger.reasons["data.jsonl"]["over max_length"].rows == [1]
 
 
+@pytest.mark.usefixtures("words")
 def test_rows_of_another_format_are_faults():
     other = {"prompt": "p", "completion": "c"}
     with pytest.raises(DataError, match="1 mixed-format"):
@@ -154,18 +167,21 @@ def test_rows_of_another_format_are_faults():
         run(texts({"other": 1}, "a b"))
 
 
+@pytest.mark.usefixtures("words")
 def test_without_any_known_column_the_columns_are_named():
     with pytest.raises(DataError, match="`question`, `answer`") as caught:
         run(texts({"question": "q", "answer": "a"}))
     assert "data.columns" in caught.value.hint
 
 
+@pytest.mark.usefixtures("words")
 def test_a_format_that_is_given_is_not_guessed():
     row = {"messages": [{"role": "user", "content": "m"}], "text": "a b"}
     prepared = run(Source("data.jsonl", rows=[row], format="text"))
     assert prepared.ledger.totals.tokens == 2
 
 
+@pytest.mark.usefixtures("words")
 def test_raw_prompts_where_there_is_no_template():
     template = FakeTemplate()
     template.has_chat_template = False
@@ -174,11 +190,13 @@ def test_raw_prompts_where_there_is_no_template():
     assert prepared.ledger.totals.tokens == 1
 
 
+@pytest.mark.usefixtures("words")
 def test_nothing_to_train_on_is_an_error():
     with pytest.raises(DataError, match="none of the 2 rows"):
         run(texts("a b c d e", ""), too_long="drop", bad_rows="drop")
 
 
+@pytest.mark.usefixtures("words")
 def test_held_out_rows_are_on_one_side_each():
     source = texts(*(f"row {n}" for n in range(20)))
     choice = holdout_split((row for row in source.rows), count=5)
@@ -190,9 +208,39 @@ def test_held_out_rows_are_on_one_side_each():
     assert train.ledger.totals.rows_held_out == 5
 
 
+@pytest.mark.usefixtures("words")
 def test_rows_come_one_by_one_in_input_order():
     rows = iter_prepared([texts("a b", "", "c d")], FakeTemplate(), max_length=None)
     results = [(row.origin.row, row.values, row.result) for row in rows]
     assert [number for number, _, _ in results] == [0, 1, 2]
     assert isinstance(results[1][2], Fault)
     assert results[2][1] == {"text": "c d"}
+
+
+def test_real_chats_add_up_and_end_in_their_stop_token(template):
+    rows = chat_rows(6)
+    unanswered = {"messages": [*rows[0]["messages"], {"role": "user", "content": "And then?"}]}
+    empty = {"messages": [rows[0]["messages"][-2], {"role": "assistant", "content": ""}]}
+    source = Source("data.jsonl", rows=[*rows, unanswered, empty])
+    prepared = prepare([source], template, max_length=None, bad_rows="drop")
+    assert len(prepared.documents) == 7
+    totals = prepared.ledger.totals
+    assert (totals.rows_trained, totals.rows_dropped, totals.rows_truncated) == (7, 1, 0)
+    assert totals.tokens_unused > 0
+    assert prepared.ledger.reasons["data.jsonl"][UNUSED].rows == [6]
+    assert prepared.ledger.reasons["data.jsonl"]["empty-answer"].rows == [7]
+    assert totals.tokens_trained == sum(one.target_tokens for one in prepared.documents)
+    assert prepared.sample_text.endswith("<|im_end|>")
+    assert rows[0]["messages"][-1]["content"] in prepared.sample_text
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate", "split"])
+def test_real_over_long_rows_add_up(template, policy):
+    texts_of = [{"text": "The quick brown fox jumps. " * n} for n in (1, 4, 9)]
+    source = Source("data.jsonl", rows=texts_of)
+    whole = prepare([source], template, max_length=None).ledger.totals.tokens
+    prepared = prepare([source], template, max_length=20, too_long=policy)
+    assert prepared.ledger.totals.tokens == whole
+    assert all(one.longest_path <= 20 for one in prepared.documents)
+    lost = prepared.ledger.totals.tokens_truncated + prepared.ledger.totals.tokens_dropped
+    assert (lost > 0) is (policy != "split")

@@ -47,9 +47,10 @@ class Source:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.rows is None):
             raise ValueError("a source has either a path or rows")
+        given: Iterable[Any] = () if self.rows is None else self.rows
         if isinstance(self.rows, Mapping):
             raise DataError(
-                f"the rows are one mapping with the keys {_names(list[Any](self.rows))}",
+                f"the rows are one mapping with the keys {_names(list(given))}",
                 where=self.name,
                 hint="give an iterable of dicts, such as one split: data['train']",
             )
