@@ -83,6 +83,18 @@ def test_a_run_brings_its_columns_and_template(model: Path, tmp_path: Path, caps
         assert result["exact_match"] == 1.0
 
 
+def test_raw_completions_are_answered(tmp_path: Path, capsys: Capture):
+    model = answering_folder(tmp_path / "model", raw=True)
+    (model / "tunesmith.json").write_text('{"template": "none", "template_kwargs": {}}')
+    rows = [{"prompt": question, "completion": answer} for question, answer in PAIRS]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    result = measured(model, data, capsys, "--max-new-tokens", "20")
+    assert result["exact_match"] == result["ended"] == 1.0
+    everything = measured(model, data, capsys, "data.train_on=all", "--max-new-tokens", "20")
+    assert everything["exact_match"] == 1.0
+    assert everything["target_tokens"] > result["target_tokens"]
+
+
 def test_text_has_no_answers(model: Path, tmp_path: Path, capsys: Capture):
     data = write_jsonl(tmp_path / "data.jsonl", [{"text": "The quick brown fox."}])
     result = measured(model, data, capsys)

@@ -23,6 +23,8 @@ from tunesmith.cli.session import (
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
+    from tunesmith.data.prepare import Prepared
+    from tunesmith.generate import Prompt
     from tunesmith.types import Document
 
 MICRO_TOKENS = 4096
@@ -39,9 +41,11 @@ def evaluate(
 ) -> None:
     recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
     session = open_session(recipe)
-    documents = read_documents(session)
-    asked = documents if _asks(session) else read_documents(session, last=True)
-    result = measure(session, documents, asked, max_new_tokens=max_new_tokens)
+    rows = read_documents(session)
+    assert rows is not None
+    asked = rows if _asks(session) else read_documents(session, last=True)
+    prompts = [] if asked is None else find_prompts(session, asked)
+    result = measure(session, rows.documents, prompts, max_new_tokens=max_new_tokens)
     if as_json:
         print(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
         return
@@ -53,14 +57,14 @@ def _asks(session: Session) -> bool:
     return session.recipe.data.train_on in ("auto", "assistant", "last", "completion")
 
 
-def read_documents(session: Session, *, last: bool = False) -> list[Document]:
-    """The rows, rendered as in training; `last`: those with an answer, for that alone."""
+def read_documents(session: Session, *, last: bool = False) -> Prepared | None:
+    """The rows, rendered as in training; `last`: those with an answer, for that alone, if any."""
     from tunesmith.data.prepare import prepare
     from tunesmith.train.build import resolve_max_length
 
     section = session.recipe.data
     try:
-        prepared = prepare(
+        return prepare(
             sources_of(session.recipe),
             session.template,
             train_on="last" if last else section.train_on,
@@ -71,20 +75,34 @@ def read_documents(session: Session, *, last: bool = False) -> list[Document]:
         )
     except DataError:
         if last:  # not one row has an answer
-            return []
+            return None
         raise
-    return list(prepared.documents)
+
+
+def find_prompts(session: Session, rows: Prepared) -> list[Prompt]:
+    """What the rows ask, where they hold a whole answer."""
+    from tunesmith.generate import prompts_from_document
+
+    found = [
+        prompts_from_document(
+            document,
+            session.template,
+            completion=rows.formats[document.origin.source] == "prompt_completion",
+        )
+        for document in rows.documents
+    ]
+    return [prompt for prompt in found if prompt is not None]
 
 
 def measure(
     session: Session,
     documents: Sequence[Document],
-    asked: Sequence[Document],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Means over all targets of `documents`, and shares of those `asked` that have an answer."""
-    from tunesmith.generate import generate, prompts_from_document
+    """Means over all targets of `documents`, and shares of the answers to `prompts`."""
+    from tunesmith.generate import generate
     from tunesmith.model.selftest import self_test
     from tunesmith.train.evaluate import evaluate as evaluate_loss
 
@@ -105,8 +123,6 @@ def measure(
         "perplexity": loss.perplexity,
         "token_accuracy": loss.accuracy,
     }
-    found = [prompts_from_document(document, session.template) for document in asked]
-    prompts = [prompt for prompt in found if prompt is not None]
     if prompts:
         tell(f"answering {len(prompts)} prompts")
         answers = generate(

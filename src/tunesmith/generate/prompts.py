@@ -66,14 +66,17 @@ def _until_stop(ids: Any, template: Template) -> str:
     return visible_text(kept, template)
 
 
-def prompts_from_document(document: Document, template: Template) -> Prompt | None:
+def prompts_from_document(
+    document: Document, template: Template, *, completion: bool = False
+) -> Prompt | None:
     """The prompt and reference of the last message that a rendered row trains.
 
     These are the very ids of training, so the question is the one the model has learned to answer.
-    None for running text, and for an answer that was cut off or apart: there is nothing to compare.
+    Targets without a message are an answer too where the row is a raw `completion`. None for
+    running text, and for an answer that was cut off or apart: there is nothing to compare.
     """
     last = max((int(m) for s in document.segments for m in s.message), default=NO_MESSAGE)
-    if last == NO_MESSAGE:
+    if last == NO_MESSAGE and not completion:
         return None
     holding = [segment for segment in document.segments if last in segment.message]
     segment = holding[0]
