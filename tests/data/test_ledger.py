@@ -92,3 +92,12 @@ def test_what_was_held_out_is_kept(tmp_path):
         "rows": 2,
         "contents": sorted(digest.hex() for digest in choice.digests),
     }
+
+
+def test_a_source_that_is_named_twice_adds_up():
+    ledger = Ledger()
+    for _ in range(2):
+        ledger.add_dropped(Origin("a", 0), tokens=5)
+        ledger.explain(Origin("a", 0), "too-long", tokens=5)
+    ledger.check()
+    assert ledger.totals.rows_dropped == 2

@@ -81,6 +81,19 @@ def test_bad_csv_rows_are_faults(tmp_path):
     assert kinds == [None, "invalid-csv", "invalid-csv", "invalid-encoding", None]
 
 
+def test_an_open_quote_is_a_fault_and_ends(tmp_path):
+    rows = list(read_rows(write(tmp_path / "a.csv", 'text,n\nx,1\n"y,2\nz,3\n')))
+    assert [row.fault.kind if row.fault else None for row in rows] == [None, "invalid-csv"]
+
+
+def test_a_datasets_object_is_an_iterable_of_rows():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    assert read(Source("m", rows=data)) == ROWS
+    with pytest.raises(DataError, match="`train`"):
+        Source("m", rows=datasets.DatasetDict({"train": data}))
+
+
 def test_long_csv_fields_are_read(tmp_path):
     text = "x" * 300_000
     assert read(write(tmp_path / "a.csv", f"text\n{text}\n")) == [{"text": text}]

@@ -143,9 +143,9 @@ class Ledger:
             lost = counts.tokens_truncated + counts.tokens_dropped + counts.tokens_unused
             if explained != lost:
                 raise LedgerError(f"ledger of {name}: {lost} tokens lost, {explained} explained")
-            unlike = {row for entry in self.reasons.get(name, {}).values() for row in entry.rows}
-            if len(unlike) < counts.rows_truncated + counts.rows_dropped + counts.rows_held_out:
-                raise LedgerError(f"ledger of {name}: {len(unlike)} rows with a reason is too few")
+            reasons = sum(len(entry.rows) for entry in self.reasons.get(name, {}).values())
+            if reasons < counts.rows_truncated + counts.rows_dropped + counts.rows_held_out:
+                raise LedgerError(f"ledger of {name}: {reasons} reasons are too few for its rows")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`."""
