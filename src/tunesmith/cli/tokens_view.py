@@ -1,4 +1,4 @@
-"""A rendered row for the terminal: targets stand between ⟦ and ⟧, and in colour where there is one."""
+"""A rendered row for the terminal: targets stand between ⟦ and ⟧, in colour where there is one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,186 @@
+"""P1: every target is predicted from exactly the ids that inference gives the model, for real templates.
+
+The oracle knows nothing of the renderer: before each answer it asks the tokenizer itself, with
+`apply_chat_template(messages[:i], add_generation_prompt=True)`, for the ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny import tiny_tokenizer
+
+from tunesmith.data.conversation import to_example
+from tunesmith.data.faults import RowError
+from tunesmith.data.render import render_example
+from tunesmith.data.template import wrap_tokenizer
+from tunesmith.types import Origin
+
+SPEC = find_spec("trl")
+FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else None
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER else []
+MARKERS = re.compile(r"<\|?[^|<>\s'\"{}]+\|?>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
+SPECIAL = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<s>", "</s>", "<end_of_utterance>")
+STOPS = ("<|call|>", "<|tool_response>")  # gpt-oss and gemma4 name these in generation_config.json
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Where."}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"city": "Zürich"}},
+}
+U1, A1 = {"role": "user", "content": "Was ist 1+1?"}, {"role": "assistant", "content": "Zwei."}
+U2, A2 = {"role": "user", "content": "And 3+4?"}, {"role": "assistant", "content": "Seven: 7 ✓"}
+SYSTEM = {"role": "system", "content": "Be brief — très bref."}
+TOOL = {
+    "role": "tool",
+    "name": "get_weather",
+    "tool_call_id": "call00001",
+    "content": '{"sky": "grau"}',
+}
+CHATS = {
+    "one": {"messages": [U1, A1]},
+    "system": {"messages": [SYSTEM, U1, A1]},
+    "turns": {"messages": [U1, A1, U2, A2]},
+    "system_turns": {"messages": [SYSTEM, U1, A1, U2, A2, U1]},
+    "reasoning": {
+        "messages": [
+            U1,
+            {**A1, "reasoning_content": "one and one"},
+            U2,
+            {**A2, "reasoning_content": "3 then 4"},
+        ]
+    },
+    "tools": {
+        "tools": [WEATHER],
+        "messages": [
+            U1,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            TOOL,
+            {"role": "assistant", "content": "Cloudy."},
+            U2,
+            A2,
+        ],
+    },
+}
+
+# What the templates themselves can't do, by fault and case; each name stands for its _training form too.
+CHAT_CASES = ("one", "system", "turns", "system_turns")
+ALL_CASES = (*CHAT_CASES, "reasoning", "tools")
+REFUSALS = [
+    # Contents as strings are left out or refused: written for lists of image and text parts.
+    ("dropped-content", (*CHAT_CASES, "reasoning"), "idefics3 smolvlm"),
+    ("template-refused", ("tools",), "idefics3 smolvlm"),
+    ("template-refused", ALL_CASES, "llava_next"),
+    # No place for reasoning, or none for tools.
+    ("dropped-content", ("reasoning",), "gemma4 gemma4_v2 gemma4_v3 gemma4_v4 lfm2_v2 llama3_1"),
+    ("dropped-content", ("reasoning",), "llama3_2 qwen2_5 qwen3_instruct_2507 qwen3_vl"),
+    ("dropped-content", ("reasoning", "tools"), "cohere cohere2 gemma gemma3 lfm2 llama3 phi3"),
+    ("dropped-content", ("reasoning", "tools"), "phi3_5 qwen2_5_vl"),
+    # The generation prompt opens the reasoning, or closes it, and a rendered answer does not.
+    ("generation-prompt-mismatch", ALL_CASES, "deepseek_r1_distill"),
+    ("generation-prompt-mismatch", (*CHAT_CASES, "reasoning"), "deepseekv3"),
+    ("template-refused", ("tools",), "deepseekv3:own"),
+    ("generation-prompt-mismatch", ("tools",), "deepseekv3_training:own"),
+    (
+        "generation-prompt-mismatch",
+        (*CHAT_CASES, "tools"),
+        "nemotron_3_5_lightning nemotron_3_nano",
+    ),
+    ("generation-prompt-mismatch", (*CHAT_CASES, "tools"), "nemotron_3_super nemotron_3_ultra"),
+    ("generation-prompt-mismatch", ("reasoning",), "qwen3_5_nothink"),
+    # An answer is closed by the header of the next turn, which is not there yet.
+    ("no-stop-token", ALL_CASES, "glm4moe:own"),
+    ("no-stop-token", ("tools",), "glm4moe_training:own"),
+    ("template-refused", ("system", "system_turns"), "gemma"),
+]
+
+
+def _refusal_table():
+    table = {}
+    for kind, cases, names in REFUSALS:
+        for word in names.split():
+            own = word.removesuffix(":own")
+            for name in {own} if own != word else {own, f"{own}_training"}:
+                table.update({(name, case): kind for case in cases})
+    return table
+
+
+REFUSED = _refusal_table()
+
+
+@functools.cache
+def template_of(name: str):
+    assert FOLDER is not None
+    jinja = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    markers = sorted(set(MARKERS.findall(jinja)))
+    markers = [m for m in markers if "|" in m or "｜" in m or m in SPECIAL]
+    tokenizer = tiny_tokenizer(jinja, extra_special=tuple(markers))
+    tokenizer.bos_token = "<|endoftext|>"
+    ids = tokenizer.convert_tokens_to_ids([stop for stop in STOPS if stop in markers])
+    template = wrap_tokenizer(tokenizer)
+    return replace(template, stop_ids=template.stop_ids | set(ids))
+
+
+def paths_before_targets(document):
+    """For each message with targets: the ids before its first target, and its target ids."""
+    found = {}
+    for number, segment in enumerate(document.segments):
+        for index, message in zip(segment.index.tolist(), segment.message.tolist(), strict=True):
+            if message not in found:
+                before, above = segment.ids[:index].tolist(), segment.parent
+                while above >= 0:
+                    before = document.segments[above].ids.tolist() + before
+                    above = document.segments[above].parent
+                found[message] = (before, [])
+            found[message][1].append(int(segment.ids[index]))
+    return found
+
+
+@pytest.mark.parametrize("case", CHATS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_before_each_answer_are_those_of_inference(name, case):
+    template, chat = template_of(name), CHATS[case]
+    example = to_example(chat, format="messages", templated=True)
+    try:
+        rendered = render_example(example, template, origin=Origin("t", 0))
+    except RowError as error:
+        assert error.fault.kind == REFUSED.get((name, case)), error.fault
+        return
+    assert (name, case) not in REFUSED
+    found = paths_before_targets(rendered.document)
+    messages = chat["messages"]
+    assert list(found) == [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    for number, (before, targets) in found.items():
+        asked = template.tokenizer.apply_chat_template(
+            messages[:number],
+            tools=chat.get("tools"),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        assert before == asked
+        answered = template.tokenizer.apply_chat_template(
+            messages[: number + 1], tools=chat.get("tools"), tokenize=False
+        )
+        assert targets[-1] in template.stop_ids
+        assert not set(targets[:-1]) & template.stop_ids
+        assert answered.startswith(template.decode(before + targets))
+        for piece in (messages[number]["content"], messages[number].get("reasoning_content")):
+            assert (piece or "") in template.decode(targets)
