@@ -61,22 +61,30 @@ def _trained_tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(template: str | None = CHATML, *, extra_special: tuple[str, ...] = (), **special: str):
+def tiny_tokenizer(
+    template: str | None = CHATML, *, extra_special: tuple[str, ...] = (), **special: str
+):
     """A transformers tokenizer: byte-level BPE, `<|im_end|>` ends a turn and pads, like SmolLM2's."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer.from_str(_trained_tokenizer_json())
     if extra_special:
-        backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in extra_special])
+        backend.add_special_tokens(
+            [AddedToken(t, normalized=False, special=True) for t in extra_special]
+        )
     names = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", **special}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, model_max_length=512, **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, model_max_length=512, **names
+    )
 
 
 def tiny_config(family: str = "llama", *, vocab_size: int = 448, **options):
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**COMMON, "vocab_size": vocab_size, **FAMILIES.get(family, {}), **options})
+    return AutoConfig.for_model(
+        family, **{**COMMON, "vocab_size": vocab_size, **FAMILIES.get(family, {}), **options}
+    )
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, attention: str = "eager", **options):
@@ -85,7 +93,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, attention: str = "eager"
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **options), attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family, **options), attn_implementation=attention
+    )
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.08)
@@ -94,7 +104,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, attention: str = "eager"
     return model.eval()
 
 
-def tiny_folder(folder: Path, family: str = "llama", *, template: str | None = CHATML, **options) -> Path:
+def tiny_folder(
+    folder: Path, family: str = "llama", *, template: str | None = CHATML, **options
+) -> Path:
     """A folder as the hub has it: weights, config, generation config, tokenizer and template."""
     model = tiny_model(family, **options)
     model.generation_config.eos_token_id = 2

@@ -1,3 +1,47 @@
 """Supervised fine-tuning of language models that cannot be silently wrong."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import InputError, InterruptedRun, RunError, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.config.read import read_recipe
+    from tunesmith.config.schema import Recipe
+    from tunesmith.run import Run, resume, train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "InterruptedRun",
+    "Recipe",
+    "Run",
+    "RunError",
+    "TunesmithError",
+    "read_recipe",
+    "resume",
+    "train",
+]
+
+_LATER = {
+    "Recipe": "tunesmith.config.schema",
+    "Run": "tunesmith.run",
+    "read_recipe": "tunesmith.config.read",
+    "resume": "tunesmith.run",
+    "train": "tunesmith.run",
+}
+"""Names that are imported when they are first asked for, so that `import tunesmith` is fast."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

@@ -18,7 +18,12 @@ _WIDTH, _HEIGHT = 720, 220
 
 
 def write_report(
-    path: Path, *, title: str, recipe: str, records: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any]
+    path: Path,
+    *,
+    title: str,
+    recipe: str,
+    records: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, Any],
 ) -> None:
     """Write the page from the run's recipe (YAML), its records and its ledger."""
     steps = [record for record in records if record.get("kind") == "train"]
@@ -29,13 +34,24 @@ def write_report(
     body = [
         f"<h1>{escape(title)}</h1>",
         _plot(curves),
-        _table("Evaluation", ["set", "step", "nll", "perplexity", "accuracy", "rows", "target_tokens"], evals),
-        _table("Last step", ["step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second"], steps[-1:]),
+        _table(
+            "Evaluation",
+            ["set", "step", "nll", "perplexity", "accuracy", "rows", "target_tokens"],
+            evals,
+        ),
+        _table(
+            "Last step",
+            ["step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second"],
+            steps[-1:],
+        ),
         f"<h2>Ledger</h2>{_tree(ledger)}",
         f"<h2>Recipe</h2><pre>{escape(recipe)}</pre>",
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n',
+    )
 
 
 def _table(title: str, columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
@@ -43,7 +59,9 @@ def _table(title: str, columns: Sequence[str], records: Sequence[Mapping[str, An
         return ""
     header = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(_shown(record.get(name)))}</td>" for name in columns) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{escape(_shown(record.get(name)))}</td>" for name in columns)
+        + "</tr>"
         for record in records
     )
     return f"<h2>{escape(title)}</h2><table><tr>{header}</tr>{rows}</table>"
@@ -52,7 +70,9 @@ def _table(title: str, columns: Sequence[str], records: Sequence[Mapping[str, An
 def _tree(value: Any) -> str:
     """Nested values as nested lists; long lists are cut, the files of the run hold them whole."""
     if isinstance(value, Mapping):
-        items = "".join(f"<li>{escape(str(key))}: {_tree(item)}</li>" for key, item in value.items())
+        items = "".join(
+            f"<li>{escape(str(key))}: {_tree(item)}</li>" for key, item in value.items()
+        )
         return f"<ul>{items}</ul>"
     if isinstance(value, list | tuple):
         items = "".join(f"<li>{_tree(item)}</li>" for item in value[:20])
@@ -81,8 +101,12 @@ def _plot(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             for x, y in curve
             if y is not None
         )
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{places}"/>')
-        parts.append(f'<text x="{_WIDTH - 20}" y="{24 + 16 * number}" fill="{colour}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{places}"/>'
+        )
+        parts.append(
+            f'<text x="{_WIDTH - 20}" y="{24 + 16 * number}" fill="{colour}" text-anchor="end">{escape(name)}</text>'
+        )
     parts.append(f'<text x="0" y="24" font-size="11">{high:.3g}</text>')
     parts.append(f'<text x="0" y="{_HEIGHT - 16}" font-size="11">{low:.3g}</text>')
     return f'<h2>Loss</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" role="img">{"".join(parts)}</svg>'

@@ -79,9 +79,17 @@ def train(
     given.eval_rows = _rows_or_override(eval, "eval", changes)
     asked = read_recipe(recipe, changes, held_out_rows=given.eval_rows is not None, **sections)
     if given.rows is None and not asked.data.train:
-        raise RecipeError("no data to learn from", where="data.train", hint="give --data FILE, or data.train")
+        raise RecipeError(
+            "no data to learn from", where="data.train", hint="give --data FILE, or data.train"
+        )
     return train_recipe(
-        asked, out=out, resume=resume, overwrite=overwrite, given=given, recipe_file=recipe, progress=progress
+        asked,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        given=given,
+        recipe_file=recipe,
+        progress=progress,
     )
 
 
@@ -99,12 +107,17 @@ def train_recipe(
     from tunesmith.train.build import Given
 
     folder = open_run(
-        None if out is None else Path(out), model_name=asked.model.name, resume=resume, overwrite=overwrite
+        None if out is None else Path(out),
+        model_name=asked.model.name,
+        resume=resume,
+        overwrite=overwrite,
     )
     with folder:
         if folder.resumed:
             _same_recipe(folder.path, asked)
-        return _run(folder, asked, given or Given(), beside=_recipe_folders(recipe_file), progress=progress)
+        return _run(
+            folder, asked, given or Given(), beside=_recipe_folders(recipe_file), progress=progress
+        )
 
 
 def resume(
@@ -121,7 +134,9 @@ def resume(
     path = Path(run)
     if not is_run(path):
         raise InputError(
-            "this is not a run", where=str(path), hint="a run folder has recipe.yaml and machine.json"
+            "this is not a run",
+            where=str(path),
+            hint="a run folder has recipe.yaml and machine.json",
         )
     asked = _resumed_recipe(path, overrides)
     with open_run(path, model_name=asked.model.name, resume=True) as folder:
@@ -136,7 +151,9 @@ def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any
     if not named and isinstance(data, Sequence):
         named = all(isinstance(item, str | PathLike) for item in data) and len(data) > 0
     if isinstance(data, Mapping) and key == "eval":
-        named = all(not isinstance(value, Mapping) for value in data.values()) and "column_names" not in dir(data)
+        named = all(
+            not isinstance(value, Mapping) for value in data.values()
+        ) and "column_names" not in dir(data)
     if not named:
         return data
     value = [str(item) for item in data] if isinstance(data, list | tuple) else data
@@ -250,7 +267,10 @@ def _check_data(path: Path, job: Job) -> None:
 
     machine = read_json(run_files(path)["machine"])
     check_unchanged(machine["data"], job.prepared.content_hashes)
-    check_unchanged({"the chat template": machine["template"]["sha256"]}, {"the chat template": job.template.sha256})
+    check_unchanged(
+        {"the chat template": machine["template"]["sha256"]},
+        {"the chat template": job.template.sha256},
+    )
 
 
 def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bool) -> Run:
@@ -262,7 +282,9 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     trainer = Trainer(job, path, [])
     if folder.resumed:
         _restore(trainer, path, progress=progress)
-    sinks = _sinks(folder, job, after_step=trainer.step if folder.resumed else None, progress=progress)
+    sinks = _sinks(
+        folder, job, after_step=trainer.step if folder.resumed else None, progress=progress
+    )
     samples = _samples(job, files["samples"], after_step=trainer.step)
     trainer.sinks, trainer.on_eval = sinks, samples
     try:
@@ -270,7 +292,7 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     finally:
         for sink in sinks:
             sink.close()
-    trainer.rows.write(files["rows"], job.documents, job.order)
+    trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
     _take_best(trainer)
     return _finish(path, job, given)
 
@@ -306,7 +328,10 @@ def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: boo
     from tunesmith.train.trackers import TrackedRun, open_tracker
 
     tracked = TrackedRun(
-        folder=folder.path, project=job.recipe.log.project, recipe=to_plain(job.recipe), resumed=folder.resumed
+        folder=folder.path,
+        project=job.recipe.log.project,
+        recipe=to_plain(job.recipe),
+        resumed=folder.resumed,
     )
     sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]
     sinks += [open_tracker(name, tracked) for name in job.recipe.log.to]
@@ -371,11 +396,14 @@ def _finish(path: Path, job: Job, given: Given) -> Run:
     records = list(read_records(files["metrics"]))
     metrics = _final_metrics(records)
     hashes = job.prepared.content_hashes
-    rows = job.prepared.ledger.rows_by_source()
+    counts = job.prepared.ledger.sources
     card = ModelCard(
         base_model=job.recipe.model.name,
         base_commit=job.source.commit if job.source else None,
-        data=[DataEntry(name, rows.get(name, 0), digest) for name, digest in hashes.items()],
+        data=[
+            DataEntry(name, counts[name].rows_trained + counts[name].rows_truncated, digest)
+            for name, digest in hashes.items()
+        ],
         choice=TemplateChoice(
             template="none" if job.recipe.data.template == "none" else "own",
             template_kwargs=job.recipe.data.template_kwargs,
@@ -384,12 +412,20 @@ def _finish(path: Path, job: Job, given: Given) -> Run:
         metrics=metrics,
     )
     write_model(job.model, job.template, job.source, files["model"], card=card)
-    write_report(files["report"], title=path.name, recipe=to_yaml(job.recipe), records=records, ledger=job.prepared.ledger.to_dict())
+    write_report(
+        files["report"],
+        title=path.name,
+        recipe=to_yaml(job.recipe),
+        records=records,
+        ledger=job.prepared.ledger.to_dict(),
+    )
     if given.model is not None:
         from tunesmith.model.load import unwrap
 
         unwrap(job.model)
-    return Run(path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer)
+    return Run(
+        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
+    )
 
 
 def _final_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""P1: every target is predicted from exactly the ids that inference gives the model, for real templates.
+"""P1: every target is predicted from exactly the ids that inference has, for real templates.
 
 The oracle knows nothing of the renderer: before each answer it asks the tokenizer itself, with
 `apply_chat_template(messages[:i], add_generation_prompt=True)`, for the ids.
@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
 
+from tiny import tiny_tokenizer
 from tunesmith.data.conversation import to_example
 from tunesmith.data.faults import RowError
 from tunesmith.data.render import render_example
@@ -80,7 +80,7 @@ CHATS = {
     },
 }
 
-# What the templates themselves can't do, by fault and case; each name stands for its _training form too.
+# What the templates can't do, by fault and case; a name stands for its _training form too.
 CHAT_CASES = ("one", "system", "turns", "system_turns")
 ALL_CASES = (*CHAT_CASES, "reasoning", "tools")
 REFUSALS = [
@@ -141,7 +141,7 @@ def template_of(name: str):
 def paths_before_targets(document):
     """For each message with targets: the ids before its first target, and its target ids."""
     found = {}
-    for number, segment in enumerate(document.segments):
+    for segment in document.segments:
         for index, message in zip(segment.index.tolist(), segment.message.tolist(), strict=True):
             if message not in found:
                 before, above = segment.ids[:index].tolist(), segment.parent
@@ -158,12 +158,12 @@ def paths_before_targets(document):
 def test_ids_before_each_answer_are_those_of_inference(name, case):
     template, chat = template_of(name), CHATS[case]
     example = to_example(chat, format="messages", templated=True)
-    try:
-        rendered = render_example(example, template, origin=Origin("t", 0))
-    except RowError as error:
-        assert error.fault.kind == REFUSED.get((name, case)), error.fault
+    if (name, case) in REFUSED:
+        with pytest.raises(RowError) as caught:
+            render_example(example, template, origin=Origin("t", 0))
+        assert caught.value.fault.kind == REFUSED[name, case]
         return
-    assert (name, case) not in REFUSED
+    rendered = render_example(example, template, origin=Origin("t", 0))
     found = paths_before_targets(rendered.document)
     messages = chat["messages"]
     assert list(found) == [n for n, m in enumerate(messages) if m["role"] == "assistant"]
@@ -181,6 +181,30 @@ def test_ids_before_each_answer_are_those_of_inference(name, case):
         )
         assert targets[-1] in template.stop_ids
         assert not set(targets[:-1]) & template.stop_ids
-        assert answered.startswith(template.decode(before + targets))
-        for piece in (messages[number]["content"], messages[number].get("reasoning_content")):
-            assert (piece or "") in template.decode(targets)
+        question = template.tokenizer.apply_chat_template(
+            messages[:number],
+            tools=chat.get("tools"),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        answer = template.tokenizer(answered[len(question) :], add_special_tokens=False)
+        assert answered.startswith(question)
+        assert targets == answer["input_ids"][: len(targets)]
+        assert not template.decode(answer["input_ids"][len(targets) :]).strip()
+        assert messages[number]["content"] in template.decode(targets)
+        assert messages[number].get("reasoning_content", "") in template.decode(targets)
+
+
+def test_there_are_templates_to_check():
+    pytest.importorskip("trl")
+    assert len(NAMES) > 40
+    assert set(REFUSED) <= {(name, case) for name in NAMES for case in CHATS}
+
+
+def test_a_template_that_rewrites_history_branches_at_every_turn():
+    pytest.importorskip("trl")
+    example = to_example(CHATS["turns"], format="messages")
+    branched = render_example(example, template_of("qwen3"), origin=Origin("t", 0)).document
+    assert [segment.parent for segment in branched.segments] == [-1, 0, 0]
+    straight = render_example(example, template_of("qwen2_5"), origin=Origin("t", 0)).document
+    assert [segment.parent for segment in straight.segments] == [-1]

@@ -10,8 +10,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
 
+from tiny import FAMILIES, tiny_model
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import plan_step
 from tunesmith.model import attention
@@ -35,7 +35,12 @@ def segment(ids, parent, start, index, weight=None) -> Segment:
     index = np.array(index, np.int32)
     weight = np.ones(len(index)) if weight is None else np.asarray(weight)
     return Segment(
-        np.asarray(ids, np.int32), parent, start, index, weight.astype(np.float32), np.zeros(len(index), np.int32)
+        np.asarray(ids, np.int32),
+        parent,
+        start,
+        index,
+        weight.astype(np.float32),
+        np.zeros(len(index), np.int32),
     )
 
 
@@ -84,7 +89,9 @@ def one_at_a_time(family: str):
     for document in rows:
         for ids, places, weight in paths(document):
             logits = model(input_ids=ids[None]).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits[places - 1], ids[places], reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits[places - 1], ids[places], reduction="none"
+            )
             part = (losses * weight).sum() / total
             part.backward()
             loss += part.item()
@@ -145,7 +152,15 @@ def test_the_comparison_notices_a_leak() -> None:
     rows = documents()
     first, second = rows[0].segments[0], rows[2].segments[0]
     glued = Document(
-        (segment(np.concatenate([first.ids, second.ids]), -1, 0, len(first.ids) + second.index, second.weight),),
+        (
+            segment(
+                np.concatenate([first.ids, second.ids]),
+                -1,
+                0,
+                len(first.ids) + second.index,
+                second.weight,
+            ),
+        ),
         Origin("leak", 0),
     )
     total = one_at_a_time("llama")[2]

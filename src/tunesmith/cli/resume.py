@@ -11,7 +11,9 @@ def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes under device, log or checkpoint."),
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...", help="Changes under device, log or checkpoint."
+        ),
     ] = None,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""

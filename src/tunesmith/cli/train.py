@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.inputs import Arguments, DataOption, EvalOption, ModelOption, recipe_from_arguments
+from tunesmith.cli.inputs import (
+    Arguments,
+    DataOption,
+    EvalOption,
+    ModelOption,
+    recipe_from_arguments,
+)
 
 
 def train(
@@ -14,9 +20,15 @@ def train(
     model: ModelOption = None,
     data: DataOption = None,
     eval: EvalOption = None,
-    out: Annotated[str | None, typer.Option(help="The run's folder; a new one under runs/ by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on if the folder has this run, else start it.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the folder.")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="The run's folder; a new one under runs/ by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on if the folder has this run, else start it.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that is in the folder.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on demonstrations."""
     from tunesmith.cli.inputs import split_arguments

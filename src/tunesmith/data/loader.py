@@ -61,6 +61,10 @@ class StepOrder:
         order, bounds = self._plan(epoch)
         return epoch + int(bounds[within + 1]) / len(order)
 
+    def epoch_of(self, step: int) -> int:
+        """The pass over the data, from 0, that a step (from 0) belongs to."""
+        return self._locate(step)[0]
+
     def total_steps(self, epochs: float) -> int:
         """Steps until `epochs` passes are reached; a step that is begun counts in full."""
         whole = math.floor(epochs)

@@ -139,7 +139,10 @@ def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> Micr
     """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet become owned here."""
     weights = _chosen(subtrees)
     builder = _Builder()
-    for root in sorted((n for n in weights if n.parent is None or n.parent not in weights), key=lambda n: -weights[n]):
+    for root in sorted(
+        (n for n in weights if n.parent is None or n.parent not in weights),
+        key=lambda n: -weights[n],
+    ):
         builder.add_tree(root, weights)
     mine = [n for n in builder.order if id(n) not in owned]
     owned.update(id(n) for n in mine)

@@ -39,8 +39,8 @@ class Node:
     ids: IntArray
     start: int  # position of ids[0]
     parent: Node | None
-    children: dict[int, Node] = field(default_factory=lambda: {})  # by first id
-    targets: list[Targets] = field(default_factory=lambda: [])
+    children: dict[int, Node] = field(default_factory=dict)  # by first id
+    targets: list[Targets] = field(default_factory=list)
     size: int = 0  # tokens of this node and everything below it; set by `measure`
 
     @property
@@ -92,7 +92,12 @@ def single_paths(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
             emitted.add(number)
             path.append(
                 Segment(
-                    old.ids, place - 1, old.start, old.index[keep], old.weight[keep], old.message[keep]
+                    old.ids,
+                    place - 1,
+                    old.start,
+                    old.index[keep],
+                    old.weight[keep],
+                    old.message[keep],
                 )
             )
         yield path

@@ -85,13 +85,19 @@ def layout_attention(
     locality = _locality(module, attention_mask, sliding_window, layout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap or query.device.type != "cpu" or value.shape[-1] != query.shape[-1]:
-        output = _plain(query, key, value, layout, locality=locality, scale=scale, softcap=softcap, sinks=s_aux)
+        output = _plain(
+            query, key, value, layout, locality=locality, scale=scale, softcap=softcap, sinks=s_aux
+        )
     else:
-        output = flash_tree_attention(query, key, value, layout.chains, scale=scale, locality=locality, sinks=s_aux)
+        output = flash_tree_attention(
+            query, key, value, layout.chains, scale=scale, locality=locality, sinks=s_aux
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
-def _locality(module: nn.Module, rule: Any, sliding_window: int | None, layout: Layout) -> Locality | None:
+def _locality(
+    module: nn.Module, rule: Any, sliding_window: int | None, layout: Layout
+) -> Locality | None:
     size = rule.local_size if isinstance(rule, MaskRule) else None
     if sliding_window is not None and sliding_window != size:
         raise ModelError(f"the layer asks for a window of {sliding_window}, its mask for {size}")
@@ -119,7 +125,16 @@ def _plain(
     outputs: list[Tensor] = []
     for chain in layout.chains:
         outputs.append(
-            _plain_chain(query, key, value, chain, locality=locality, scale=scale, softcap=softcap, sinks=sinks)
+            _plain_chain(
+                query,
+                key,
+                value,
+                chain,
+                locality=locality,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+            )
         )
     return torch.cat(outputs, 2)
 
@@ -140,10 +155,14 @@ def _plain_chain(
     keys = torch.cat([key[:, :, a:b] for a, b in spans], 2)
     values = torch.cat([value[:, :, a:b] for a, b in spans], 2)
     if softcap is None and sinks is None and locality is None and not chain.prefix:
-        return nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale
+        )
     allowed = chain_mask(chain, locality, query.device)
     if softcap is None and sinks is None:
-        return nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, scale=scale)
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=allowed, scale=scale
+        )
     scores = (queries @ keys.transpose(2, 3)).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

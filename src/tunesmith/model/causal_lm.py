@@ -20,7 +20,9 @@ class CausalLM(nn.Module):
     implementation it uses outside of packed batches: for generation, and for batches without a layout.
     """
 
-    def __init__(self, model: Any, *, logits: LogitTransform, native_attention: str = "sdpa") -> None:
+    def __init__(
+        self, model: Any, *, logits: LogitTransform, native_attention: str = "sdpa"
+    ) -> None:
         super().__init__()
         self.model = model
         self.logits = logits

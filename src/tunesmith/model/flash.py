@@ -56,7 +56,15 @@ class _FlashTree(torch.autograd.Function):
             queries = query[:, :, own]
             merged: tuple[Tensor, Tensor] | None = None
             for keys, causal, mask in _parts(chain, locality):
-                part = _forward(queries, key[:, :, keys], value[:, :, keys], 0.0, causal, attn_mask=mask, scale=scale)
+                part = _forward(
+                    queries,
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    0.0,
+                    causal,
+                    attn_mask=mask,
+                    scale=scale,
+                )
                 merged = part if merged is None else _merge(merged, part)
             assert merged is not None
             out, log = merged
@@ -76,7 +84,10 @@ class _FlashTree(torch.autograd.Function):
         grad_output = grads[0]
         wide = torch.float32 if any(chain.prefix for chain in ctx.chains) else query.dtype
         grad_query = torch.empty(query.shape, dtype=query.dtype)
-        grad_key, grad_value = torch.zeros(key.shape, dtype=wide), torch.zeros(value.shape, dtype=wide)
+        grad_key, grad_value = (
+            torch.zeros(key.shape, dtype=wide),
+            torch.zeros(value.shape, dtype=wide),
+        )
         for chain in ctx.chains:
             own = slice(chain.start, chain.end)
             queries, out, log = query[:, :, own], output[:, :, own], log_sum[:, :, own].contiguous()
@@ -91,7 +102,15 @@ class _FlashTree(torch.autograd.Function):
                 grad_value[:, :, keys] += v
             grad_query[:, :, own] = total
         grad_sinks = _sink_gradient(sinks, grad_output, output, log_sum)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None
+        return (
+            grad_query,
+            grad_key.to(key.dtype),
+            grad_value.to(value.dtype),
+            grad_sinks,
+            None,
+            None,
+            None,
+        )
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -127,7 +146,9 @@ def _additive(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)
 
 
-def _sink_gradient(sinks: Tensor | None, grad_output: Tensor, output: Tensor, log_sum: Tensor) -> Tensor | None:
+def _sink_gradient(
+    sinks: Tensor | None, grad_output: Tensor, output: Tensor, log_sum: Tensor
+) -> Tensor | None:
     if sinks is None:
         return None
     delta = (grad_output.float() * output.float()).sum(-1)

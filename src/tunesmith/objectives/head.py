@@ -74,8 +74,16 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if need_weight
+            else None
+        )
+        grad_bias = (
+            torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+            if need_bias
+            else None
+        )
         token_loss = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         stats = torch.zeros(len(STATS), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(target), rows):
@@ -143,7 +151,9 @@ def _stats(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     chosen = logits.gather(1, target[:, None]).squeeze(1)
     expected = torch.linalg.vecdot(torch.softmax(logits, -1), logits)
     correct = (logits.argmax(-1) == target).float()
-    return torch.stack([(weight * s).sum() for s in (correct, log_sum - expected, chosen - log_sum)])
+    return torch.stack(
+        [(weight * s).sum() for s in (correct, log_sum - expected, chosen - log_sum)]
+    )
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

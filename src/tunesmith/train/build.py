@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -22,7 +23,13 @@ from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterReport, add_lora, full_report
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import choose_dtype, load_causal_lm, resolve_model, wrap_causal_lm
-from tunesmith.model.memory import MemoryEstimate, check_fits, choose_micro_tokens, free_memory, measure
+from tunesmith.model.memory import (
+    MemoryEstimate,
+    check_fits,
+    choose_micro_tokens,
+    free_memory,
+    measure,
+)
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.objectives import OBJECTIVES, head_loss
@@ -31,6 +38,7 @@ from tunesmith.train.job import EvalSet, Job
 from tunesmith.train.sources import Rows, make_sources, memory_source, prepare_all
 
 FEW_STEPS = 50
+SHOWN_CHARACTERS = 240
 
 
 @dataclass(slots=True)
@@ -59,7 +67,11 @@ def build(
     device = choose_device(recipe)
     seed_everything(recipe.train.seed)
     notes: list[str] = []
-    source = None if given.model is not None else resolve_model(recipe.model.name, revision=recipe.model.revision)
+    source = (
+        None
+        if given.model is not None
+        else resolve_model(recipe.model.name, revision=recipe.model.revision)
+    )
     size = _check_memory(recipe, source, device)
     template = open_template(recipe, source, given)
     max_length = resolve_max_length(recipe, template)
@@ -70,13 +82,15 @@ def build(
     room = free_memory(device)
     model = _load(recipe, source, given, device)
     notes += model.notes
-    trained = _choose_trained(recipe, model)
     longest = max(document.longest_path for document in prepared.documents)
     if recipe.device.attention == "isolated":
         model.isolate()
     tested = self_test(model, max_length=longest)
     notes += tested.notes
-    micro_tokens = _fit_device(recipe, model, device, longest=longest, room=room, held=size)
+    trained = _choose_trained(recipe, model)
+    micro_tokens, checkpointing = _fit_device(
+        recipe, model, device, longest=longest, room=room, held=size
+    )
     order = make_order(recipe, prepared)
     total = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
     resolved = resolve(recipe, model=model, source=source, trained=trained, max_length=max_length)
@@ -106,7 +120,7 @@ def build(
         chosen={},
         notes=notes,
     )
-    job.chosen = _chosen(job, tested)
+    job.chosen = _chosen(job, tested, checkpointing)
     job.notes = [*start_lines(job, trained), *notes]
     return job
 
@@ -117,12 +131,18 @@ def choose_device(recipe: Recipe) -> torch.device:
     Raises:
         InputError: the named device is not here.
     """
-    kinds = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    kinds = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
     kind = recipe.device.kind
     if kind == "auto":
         kind = next((name for name, here in kinds.items() if here()), "cpu")
     elif kind != "cpu" and not kinds[kind]():
-        raise InputError(f"torch finds no {kind} device here", where="device.kind", hint="device.kind=auto")
+        raise InputError(
+            f"torch finds no {kind} device here", where="device.kind", hint="device.kind=auto"
+        )
     if recipe.device.threads != "auto":
         torch.set_num_threads(recipe.device.threads)
     if recipe.device.deterministic:
@@ -140,12 +160,21 @@ def seed_everything(seed: int) -> None:
 
 def open_template(recipe: Recipe, source: ModelSource | None, given: Given) -> Template:
     """The tokenizer with the chat template that the recipe asks for."""
-    options: dict[str, Any] = {"template": recipe.data.template, "kwargs": recipe.data.template_kwargs}
+    options: dict[str, Any] = {
+        "template": recipe.data.template,
+        "kwargs": recipe.data.template_kwargs,
+    }
     if given.tokenizer is not None:
         return wrap_tokenizer(given.tokenizer, **options)
     if source is None:
-        raise InputError("a model given as an object needs its tokenizer", where="tokenizer", hint="tokenizer=...")
-    return load_template(source.tokenizer_folder, trust_remote_code=recipe.model.trust_remote_code, **options)
+        raise InputError(
+            "a model given as an object needs its tokenizer",
+            where="tokenizer",
+            hint="tokenizer=...",
+        )
+    return load_template(
+        source.tokenizer_folder, trust_remote_code=recipe.model.trust_remote_code, **options
+    )
 
 
 def resolve_max_length(recipe: Recipe, template: Template) -> int:
@@ -157,7 +186,11 @@ def resolve_max_length(recipe: Recipe, template: Template) -> int:
     if recipe.data.max_length != "auto":
         return recipe.data.max_length
     if template.context_length is None:
-        raise ModelError("the model names no context length", where="data.max_length", hint="data.max_length=2048")
+        raise ModelError(
+            "the model names no context length",
+            where="data.max_length",
+            hint="data.max_length=2048",
+        )
     return template.context_length
 
 
@@ -173,7 +206,12 @@ def make_order(recipe: Recipe, prepared: Prepared) -> StepOrder:
 
 
 def resolve(
-    recipe: Recipe, *, model: CausalLM, source: ModelSource | None, trained: AdapterReport, max_length: int
+    recipe: Recipe,
+    *,
+    model: CausalLM,
+    source: ModelSource | None,
+    trained: AdapterReport,
+    max_length: int,
 ) -> Recipe:
     """The recipe with every `auto` of its science sections as the value it became, fit to run anywhere."""
     dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
@@ -184,7 +222,11 @@ def resolve(
     if source is not None and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
     changes = {
-        "model": {"name": name, "dtype": dtype, "revision": (source.commit if source else None) or recipe.model.revision},
+        "model": {
+            "name": name,
+            "dtype": dtype,
+            "revision": (source.commit if source else None) or recipe.model.revision,
+        },
         "data": {"max_length": max_length},
         "optim": {"lr": lr},
     }
@@ -203,11 +245,15 @@ def _data_sources(
     if given.eval_rows is not None:
         return train, {"eval": memory_source(given.eval_rows, data, name="<eval>")}
     if isinstance(data.eval, dict):
-        return train, {name: make_sources(s, data, folders=folders) for name, s in data.eval.items()}
+        return train, {
+            name: make_sources(s, data, folders=folders) for name, s in data.eval.items()
+        }
     return train, data.eval
 
 
-def _check_memory(recipe: Recipe, source: ModelSource | None, device: torch.device) -> MemoryEstimate | None:
+def _check_memory(
+    recipe: Recipe, source: ModelSource | None, device: torch.device
+) -> MemoryEstimate | None:
     if source is None:
         return None
     return check_fits(
@@ -219,11 +265,16 @@ def _check_memory(recipe: Recipe, source: ModelSource | None, device: torch.devi
     )
 
 
-def _load(recipe: Recipe, source: ModelSource | None, given: Given, device: torch.device) -> CausalLM:
+def _load(
+    recipe: Recipe, source: ModelSource | None, given: Given, device: torch.device
+) -> CausalLM:
     if source is None:
         return wrap_causal_lm(given.model.to(device))
     return load_causal_lm(
-        source, dtype=recipe.model.dtype, device=device, trust_remote_code=recipe.model.trust_remote_code
+        source,
+        dtype=recipe.model.dtype,
+        device=device,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
 
 
@@ -231,7 +282,11 @@ def _choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
     adapter = recipe.adapter
     if adapter.kind == "lora":
         report = add_lora(
-            model, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets
+            model,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
         )
     else:
         report = full_report(model)
@@ -242,17 +297,31 @@ def _choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
 
 
 def _fit_device(
-    recipe: Recipe, model: CausalLM, device: torch.device, *, longest: int, room: int, held: MemoryEstimate | None
-) -> int:
-    """Tokens at a time; gradient checkpointing is turned on if asked for or needed."""
+    recipe: Recipe,
+    model: CausalLM,
+    device: torch.device,
+    *,
+    longest: int,
+    room: int,
+    held: MemoryEstimate | None,
+) -> tuple[int, bool]:
+    """Tokens at a time, and whether activations are recomputed: if asked for or needed."""
     left = max(room - (held.total if held else 0), room // 8)
     choice = choose_micro_tokens(
-        model.config, dtype=next(model.base.parameters()).dtype, device=device, room=left, longest=longest
+        model.config,
+        dtype=next(model.base.parameters()).dtype,
+        device=device,
+        room=left,
+        longest=longest,
     )
     asked = recipe.device.gradient_checkpointing
-    if choice.checkpointing if asked == "auto" else asked:
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return choice.tokens if recipe.device.micro_tokens == "auto" else recipe.device.micro_tokens
+    checkpointing = choice.checkpointing if asked == "auto" else asked
+    if checkpointing:
+        model.base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    tokens = choice.tokens if recipe.device.micro_tokens == "auto" else recipe.device.micro_tokens
+    return tokens, checkpointing
 
 
 def _make_optimizer(recipe: Recipe, model: CausalLM) -> AdamW:
@@ -272,7 +341,7 @@ def _share(recipe: Recipe, tested: SelfTest) -> bool:
     return not tested.noisy and recipe.adapter.dropout == 0
 
 
-def _chosen(job: Job, tested: SelfTest) -> dict[str, Any]:
+def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:
     return {
         "device": str(job.device),
         "dtype": job.recipe.model.dtype,
@@ -281,7 +350,7 @@ def _chosen(job: Job, tested: SelfTest) -> dict[str, Any]:
         "micro_tokens": job.micro_tokens,
         "share_prefixes": job.share,
         "attention": "isolated" if job.model.isolated else "sdpa",
-        "gradient_checkpointing": bool(getattr(job.model.base, "is_gradient_checkpointing", False)),
+        "gradient_checkpointing": checkpointing,
         "total_steps": job.total_steps,
         "self_test": {"tolerance": tested.tolerance, **tested.differences},
     }
@@ -296,6 +365,7 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
     lines = [
         f"data: {len(prepared.documents):,} documents, {tokens:,} tokens, {targets:,} targets ({formats})",
         f"template: {job.template.name}; train_on {recipe.data.train_on}; max_length {recipe.data.max_length}",
+        f"first row: {_shortened(prepared.sample_text)}",
         f"model: {recipe.model.name}, {recipe.model.dtype} on {job.device} with {torch.get_num_threads()} threads",
         f"trained: {trained}",
         f"steps: {job.total_steps} of {_batch(recipe)}, lr {recipe.optim.lr:g} {recipe.optim.schedule}",
@@ -313,8 +383,17 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
     return lines
 
 
+def _shortened(text: str) -> str:
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 4]} ..."
+
+
 def _batch(recipe: Recipe) -> str:
-    return f"{recipe.batch.tokens} tokens" if recipe.batch.tokens else f"{recipe.batch.documents} documents"
+    return (
+        f"{recipe.batch.tokens} tokens"
+        if recipe.batch.tokens
+        else f"{recipe.batch.documents} documents"
+    )
 
 
 def _eval_line(held: EvalSet) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,9 @@ class RowLosses:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything noted, for a checkpoint."""
-        return {f"rows.{name}": torch.from_numpy(values) for name, values in self._columns().items()}
+        return {
+            f"rows.{name}": torch.from_numpy(values) for name, values in self._columns().items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint holds."""
@@ -58,7 +60,9 @@ class RowLosses:
             "weight": np.concatenate(self._weight),
         }
 
-    def write(self, path: Path, documents: Sequence[Document], steps_per_epoch: int) -> None:
+    def write(
+        self, path: Path, documents: Sequence[Document], epoch_of: Callable[[int], int]
+    ) -> None:
         """rows.parquet: source, row, epoch (from 1), step, loss (mean per weight), weight, tokens, target_tokens."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -68,11 +72,15 @@ class RowLosses:
         weight = np.asarray(columns["weight"], np.float64)
         table = pa.table(
             {
-                "source": pa.array([d.origin.source for d in chosen], pa.string()).dictionary_encode(),
+                "source": pa.array(
+                    [d.origin.source for d in chosen], pa.string()
+                ).dictionary_encode(),
                 "row": pa.array([d.origin.row for d in chosen], pa.int64()),
-                "epoch": pa.array((np.asarray(columns["step"]) - 1) // steps_per_epoch + 1, pa.int32()),
+                "epoch": pa.array([epoch_of(int(s) - 1) + 1 for s in columns["step"]], pa.int32()),
                 "step": pa.array(columns["step"], pa.int32()),
-                "loss": pa.array(np.asarray(columns["loss"]) / np.maximum(weight, 1e-30), pa.float64()),
+                "loss": pa.array(
+                    np.asarray(columns["loss"]) / np.maximum(weight, 1e-30), pa.float64()
+                ),
                 "weight": pa.array(weight, pa.float64()),
                 "tokens": pa.array([d.tokens for d in chosen], pa.int32()),
                 "target_tokens": pa.array([d.target_tokens for d in chosen], pa.int32()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def memory_source(rows: Rows, data: DataSection, *, name: str) -> list[Source]:
 
 def choose_held_out(sources: Sequence[Source], holdout: Holdout) -> HoldoutChoice:
     """The contents of the training rows that are held out."""
-    values = (row.values for source in sources for row in read_rows(source) if row.values is not None)
+    values = (
+        row.values for source in sources for row in read_rows(source) if row.values is not None
+    )
     return holdout_split(values, share=holdout.share, count=holdout.rows)
 
 
@@ -77,15 +80,19 @@ def prepare_all(
         prepared = run(train, lambda values: not choice.holds(values))
         prepared.ledger.note_holdout(str(held_out), choice)
         held = run(train, choice.holds)
-        return prepared, [_eval_set("eval", held)]
+        return prepared, [EvalSet("eval", held.documents, _joint_hash(choice.digests))]
     prepared = run(train, None)
-    sets = [_eval_set(name, run(sources, None)) for name, sources in (held_out or {}).items()]
+    sets: list[EvalSet] = []
+    for name, sources in (held_out or {}).items():
+        held = run(sources, None)
+        contents = [digest.encode() for digest in held.content_hashes.values()]
+        sets.append(EvalSet(name, held.documents, _joint_hash(contents)))
     return prepared, sets
 
 
-def _eval_set(name: str, prepared: Prepared) -> EvalSet:
-    digests = sorted(prepared.content_hashes.values())
-    return EvalSet(name, prepared.documents, digests[0] if len(digests) == 1 else "+".join(digests))
+def _joint_hash(digests: Iterable[bytes]) -> str:
+    """One sha256 for contents in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _find(path: str, folders: Sequence[Path]) -> Path:

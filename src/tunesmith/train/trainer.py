@@ -34,7 +34,9 @@ OnEval = Callable[[int], None]
 class Trainer:
     """A run on its way from `step` to the job's last step."""
 
-    def __init__(self, job: Job, folder: Path, sinks: Sequence[Sink], *, on_eval: OnEval | None = None) -> None:
+    def __init__(
+        self, job: Job, folder: Path, sinks: Sequence[Sink], *, on_eval: OnEval | None = None
+    ) -> None:
         self.job = job
         self.folder = folder
         self.sinks = sinks
@@ -73,7 +75,9 @@ class Trainer:
         try:
             self.job.optimizer.load_state_dict(state.optimizer)
         except (KeyError, ValueError) as error:
-            raise RunError(f"the checkpoint is of another model: {error}", where=str(checkpoint)) from error
+            raise RunError(
+                f"the checkpoint is of another model: {error}", where=str(checkpoint)
+            ) from error
         self.rows.restore(state.model)
         self.best = state.meta.get("best")
         self.step = self._saved = state.step
@@ -138,7 +142,9 @@ class Trainer:
         seconds = time.monotonic() - started
         self._emit(self._metrics(result, [d.tokens for d in documents], lr, seconds).record())
 
-    def _metrics(self, result: StepResult, tokens: list[int], lr: float, seconds: float) -> StepMetrics:
+    def _metrics(
+        self, result: StepResult, tokens: list[int], lr: float, seconds: float
+    ) -> StepMetrics:
         return StepMetrics(
             step=self.step,
             epoch=round(self.job.order.epoch_after(self.step - 1), 6),
@@ -160,7 +166,9 @@ class Trainer:
         job = self.job
         for number, held_out in enumerate(job.eval_sets):
             started = time.monotonic()
-            found = evaluate(job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device)
+            found = evaluate(
+                job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device
+            )
             self._emit(
                 {
                     "kind": "eval",
@@ -197,9 +205,9 @@ class Trainer:
             return due
         before = self.job.order.epoch_after(self.step - 2) if self.step > 1 else 0.0
         # a hair is added since 0.1 + 0.2 must reach 0.3
-        return math.floor(self.job.order.epoch_after(self.step - 1) / every.value + 1e-9) > math.floor(
-            before / every.value + 1e-9
-        )
+        return math.floor(
+            self.job.order.epoch_after(self.step - 1) / every.value + 1e-9
+        ) > math.floor(before / every.value + 1e-9)
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -277,4 +285,3 @@ def _peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-

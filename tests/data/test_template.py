@@ -1,0 +1,87 @@
+"""Template: stop tokens, BOS, context, and errors of foreign templates."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tiny import CHATML, tiny_tokenizer
+from tunesmith.data.faults import RowError
+from tunesmith.data.template import load_template, wrap_tokenizer
+from tunesmith.errors import DataError, ModelError
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_stop_ids_unite_generation_config_eos_and_turn_end(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(folder)
+    assert load_template(folder).stop_ids == {0, 2, 7, 9}  # 0 is eos, 2 closes a turn
+
+
+def test_context_comes_from_the_config_then_the_tokenizer(folder):
+    assert load_template(folder).context_length == 512
+    (folder / "config.json").write_text('{"max_position_embeddings": 64}')
+    assert load_template(folder).context_length == 64
+    (folder / "config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = 10**30
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_template(folder).context_length is None
+
+
+def test_another_template_replaces_the_models_own(folder, tmp_path):
+    path = tmp_path / "other.jinja"
+    path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert load_template(folder, template=str(path)).render(USER) == "[hi]"
+    assert not load_template(folder, template="none").has_chat_template
+    with pytest.raises(DataError, match="can't be read"):
+        load_template(folder, template=str(tmp_path / "missing.jinja"))
+    path.write_text("{% for %}")
+    with pytest.raises(DataError, match="not a Jinja template"):
+        load_template(folder, template=str(path))
+
+
+def test_kwargs_reach_the_template_and_rows_outweigh_them():
+    template = wrap_tokenizer(tiny_tokenizer("{{ mood }}"), kwargs={"mood": "calm"})
+    assert template.render(USER) == "calm"
+    assert template.render(USER, kwargs={"mood": "wild"}) == "wild"
+
+
+def test_a_templates_own_refusal_is_a_fault_of_the_row():
+    template = wrap_tokenizer(tiny_tokenizer("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(RowError, match="roles must alternate") as caught:
+        template.render(USER)
+    assert caught.value.fault.kind == "template-refused"
+
+
+def test_no_chat_template_is_said_with_a_way_out():
+    with pytest.raises(RowError) as caught:
+        wrap_tokenizer(tiny_tokenizer(None)).render(USER)
+    assert caught.value.fault.kind == "no-chat-template"
+    assert "data.template=none" in caught.value.fault.hint
+
+
+def test_bos_is_never_doubled():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(CHATML, bos_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    template = wrap_tokenizer(tokenizer)
+    plain, opened = template.encode(["hi", "<|endoftext|>hi"], add_special_tokens=True)
+    assert plain == opened
+    assert plain.count(0) == 1
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="tokenizer can't be read"):
+        load_template(tmp_path)
