@@ -118,7 +118,7 @@ def _refusal_table():
         for word in names.split():
             own = word.removesuffix(":own")
             for name in {own} if own != word else {own, f"{own}_training"}:
-                table.update({(name, case): kind for case in cases})
+                table.update({(name, case): kind for case in cases if name in NAMES})
     return table
 
 
@@ -190,7 +190,8 @@ def test_ids_before_each_answer_are_those_of_inference(name, case):
         answer = template.tokenizer(answered[len(question) :], add_special_tokens=False)
         assert answered.startswith(question)
         assert targets == answer["input_ids"][: len(targets)]
-        assert not template.decode(answer["input_ids"][len(targets) :]).strip()
+        after = template.decode(answer["input_ids"][len(targets) :])
+        assert after.strip() in ("", template.tokenizer.eos_token)  # phi3 closes a whole chat so
         assert messages[number]["content"] in template.decode(targets)
         assert messages[number].get("reasoning_content", "") in template.decode(targets)
 

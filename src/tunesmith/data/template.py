@@ -239,7 +239,10 @@ def _check_syntax(text: str, path: Path) -> None:
 
 
 def _turn_end(template: Template, added: set[int]) -> int | None:
-    """The first added token that follows an assistant's content; None if the template has none."""
+    """The added token that closes an answer, or None where none does or it is a known stop.
+
+    Of several in a row the last: some families close the content first and then the turn.
+    """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = template.render(turns)
@@ -248,7 +251,13 @@ def _turn_end(template: Template, added: set[int]) -> int | None:
     _, found, rest = text.rpartition(_PROBE)
     if not found:
         return None
-    return next((token for token in template.encode([rest])[0] if token in added), None)
+    run: list[int] = []
+    for token in template.encode([rest])[0]:
+        if token in added:
+            run.append(token)
+        elif run:
+            break
+    return run[-1] if run and not template.stop_ids & set(run) else None
 
 
 def _refusal(error: Exception) -> Fault:
