@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,20 +59,27 @@ def preview(
 def open_template(recipe: Recipe) -> Template:
     """The tokenizer and chat template that the recipe trains with."""
     from tunesmith.data.template import load_template
-    from tunesmith.model.source import resolve_model
 
-    source = resolve_model(recipe.model.name, revision=recipe.model.revision)
     return load_template(
-        source.tokenizer_folder,
+        _tokenizer_folder(recipe),
         template=recipe.data.template,
         kwargs=recipe.data.template_kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
     )
 
 
-def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterator[PreparedRow]:
-    from pathlib import Path
+def _tokenizer_folder(recipe: Recipe) -> Path:
+    """The folder as it stands if it holds a tokenizer: weights need not be there for a preview."""
+    from tunesmith.model.source import resolve_model
 
+    folder = Path(recipe.model.name).expanduser()
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if recipe.model.revision is None and any((folder / name).is_file() for name in names):
+        return folder
+    return resolve_model(recipe.model.name, revision=recipe.model.revision).tokenizer_folder
+
+
+def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterator[PreparedRow]:
     from tunesmith.data.prepare import iter_prepared
     from tunesmith.train.sources import make_sources
 
