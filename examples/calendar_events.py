@@ -1,6 +1,6 @@
 """Write the example task: everyday sentences, and the calendar command each stands for in JSON.
 
-    python examples/calendar_events.py OUT     # OUT/train.jsonl, 400 rows; OUT/test.jsonl, 80 rows
+    python examples/calendar_events.py OUT     # OUT/train.jsonl, 320 rows; OUT/test.jsonl, 80 rows
 
 The same seed writes the same bytes. No sentence and no event (the six values of a command together)
 of the test set is in the training set: a model that scores on it has learned format and rules, not
@@ -93,6 +93,10 @@ class Event:
     guest: str | None
     remind: int | None
 
+    def command(self) -> str:
+        """The event as JSON without spaces, its keys always in the same order."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
 
 def spoken_time(start: str, rng: random.Random) -> str:
     """One of the ways in which people say a time of day."""
@@ -139,10 +143,10 @@ def rows(count: int, seed: int) -> Iterator[tuple[dict[str, str], Event]]:
             continue
         sentences.add(sentence)
         events.add(event)
-        yield {"prompt": sentence, "completion": json.dumps(asdict(event))}, event
+        yield {"prompt": sentence, "completion": event.command()}, event
 
 
-def write(folder: Path, *, train: int = 400, test: int = 80, seed: int = 7) -> tuple[Path, Path]:
+def write(folder: Path, *, train: int = 320, test: int = 80, seed: int = 7) -> tuple[Path, Path]:
     """Write both files; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [json.dumps(row) for row, _ in rows(train + test, seed)]
@@ -157,7 +161,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--train", type=int, default=400, help="training rows (default 400)")
+    parser.add_argument("--train", type=int, default=320, help="training rows (default 320)")
     parser.add_argument("--test", type=int, default=80, help="test rows (default 80)")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same files (default 7)")
     arguments = parser.parse_args()

@@ -34,16 +34,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def test_test_set_shares_no_sentence_and_no_event_with_training(task: ModuleType, tmp_path: Path):
     train, test = (_read(path) for path in task.write(tmp_path))
-    assert (len(train), len(test)) == (400, 80)
+    assert (len(train), len(test)) == (320, 80)
     for key in ("prompt", "completion"):
-        assert len({row[key] for row in train + test}) == 480
+        assert len({row[key] for row in train + test}) == 400
 
 
 def test_completions_are_json_in_one_fixed_form(task: ModuleType, tmp_path: Path):
     for row in (row for path in task.write(tmp_path) for row in _read(path)):
         event = json.loads(row["completion"])
         assert list(event) == KEYS
-        assert row["completion"] == json.dumps(event)
+        assert row["completion"] == json.dumps(event, separators=(",", ":"))
         assert re.fullmatch(r"[012]\d:[0-5]\d", event["start"])
         assert event["day"] in task.DAYS
         assert event["remind"] is None or event["remind"] > 0
