@@ -1,4 +1,6 @@
-"""Tiny random models of many families and a BPE tokenizer trained on the spot: real components, no download."""
+"""Tiny random models of many families and a BPE tokenizer trained on the spot: real components, no
+download.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 class TunesmithError(Exception):
     """An error that is shown as `message`, `where` and `hint`, never as a traceback.
 
-    `where` names the place in the user's own terms: `data/train.jsonl:17`, `recipe.yaml:4 optim.lr`, a folder.
+    `where` names the place in the user's own terms: `data/train.jsonl:17`, `recipe.yaml:4
+    optim.lr`, a folder.
     """
 
     exit_code = 1
@@ -53,7 +54,9 @@ class NonFiniteError(RunError):
 
 
 class InterruptedRun(TunesmithError):
-    """A signal stopped the run after it saved. Exit code 128 + signal number (130 SIGINT, 143 SIGTERM)."""
+    """A signal stopped the run after it saved. Exit code 128 + signal number (130 SIGINT, 143
+    SIGTERM).
+    """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)

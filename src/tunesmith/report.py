@@ -1,4 +1,6 @@
-"""report.html: a run on one page that needs nothing but itself. Every text of data or model is escaped."""
+"""report.html: a run on one page that needs nothing but itself. Every text of data or model is
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ from typing import Any
 from tunesmith.train.folder import write_text
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
+    "padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse}"
+    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1rem;overflow:auto}"
 )
 _WIDTH, _HEIGHT = 720, 220
@@ -105,8 +109,10 @@ def _plot(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{places}"/>'
         )
         parts.append(
-            f'<text x="{_WIDTH - 20}" y="{24 + 16 * number}" fill="{colour}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="{_WIDTH - 20}" y="{24 + 16 * number}" fill="{colour}" '
+            f'text-anchor="end">{escape(name)}</text>'
         )
     parts.append(f'<text x="0" y="24" font-size="11">{high:.3g}</text>')
     parts.append(f'<text x="0" y="{_HEIGHT - 16}" font-size="11">{low:.3g}</text>')
-    return f'<h2>Loss</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" role="img">{"".join(parts)}</svg>'
+    frame = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" role="img"'
+    return f"<h2>Loss</h2><svg {frame}>{''.join(parts)}</svg>"

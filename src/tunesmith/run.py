@@ -56,10 +56,11 @@ def train(
 ) -> Run:
     """Fine-tune a model and leave a run folder with the result.
 
-    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, or a transformers or peft model
-    (then with its `tokenizer`). `data` and `eval` are paths, or any iterables of dicts; `eval` may also be a share of the
-    rows (`"2%"`) or a number. `sections` change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run
-    folder; with `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
+    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, or a
+    transformers or peft model (then with its `tokenizer`). `data` and `eval` are paths, or any
+    iterables of dicts; `eval` may also be a share of the rows (`"2%"`) or a number. `sections`
+    change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run folder; with
+    `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
 
     Raises:
         InputError: recipe, data or model are wrong; nothing was trained.
@@ -103,7 +104,9 @@ def train_recipe(
     recipe_file: RecipeSource = None,
     progress: bool = True,
 ) -> Run:
-    """What `train` does once the recipe has been read; data is also looked for beside `recipe_file`."""
+    """What `train` does once the recipe has been read; data is also looked for beside
+    `recipe_file`.
+    """
     from tunesmith.train.build import Given
 
     folder = open_run(
@@ -123,7 +126,8 @@ def train_recipe(
 def resume(
     run: str | PathLike[str], *, overrides: Sequence[str | Override] = (), progress: bool = True
 ) -> Run:
-    """Go on with a run from its newest good checkpoint; overrides may change `device`, `log` and `checkpoint` only.
+    """Go on with a run from its newest good checkpoint; overrides may change `device`, `log` and
+    `checkpoint` only.
 
     Raises:
         InputError: not a run, another process trains in it, or an override changes what is learned.
@@ -163,7 +167,9 @@ def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any
 
 
 def _recipe_folders(recipe: RecipeSource) -> list[Path]:
-    """Where data may lie besides the current folder: beside the recipe, and where its run was started."""
+    """Where data may lie besides the current folder: beside the recipe, and where its run was
+    started.
+    """
     if not isinstance(recipe, str | PathLike):
         return []
     path = Path(recipe)
@@ -179,7 +185,8 @@ def _same_recipe(path: Path, asked: Recipe) -> None:
     """Refuse to go on with a run of another recipe.
 
     Raises:
-        RecipeError: a science section differs both from the recipe as asked for then and as resolved.
+        RecipeError: a science section differs both from the recipe as asked for then and as
+        resolved.
     """
     resolved = read_recipe(run_files(path)["recipe"])
     first = read_recipe(read_json(run_files(path)["machine"])["asked"])
@@ -274,6 +281,7 @@ def _check_data(path: Path, job: Job) -> None:
 
 
 def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bool) -> Run:
+    from tunesmith.result import sampler, take_best, write_result
     from tunesmith.train.checkpoint import clean_checkpoints
     from tunesmith.train.trainer import Trainer
 
@@ -285,7 +293,7 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     sinks = _sinks(
         folder, job, after_step=trainer.step if folder.resumed else None, progress=progress
     )
-    samples = _samples(job, files["samples"], after_step=trainer.step)
+    samples = sampler(job, files["samples"], after_step=trainer.step)
     trainer.sinks, trainer.on_eval = sinks, samples
     try:
         trainer.fit()
@@ -293,12 +301,21 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
         for sink in sinks:
             sink.close()
     trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
-    _take_best(trainer)
-    return _finish(path, job, given)
+    take_best(trainer)
+    metrics = write_result(path, job)
+    if given.model is not None:
+        from tunesmith.model.load import unwrap
+
+        unwrap(job.model)
+    return Run(
+        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
+    )
 
 
 def _restore(trainer: Any, path: Path, *, progress: bool) -> None:
-    """Go on from the newest good checkpoint; a run that was killed before its first one begins again."""
+    """Go on from the newest good checkpoint; a run that was killed before its first one begins
+    again.
+    """
     from tunesmith.train.checkpoint import differences as changed
     from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
     from tunesmith.train.console import announce
@@ -338,102 +355,3 @@ def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: boo
     if progress:
         sinks.append(ConsoleSink(job.total_steps, done_steps=after_step or 0))
     return sinks
-
-
-def _samples(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] | None:
-    """Answers to the first held-out prompts, written to samples.jsonl at each evaluation."""
-    count = job.recipe.eval.samples
-    if not count or not job.eval_sets:
-        return None
-    from tunesmith.generate import generate, prompts_from_document
-    from tunesmith.train.metrics import JsonlSink
-
-    chosen = [
-        (document.origin, prompt)
-        for document in job.eval_sets[0].documents
-        if (prompt := prompts_from_document(document, job.template)) is not None
-    ][:count]
-    if not chosen:
-        return None
-    JsonlSink(path, after_step=after_step).close()
-
-    def on_eval(step: int) -> None:
-        answers = generate(
-            job.model, job.template, [prompt.ids for _, prompt in chosen],
-            max_new_tokens=job.recipe.eval.max_new_tokens,
-        )  # fmt: skip
-        sink = JsonlSink(path)
-        for (origin, prompt), answer in zip(chosen, answers, strict=True):
-            sink.write(
-                {
-                    "kind": "sample", "step": step, "source": origin.source, "row": origin.row, "prompt": prompt.text,
-                    "reference": prompt.reference, "answer": answer.text, "stopped": answer.stopped,
-                }
-            )  # fmt: skip
-        sink.close()
-
-    return on_eval
-
-
-def _take_best(trainer: Any) -> None:
-    """With `train.result: best` the weights of the best evaluation become the result."""
-    from tunesmith.train.checkpoint import load_checkpoint
-
-    if trainer.job.recipe.train.result != "best" or trainer.best is None:
-        return
-    step = int(trainer.best["step"])
-    if step != trainer.step:
-        checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
-        trainer.job.optimizer.load_state_dict(load_checkpoint(checkpoint).optimizer)
-
-
-def _finish(path: Path, job: Job, given: Given) -> Run:
-    from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
-    from tunesmith.report import write_report
-    from tunesmith.train.metrics import read_records
-
-    files = run_files(path)
-    records = list(read_records(files["metrics"]))
-    metrics = _final_metrics(records)
-    hashes = job.prepared.content_hashes
-    counts = job.prepared.ledger.sources
-    card = ModelCard(
-        base_model=job.recipe.model.name,
-        base_commit=job.source.commit if job.source else None,
-        data=[
-            DataEntry(name, counts[name].rows_trained + counts[name].rows_truncated, digest)
-            for name, digest in hashes.items()
-        ],
-        choice=TemplateChoice(
-            template="none" if job.recipe.data.template == "none" else "own",
-            template_kwargs=job.recipe.data.template_kwargs,
-        ),
-        recipe=to_yaml(job.recipe),
-        metrics=metrics,
-    )
-    write_model(job.model, job.template, job.source, files["model"], card=card)
-    write_report(
-        files["report"],
-        title=path.name,
-        recipe=to_yaml(job.recipe),
-        records=records,
-        ledger=job.prepared.ledger.to_dict(),
-    )
-    if given.model is not None:
-        from tunesmith.model.load import unwrap
-
-        unwrap(job.model)
-    return Run(
-        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
-    )
-
-
-def _final_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for record in records:
-        if record.get("kind") == "train":
-            found["loss"] = record["loss"]
-        elif record.get("kind") == "eval":
-            for name in ("nll", "perplexity", "accuracy"):
-                found[f"{record['set']}/{name}"] = record[name]
-    return found

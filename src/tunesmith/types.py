@@ -1,7 +1,7 @@
 """The values that pass between the stages. All are frozen; arrays are never changed in place.
 
-Letters of shapes: T packed tokens of a micro-batch, N distinct targets of a micro-batch, M shares of rows in targets,
-n tokens of a segment, k targets of a segment, V vocabulary, D hidden size.
+Letters of shapes: T packed tokens of a micro-batch, N distinct targets of a micro-batch, M shares
+of rows in targets, n tokens of a segment, k targets of a segment, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Origin:
 class Segment:
     """Tokens that continue their parent segment, and which of them must be learned.
 
-    The target `ids[index[j]]` is predicted, with `weight[j]` > 0, from the token before it on its path: `ids[index[j]-1]`,
-    or the parent's last token where `index[j]` is 0 (a root has no target at 0).
+    The target `ids[index[j]]` is predicted, with `weight[j]` > 0, from the token before it on its
+    path: `ids[index[j]-1]`, or the parent's last token where `index[j]` is 0 (a root has no target
+    at 0).
     """
 
     ids: IntArray  # [n] token ids, n >= 1
@@ -51,7 +52,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One row, rendered: a tree (or, after `split`, several trees) of segments, parents before children."""
+    """One row, rendered: a tree (or, after `split`, several trees) of segments, parents before
+    children.
+    """
 
     segments: tuple[Segment, ...]
     origin: Origin
@@ -74,10 +77,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A contiguous run [start, end) of packed tokens that is causal in itself and sees all of `prefix`.
+    """A contiguous run [start, end) of packed tokens that is causal in itself and sees all of
+    `prefix`.
 
-    `prefix` lists the [start, end) spans of its ancestors in path order; their lengths sum to the position of the
-    chain's first token.
+    `prefix` lists the [start, end) spans of its ancestors in path order; their lengths sum to the
+    position of the chain's first token.
     """
 
     start: int
@@ -89,7 +93,8 @@ class Chain:
 class Layout:
     """Who sees whom among the packed tokens of a micro-batch; a forest laid out depth first.
 
-    Token k is seen by token q exactly when k <= q < visible_until[k]. `chains` cover [0, T) in order and say the same.
+    Token k is seen by token q exactly when k <= q < visible_until[k]. `chains` cover [0, T) in
+    order and say the same.
     """
 
     chains: tuple[Chain, ...]
@@ -113,10 +118,11 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch on its device: the forest's tokens once each, and the targets at their sources. No padding.
+    """One micro-batch on its device: the forest's tokens once each, and the targets at their
+    sources. No padding.
 
-    `layout` is None where the model can't take one: the batch is then a single path and runs through the model's own
-    attention.
+    `layout` is None where the model can't take one: the batch is then a single path and runs
+    through the model's own attention.
     """
 
     input_ids: Tensor  # [T] int64
@@ -130,12 +136,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What the head returns for a micro-batch. Sums, never means, so that micro-batches and ranks add up."""
+    """What the head returns for a micro-batch. Sums, never means, so that micro-batches and ranks
+    add up.
+    """
 
     loss_sum: Tensor  # scalar float32, differentiable: sum of weight * loss
     weight_sum: Tensor  # scalar float32
     token_loss: Tensor  # [N] float32, detached: the objective's loss of each target, unweighted
-    stats: Mapping[str, Tensor]  # scalars float32: sums of weight * (accuracy | entropy | logprob | ...)
+    stats: Mapping[
+        str, Tensor
+    ]  # scalars float32: sums of weight * (accuracy | entropy | logprob | ...)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +174,6 @@ class StepMetrics:
 
 
 HeadLoss = Callable[..., LossOutput]
-"""The loss head with its objective chosen: (hidden, weight, bias, *, source, target, target_weight, transform)."""
+"""The loss head with its objective chosen: (hidden, weight, bias, *, source, target, target_weight,
+transform).
+"""

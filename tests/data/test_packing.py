@@ -1,4 +1,6 @@
-"""Micro-batches of a step against an oracle that only knows paths: what each target sees, and how often it is there."""
+"""Micro-batches of a step against an oracle that only knows paths: what each target sees, and how
+often it is there.
+"""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tunesmith.data.template import load_template
 
 from tiny import FAMILIES, tiny_folder
+from tunesmith.data.template import load_template
 from tunesmith.export import ModelCard, write_model
 from tunesmith.generate import generate
 from tunesmith.model.load import load_causal_lm, resolve_model

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tunesmith.data.template import load_template
 
 from tiny import FAMILIES, tiny_folder
+from tunesmith.data.template import load_template
 from tunesmith.errors import RunError
 from tunesmith.export import DataEntry, ModelCard, TemplateChoice, read_choice, write_model
 from tunesmith.model.adapters import add_lora

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tunesmith.data.template import load_template
 
 from tiny import tiny_folder
 from tunesmith.data.conversation import Chat, Completion, Message, Text
+from tunesmith.data.template import load_template
 from tunesmith.generate import prompt_from, prompts_from_document
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment
 

@@ -1,4 +1,5 @@
-"""P2 and P3: loss and every gradient of a step do not depend on how its documents share forward passes.
+"""P2 and P3: loss and every gradient of a step do not depend on how its documents share forward
+passes.
 
 Oracle: plain transformers, eager attention, one path at a time, labels made by hand.
 """
@@ -45,7 +46,9 @@ def segment(ids, parent, start, index, weight=None) -> Segment:
 
 
 def documents() -> list[Document]:
-    """Rows with a common prefix, a row that branches twice, a repeated row; longer than the tiny models' window."""
+    """Rows with a common prefix, a row that branches twice, a repeated row; longer than the tiny
+    models' window.
+    """
     rng = np.random.default_rng(0)
     prefix = rng.integers(3, 400, 30)
     rows = []
@@ -68,7 +71,9 @@ def documents() -> list[Document]:
 
 
 def paths(document: Document):
-    """(ids from the root, places of the segment's targets in them, weights) of each segment with targets."""
+    """(ids from the root, places of the segment's targets in them, weights) of each segment with
+    targets.
+    """
     segments = document.segments
     for number, last in enumerate(segments):
         chain = [number]
@@ -148,7 +153,9 @@ def test_isolated_paths_through_the_models_own_attention_agree(family: str) -> N
 
 
 def test_the_comparison_notices_a_leak() -> None:
-    """A document that sees its neighbour must fail the comparison, or the tests above would prove nothing."""
+    """A document that sees its neighbour must fail the comparison, or the tests above would prove
+    nothing.
+    """
     rows = documents()
     first, second = rows[0].segments[0], rows[2].segments[0]
     glued = Document(

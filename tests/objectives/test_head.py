@@ -84,7 +84,7 @@ def test_weights_of_zero_give_a_finite_zero_and_a_connected_graph() -> None:
 
 
 def test_no_gradient_of_a_frozen_weight_is_made() -> None:
-    hidden, weight, bias, source, target, target_weight = made(torch.float32)
+    hidden, weight, _, source, target, target_weight = made(torch.float32)
     hidden.requires_grad_()
     output = head_loss(
         hidden, weight, None, source=source, target=target,

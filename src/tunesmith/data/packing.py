@@ -1,7 +1,8 @@
 """A step's documents as micro-batches: prefix tree, fewest balanced cuts, depth-first layout.
 
-Invariant: over the micro-batches of a step every target of every document is there exactly once, and each of its ancestors
-is visible to it and nothing else is. How a step is cut changes speed and memory only: a cut prefix is computed again.
+Invariant: over the micro-batches of a step every target of every document is there exactly once,
+and each of its ancestors is visible to it and nothing else is. How a step is cut changes speed and
+memory only: a cut prefix is computed again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class MicrobatchPlan:
 
 @dataclass(slots=True)
 class _Bin:
-    """Subtrees that share a micro-batch. `cost`: tokens below the node where the bin is being packed."""
+    """Subtrees that share a micro-batch. `cost`: tokens below the node where the bin is being
+    packed.
+    """
 
     cost: int
     subtrees: list[Node]
@@ -52,8 +55,9 @@ def plan_step(
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step, largest first.
 
-    A micro-batch holds at most `micro_tokens` tokens, or the longest single path where that is longer. `share` merges
-    equal prefixes; `isolated` gives every path a micro-batch of its own, to be run without a layout.
+    A micro-batch holds at most `micro_tokens` tokens, or the longest single path where that is
+    longer. `share` merges equal prefixes; `isolated` gives every path a micro-batch of its own, to
+    be run without a layout.
     """
     if isolated:
         roots = build_forest(documents, share=False)
@@ -82,7 +86,9 @@ def _below(node: Node) -> list[Node]:
 
 
 def _cut(top: Node, capacity: int) -> list[_Bin]:
-    """Subtree `top` in pieces that fit with the path to them; costs count from `top`'s own first token."""
+    """Subtree `top` in pieces that fit with the path to them; costs count from `top`'s own first
+    token.
+    """
     pieces: dict[Node, list[_Bin]] = {}
     for node in reversed(_below(top)):
         if node.start + node.size <= capacity:
@@ -97,7 +103,9 @@ def _cut(top: Node, capacity: int) -> list[_Bin]:
 
 
 def _pack(items: list[_Bin], capacity: int) -> list[_Bin]:
-    """Items in few bins of like cost: as many bins as best-fit decreasing takes, then longest processing time first."""
+    """Items in few bins of like cost: as many bins as best-fit decreasing takes, then longest
+    processing time first.
+    """
     count = _best_fit_count([item.cost for item in items], capacity)
     if count == len(items):
         return items
@@ -119,7 +127,9 @@ def _best_fit_count(costs: list[int], capacity: int) -> int:
 
 
 def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
-    """Each item into the fullest bin that still takes it. `free` holds (room left, bin) sorted by room."""
+    """Each item into the fullest bin that still takes it. `free` holds (room left, bin) sorted by
+    room.
+    """
     bins: list[_Bin] = []
     free: list[tuple[int, int]] = []
     for item in decreasing:
@@ -136,7 +146,9 @@ def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
 
 
 def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> MicrobatchPlan:
-    """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet become owned here."""
+    """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet
+    become owned here.
+    """
     weights = _chosen(subtrees)
     builder = _Builder()
     for root in sorted(
@@ -150,7 +162,9 @@ def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> Micr
 
 
 def _chosen(subtrees: Sequence[Node]) -> dict[Node, int]:
-    """Nodes of a micro-batch (subtrees and the paths to them), each with the tokens at and below it that are in it."""
+    """Nodes of a micro-batch (subtrees and the paths to them), each with the tokens at and below it
+    that are in it.
+    """
     chosen: dict[Node, int] = {}
     for subtree in subtrees:
         for node in _below(subtree):
@@ -179,7 +193,9 @@ class _Builder:
         self.total = 0
 
     def add_tree(self, root: Node, weights: dict[Node, int]) -> None:
-        """Heaviest child first, so that the longest chain of each tree is one contiguous causal run."""
+        """Heaviest child first, so that the longest chain of each tree is one contiguous causal
+        run.
+        """
         stack: list[tuple[Node, bool]] = [(root, False)]
         while stack:
             node, leaving = stack.pop()

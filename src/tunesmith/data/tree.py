@@ -1,7 +1,9 @@
-"""The prefix tree of a step: documents merged so that tokens they share from their start stand in it once.
+"""The prefix tree of a step: documents merged so that tokens they share from their start stand in
+it once.
 
-Invariant: the paths of the tree that carry targets are exactly the paths of the documents, and every target of every
-document hangs at the position that must predict it. Tokens that no target needs (an answer's last token, say) are left out.
+Invariant: the paths of the tree that carry targets are exactly the paths of the documents, and
+every target of every document hangs at the position that must predict it. Tokens that no target
+needs (an answer's last token, say) are left out.
 """
 
 from __future__ import annotations
@@ -50,9 +52,11 @@ class Node:
 
 
 def build_forest(documents: Sequence[Document], *, share: bool) -> list[Node]:
-    """Roots of the documents' trees: one virtual (empty) root for all if `share`, else one for each single path.
+    """Roots of the documents' trees: one virtual (empty) root for all if `share`, else one for each
+    single path.
 
-    Without sharing, a segment that several paths of a document run through keeps its targets on the first of them.
+    Without sharing, a segment that several paths of a document run through keeps its targets on the
+    first of them.
     """
     if share:
         root = new_root()
@@ -114,7 +118,9 @@ def measure(root: Node) -> int:
 
 
 def _needed_lengths(segments: Sequence[Segment]) -> list[int]:
-    """How many tokens of each segment must be run: up to the last one that predicts a target or has a follower that must."""
+    """How many tokens of each segment must be run: up to the last one that predicts a target or has
+    a follower that must.
+    """
     needed = [0] * len(segments)
     for number in range(len(segments) - 1, -1, -1):
         segment = segments[number]
@@ -140,14 +146,18 @@ def _insert(root: Node, segments: Sequence[Segment], document: int) -> None:
 
 
 def _holder(node: Node, end: int) -> Node:
-    """The ancestor-or-self of `node` that holds position end - 1 (a later split may have moved it up)."""
+    """The ancestor-or-self of `node` that holds position end - 1 (a later split may have moved it
+    up).
+    """
     while node.parent is not None and node.start >= end:
         node = node.parent
     return node
 
 
 def _insert_ids(node: Node, ids: IntArray, start: int) -> Node:
-    """Walk or grow from position `start` (inside or at the end of `node`) along `ids`; the node of the last one."""
+    """Walk or grow from position `start` (inside or at the end of `node`) along `ids`; the node of
+    the last one.
+    """
     done = 0
     while done < len(ids):
         inside = start + done - node.start
@@ -170,8 +180,11 @@ def _insert_ids(node: Node, ids: IntArray, start: int) -> Node:
 
 
 def _split(node: Node, position: int) -> Node:
-    """Cut `node` before `position` and return the new upper part; `node` itself stays the lower part."""
-    assert node.parent is not None and node.start < position < node.end
+    """Cut `node` before `position` and return the new upper part; `node` itself stays the lower
+    part.
+    """
+    assert node.parent is not None
+    assert node.start < position < node.end
     upper = Node(node.ids[: position - node.start], node.start, node.parent)
     node.parent.children[int(upper.ids[0])] = upper
     node.ids = node.ids[position - node.start :]

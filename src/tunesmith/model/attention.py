@@ -1,8 +1,10 @@
-"""The one attention function: every transformers decoder calls it, with the layout handed down as a keyword.
+"""The one attention function: every transformers decoder calls it, with the layout handed down as a
+keyword.
 
-Each chain of the layout is one causal call over its own tokens plus one unmasked call against each span of its
-ancestors; the partial results are merged by their log-sum-exp, which is exact (Milakov and Gimelshein,
-arXiv 1805.02867, section 3.1). The backward of each part uses the merged output and log-sum-exp, so it needs no mask either.
+Each chain of the layout is one causal call over its own tokens plus one unmasked call against each
+span of its ancestors; the partial results are merged by their log-sum-exp, which is exact (Milakov
+and Gimelshein, arXiv 1805.02867, section 3.1). The backward of each part uses the merged output and
+log-sum-exp, so it needs no mask either.
 
 Letters: B = 1, H query heads, K key/value heads, T packed tokens, D head size, n tokens of a chain.
 """
@@ -24,14 +26,18 @@ NAME = "tunesmith"
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """What a layer's mask allows besides the layout: how far back a token sees. None: to the start of its path."""
+    """What a layer's mask allows besides the layout: how far back a token sees. None: to the start
+    of its path.
+    """
 
     local_size: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Which earlier positions a token sees: the last `size` (sliding) or those of its own block of `size` (chunked)."""
+    """Which earlier positions a token sees: the last `size` (sliding) or those of its own block of
+    `size` (chunked).
+    """
 
     size: int
     chunked: bool
@@ -52,7 +58,8 @@ def register() -> None:
 
 
 def _mask_rule(*_: Any, local_size: int | None = None, **__: Any) -> MaskRule:
-    # transformers' own mask function must not be evaluated: it counts packed rows, not positions of a path
+    # transformers' own mask function must not be evaluated: it counts packed rows, not positions of
+    # a path
     return MaskRule(local_size)
 
 
@@ -76,7 +83,8 @@ def layout_attention(
     Shapes: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
 
     Raises:
-        ModelError: the model did not hand the layout down, or asks for what this function can't honour.
+        ModelError: the model did not hand the layout down, or asks for what this function can't
+        honour.
     """
     if layout is None:
         raise ModelError("this architecture does not hand keyword arguments down to its attention")

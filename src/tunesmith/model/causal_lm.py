@@ -16,8 +16,9 @@ from tunesmith.types import Batch, HeadLoss, LossOutput
 class CausalLM(nn.Module):
     """A causal language model that takes a `Batch` and returns sums of losses.
 
-    `model` is a transformers model or one wrapped by peft; nothing of it is patched. `native_attention` is the
-    implementation it uses outside of packed batches: for generation, and for batches without a layout.
+    `model` is a transformers model or one wrapped by peft; nothing of it is patched.
+    `native_attention` is the implementation it uses outside of packed batches: for generation, and
+    for batches without a layout.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class CausalLM(nn.Module):
         return self.base.get_output_embeddings()
 
     def isolate(self) -> None:
-        """From now on batches carry no layout: one path at a time through the model's own attention."""
+        """From now on batches carry no layout: one path at a time through the model's own
+        attention.
+        """
         self.isolated = True
         self.base.set_attn_implementation(self.native_attention)
 
@@ -82,7 +85,9 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def generation(self) -> Iterator[Any]:
-        """The transformers (or peft) model, in eval mode with its own attention and cache; restored on leaving."""
+        """The transformers (or peft) model, in eval mode with its own attention and cache; restored
+        on leaving.
+        """
         training, base = self.training, self.base
         self.eval()
         base.set_attn_implementation(self.native_attention)

@@ -1,9 +1,11 @@
-"""Tree attention on CPU out of torch's flash kernels: no mask, no copy of prefixes, gradients added in place.
+"""Tree attention on CPU out of torch's flash kernels: no mask, no copy of prefixes, gradients added
+in place.
 
-For a chain with queries q, the scores against its own tokens and against each ancestor span are softmax-normalised
-together. With l the log-sum-exp of all of them and o the merged output, each part's share of the gradient follows from
-(q, k_part, v_part, o, l) alone (Dao et al., arXiv 2205.14135, appendix B.4), so the kernels' own backward serves every part.
-A sink is one more logit without a value: it changes l to logaddexp(l, sink) and scales o.
+For a chain with queries q, the scores against its own tokens and against each ancestor span are
+softmax-normalised together. With l the log-sum-exp of all of them and o the merged output, each
+part's share of the gradient follows from (q, k_part, v_part, o, l) alone (Dao et al., arXiv
+2205.14135, appendix B.4), so the kernels' own backward serves every part. A sink is one more logit
+without a value: it changes l to logaddexp(l, sink) and scales o.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def flash_tree_attention(
     locality: Locality | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """[1, H, T, D] outputs of all chains; query [1, H, T, D], key and value [1, K, T, D], sinks [H]."""
+    """[1, H, T, D] outputs of all chains; query [1, H, T, D], key and value [1, K, T, D], sinks
+    [H].
+    """
     return _FlashTree.apply(query, key, value, sinks, tuple(chains), scale, locality)  # pyright: ignore
 
 
@@ -121,7 +125,9 @@ def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 
 def _parts(chain: Chain, locality: Locality | None) -> Iterator[tuple[slice, bool, Tensor | None]]:
-    """(keys, causal, additive mask) of each kernel call of a chain: its own tokens first, then its ancestors."""
+    """(keys, causal, additive mask) of each kernel call of a chain: its own tokens first, then its
+    ancestors.
+    """
     length = chain.end - chain.start
     first = sum(end - start for start, end in chain.prefix)
     own = slice(chain.start, chain.end)
@@ -142,7 +148,8 @@ def _parts(chain: Chain, locality: Locality | None) -> Iterator[tuple[slice, boo
 
 
 def _additive(allowed: Tensor) -> Tensor:
-    # a finite floor: a row that sees nothing of this part gets a log-sum-exp so low that its share is exactly zero
+    # a finite floor: a row that sees nothing of this part gets a log-sum-exp so low that its share
+    # is exactly zero
     return torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)
 
 

@@ -30,7 +30,9 @@ class LogitTransform:
 
 
 def read_logit_transform(config: Any) -> LogitTransform:
-    """The transform that the config names: `final_logit_softcapping`, `logit_scale` (cohere), `logits_scaling` (granite)."""
+    """The transform that the config names: `final_logit_softcapping`, `logit_scale` (cohere),
+    `logits_scaling` (granite).
+    """
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale *= float(config.logit_scale)

@@ -1,8 +1,9 @@
 """The loss head: hidden states in, sums of losses out, logits of a few targets at a time.
 
-Invariant: loss and gradients equal those of `objective(logits(hidden[source] @ W.T + b))` summed with the weights, while
-no more than `CHUNK_BYTES` of logits exist at once and positions without a target cost nothing. Each chunk's gradients are
-taken while its logits are there, so the vocabulary is gone through once: three matrix products in all.
+Invariant: loss and gradients equal those of `objective(logits(hidden[source] @ W.T + b))` summed
+with the weights, while no more than `CHUNK_BYTES` of logits exist at once and positions without a
+target cost nothing. Each chunk's gradients are taken while its logits are there, so the vocabulary
+is gone through once: three matrix products in all.
 
 Letters: T packed tokens, N targets, n targets of a chunk, D hidden size, V vocabulary.
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 from tunesmith.types import LossOutput
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""A loss: (logits [n, V] float32, target [n]) -> loss of each target [n], differentiable in the logits."""
+"""A loss: (logits [n, V] float32, target [n]) -> loss of each target [n], differentiable in the
+logits.
+"""
 
 Transform = Callable[[Tensor], Tensor]
 """What a model does to its raw logits (soft cap, scale), elementwise."""
@@ -58,7 +61,9 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Forward computes the gradients too (for an incoming gradient of 1); backward only scales them."""
+    """Forward computes the gradients too (for an incoming gradient of 1); backward only scales
+    them.
+    """
 
     @staticmethod
     def forward(
@@ -90,7 +95,8 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             grad, token_loss[part] = _chunk(
                 hidden[part], weight, bias, target[part], target_weight[part],
-                objective=objective, transform=transform, stats=stats, differentiate=any(ctx.needs_input_grad),
+                objective=objective, transform=transform, stats=stats,
+                differentiate=any(ctx.needs_input_grad),
             )  # fmt: skip
             if grad is None:
                 continue
@@ -146,7 +152,9 @@ def _chunk(
 
 
 def _stats(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of: the target is the likeliest, entropy in nats, log-probability of the target."""
+    """Weighted sums of: the target is the likeliest, entropy in nats, log-probability of the
+    target.
+    """
     log_sum = logits.logsumexp(-1)
     chosen = logits.gather(1, target[:, None]).squeeze(1)
     expected = torch.linalg.vecdot(torch.softmax(logits, -1), logits)

@@ -7,5 +7,7 @@ from torch.nn import functional
 
 
 def nll(logits: Tensor, target: Tensor) -> Tensor:
-    """-log softmax(logits)[target] of each row. Shapes: logits [n, V] float32, target [n]; returns [n]."""
+    """-log softmax(logits)[target] of each row. Shapes: logits [n, V] float32, target [n]; returns
+    [n].
+    """
     return functional.cross_entropy(logits, target, reduction="none")

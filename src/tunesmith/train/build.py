@@ -1,9 +1,10 @@
-"""From a recipe to the objects of a run. The only place that sees both the recipe and the parts it is about."""
+"""From a recipe to the objects of a run. The only place that sees both the recipe and the parts it
+is about.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -34,11 +35,9 @@ from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.objectives import OBJECTIVES, head_loss
 from tunesmith.optim import AdamW, auto_lr, schedule, undecayed, warmup_steps
-from tunesmith.train.job import EvalSet, Job
+from tunesmith.train.announcement import start_lines
+from tunesmith.train.job import Job
 from tunesmith.train.sources import Rows, make_sources, memory_source, prepare_all
-
-FEW_STEPS = 50
-SHOWN_CHARACTERS = 240
 
 
 @dataclass(slots=True)
@@ -58,7 +57,8 @@ def build(
     folders: Sequence[Path] = (),
     faults_file: Path | None = None,
 ) -> Job:
-    """Everything a run needs, checked. `folders`: where data is looked for after the current folder.
+    """Everything a run needs, checked. `folders`: where data is looked for after the current
+    folder.
 
     Raises:
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
@@ -213,7 +213,9 @@ def resolve(
     trained: AdapterReport,
     max_length: int,
 ) -> Recipe:
-    """The recipe with every `auto` of its science sections as the value it became, fit to run anywhere."""
+    """The recipe with every `auto` of its science sections as the value it became, fit to run
+    anywhere.
+    """
     dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
     lr = recipe.optim.lr
     if lr == "auto":
@@ -354,48 +356,3 @@ def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:
         "total_steps": job.total_steps,
         "self_test": {"tolerance": tested.tolerance, **tested.differences},
     }
-
-
-def start_lines(job: Job, trained: AdapterReport) -> list[str]:
-    """What was decided, in a few lines, before the first step."""
-    recipe, prepared = job.recipe, job.prepared
-    tokens = sum(document.tokens for document in prepared.documents)
-    targets = sum(document.target_tokens for document in prepared.documents)
-    formats = ", ".join(f"{name}: {kind}" for name, kind in prepared.formats.items())
-    lines = [
-        f"data: {len(prepared.documents):,} documents, {tokens:,} tokens, {targets:,} targets ({formats})",
-        f"template: {job.template.name}; train_on {recipe.data.train_on}; max_length {recipe.data.max_length}",
-        f"first row: {_shortened(prepared.sample_text)}",
-        f"model: {recipe.model.name}, {recipe.model.dtype} on {job.device} with {torch.get_num_threads()} threads",
-        f"trained: {trained}",
-        f"steps: {job.total_steps} of {_batch(recipe)}, lr {recipe.optim.lr:g} {recipe.optim.schedule}",
-        f"device: {job.micro_tokens} tokens at a time, "
-        f"prefixes {'shared' if job.share else 'not shared'}, "
-        f"{'one path at a time' if job.model.isolated else 'packed'}",
-    ]
-    lines += [_eval_line(held) for held in job.eval_sets] or [
-        "eval: no held-out data, so overfitting can't be seen; --eval 2% holds some rows out"
-    ]
-    if job.total_steps < FEW_STEPS:
-        lines.append(
-            f"only {job.total_steps} optimizer steps: a smaller batch.documents or more train.epochs gives more"
-        )
-    return lines
-
-
-def _shortened(text: str) -> str:
-    shown = json.dumps(text, ensure_ascii=False)
-    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 4]} ..."
-
-
-def _batch(recipe: Recipe) -> str:
-    return (
-        f"{recipe.batch.tokens} tokens"
-        if recipe.batch.tokens
-        else f"{recipe.batch.documents} documents"
-    )
-
-
-def _eval_line(held: EvalSet) -> str:
-    targets = sum(document.target_tokens for document in held.documents)
-    return f"eval: {held.name}, {len(held.documents):,} documents, {targets:,} targets"

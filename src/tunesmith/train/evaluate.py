@@ -1,4 +1,6 @@
-"""Held-out loss through the same renderer, packing, model and head as training; the loss is always plain NLL."""
+"""Held-out loss through the same renderer, packing, model and head as training; the loss is always
+plain NLL.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tunesmith.train.step import add_document_losses
 from tunesmith.types import Document
 
 GROUP_TOKENS = 8
-"""Documents are planned together until they hold this many times `micro_tokens`, so that shared prefixes meet."""
+"""Documents are planned together until they hold this many times `micro_tokens`, so that shared
+prefixes meet.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,9 @@ def evaluate(
     micro_tokens: int,
     device: torch.device | str = "cpu",
 ) -> EvalResult:
-    """NLL and accuracy of the documents' targets. The model's training mode and random state are left as they were."""
+    """NLL and accuracy of the documents' targets. The model's training mode and random state are
+    left as they were.
+    """
     head = functools.partial(head_loss, objective=nll)
     training = model.training
     model.eval()

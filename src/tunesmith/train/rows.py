@@ -1,4 +1,6 @@
-"""Loss of every training row in every epoch, kept in memory and in checkpoints, written as rows.parquet."""
+"""Loss of every training row in every epoch, kept in memory and in checkpoints, written as
+rows.parquet.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class RowLosses:
     def write(
         self, path: Path, documents: Sequence[Document], epoch_of: Callable[[int], int]
     ) -> None:
-        """rows.parquet: source, row, epoch (from 1), step, loss (mean per weight), weight, tokens, target_tokens."""
+        """rows.parquet: source, row, epoch (from 1), step, loss (mean per weight), weight, tokens,
+        target_tokens.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 

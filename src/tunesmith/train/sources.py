@@ -1,4 +1,6 @@
-"""The recipe's data as documents: sources found, held-out rows chosen, everything rendered and counted."""
+"""The recipe's data as documents: sources found, held-out rows chosen, everything rendered and
+counted.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One optimizer step. Nothing here logs or saves.
 
-Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step, however they are cut into
-micro-batches; gradients are added up in float32.
+Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
+however they are cut into micro-batches; gradients are added up in float32.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _sum_up(
 def add_document_losses(
     loss: NDArray[np.float64], weight: NDArray[np.float64], shares: Shares, token_loss: Tensor
 ) -> None:
-    """Add a micro-batch's losses to those of the documents that asked for them; all arrays by document number."""
+    """Add a micro-batch's losses to those of the documents that asked for them; all arrays by
+    document number.
+    """
     losses = token_loss.detach().to("cpu", torch.float64).numpy()
     share = shares.weight.astype(np.float64)
     loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))

@@ -1,4 +1,6 @@
-"""The loop: steps, evaluations, checkpoints and signals, in that order. What a step does is in `step.py`."""
+"""The loop: steps, evaluations, checkpoints and signals, in that order. What a step does is in
+`step.py`.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class Trainer:
         self._due_since = {"checkpoint": time.monotonic(), "eval": time.monotonic()}
 
     def fit(self) -> None:
-        """Run to the end, evaluating before the first and after the last step; the end is always a checkpoint.
+        """Run to the end, evaluating before the first and after the last step; the end is always a
+        checkpoint.
 
         Raises:
             InterruptedRun: SIGINT or SIGTERM came; a checkpoint was saved.
@@ -219,7 +222,9 @@ class Trainer:
         )
 
     def _try_longest(self) -> None:
-        """One pass over the longest document, thrown away: what does not fit fails now and not in an hour."""
+        """One pass over the longest document, thrown away: what does not fit fails now and not in
+        an hour.
+        """
         job = self.job
         longest = max(job.documents, key=lambda document: document.longest_path)
         plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
@@ -238,7 +243,9 @@ class Trainer:
 
 @contextmanager
 def _signals():
-    """SIGINT and SIGTERM are noted, to stop after the step; a second one stops at once. Main thread only."""
+    """SIGINT and SIGTERM are noted, to stop after the step; a second one stops at once. Main thread
+    only.
+    """
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -270,8 +277,8 @@ def _out_of_memory(micro_tokens: int, longest: int | None = None) -> RunError:
     what = f"the longest document, {longest} tokens," if longest else "a micro-batch"
     return RunError(
         f"out of memory: {what} does not fit with device.micro_tokens={micro_tokens}",
-        hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, device.gradient_checkpointing=true, "
-        "a lower data.max_length, or adapter=lora",
+        hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
+        "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
     )
 
 

@@ -1,0 +1,64 @@
+"""The lines a run starts with: what will be learned, from what, and what was chosen by itself."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tunesmith.config.schema import Recipe
+from tunesmith.model.adapters import AdapterReport
+from tunesmith.train.job import EvalSet, Job
+
+FEW_STEPS = 50
+SHOWN_CHARACTERS = 240
+
+
+def start_lines(job: Job, trained: AdapterReport) -> list[str]:
+    """What was decided, in a few lines, before the first step."""
+    recipe, prepared = job.recipe, job.prepared
+    tokens = sum(document.tokens for document in prepared.documents)
+    targets = sum(document.target_tokens for document in prepared.documents)
+    formats = ", ".join(f"{name}: {kind}" for name, kind in prepared.formats.items())
+    lines = [
+        f"data: {len(prepared.documents):,} documents, {tokens:,} tokens, "
+        f"{targets:,} targets ({formats})",
+        f"template: {job.template.name}; train_on {recipe.data.train_on}; "
+        f"max_length {recipe.data.max_length}",
+        f"first row: {_shortened(prepared.sample_text)}",
+        f"model: {recipe.model.name}, {recipe.model.dtype} on {job.device} "
+        f"with {torch.get_num_threads()} threads",
+        f"trained: {trained}",
+        f"steps: {job.total_steps} of {_batch(recipe)}, "
+        f"lr {recipe.optim.lr:g} {recipe.optim.schedule}",
+        f"device: {job.micro_tokens} tokens at a time, "
+        f"prefixes {'shared' if job.share else 'not shared'}, "
+        f"{'one path at a time' if job.model.isolated else 'packed'}",
+    ]
+    lines += [_eval_line(held) for held in job.eval_sets] or [
+        "eval: no held-out data, so overfitting can't be seen; --eval 2% holds some rows out"
+    ]
+    if job.total_steps < FEW_STEPS:
+        lines.append(
+            f"only {job.total_steps} optimizer steps: "
+            "a smaller batch.documents or more train.epochs gives more"
+        )
+    return lines
+
+
+def _shortened(text: str) -> str:
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 4]} ..."
+
+
+def _batch(recipe: Recipe) -> str:
+    return (
+        f"{recipe.batch.tokens} tokens"
+        if recipe.batch.tokens
+        else f"{recipe.batch.documents} documents"
+    )
+
+
+def _eval_line(held: EvalSet) -> str:
+    targets = sum(document.target_tokens for document in held.documents)
+    return f"eval: {held.name}, {len(held.documents):,} documents, {targets:,} targets"
