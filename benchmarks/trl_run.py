@@ -17,26 +17,33 @@ import time
 from typing import Any
 
 KEEP = {"gradient_checkpointing": False}
-PURE = {**KEEP, "bf16": False, "dtype": "bfloat16"}
 FLAT = {"padding_free": True, "max_length": None}
-PACKED = {"packing": True, "packing_strategy": "bfd"}
+PACKED = {"packing": True, "packing_strategy": "bfd", "micro": 1}
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {**KEEP, "bf16": False, "dtype": "float32"},
+    "bf16 weights": {**KEEP, "bf16": False, "dtype": "bfloat16"},
+    "autocast": {**KEEP, "bf16": True, "dtype": "float32"},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padded, by length": {"train_sampling_strategy": "group_by_length"},
+    "padded, 2 at a time": {"micro": 2},
+    "one at a time": {"micro": 1},
+    "padding-free": FLAT,
+    "padding-free, 4 at a time": {**FLAT, "micro": 4},
+    "padding-free, 2 at a time": {**FLAT, "micro": 2},
+    "packed to 512": {**PACKED, "max_length": 512},
+    "packed to 1024": {**PACKED, "max_length": 1024},
+}
 SETTINGS: dict[str, dict[str, Any]] = {
-    # As it comes: float32 weights under bfloat16 autocast, activations recomputed.
+    # As it comes: float32 weights under bfloat16 autocast, padded, activations recomputed.
     "default": {},
-    "autocast": {**KEEP},
-    "autocast, padding-free": {**KEEP, **FLAT},
-    "autocast, padding-free, micro-batch of 4": {**KEEP, **FLAT, "micro": 4},
-    "float32": {**PURE, "dtype": "float32"},
-    "bf16 weights": {**PURE},
-    "bf16 weights, by length": {**PURE, "train_sampling_strategy": "group_by_length"},
-    "bf16 weights, micro-batch of 2": {**PURE, "micro": 2},
-    "bf16 weights, micro-batch of 1": {**PURE, "micro": 1},
-    "bf16 weights, padding-free": {**PURE, **FLAT},
-    "bf16 weights, padding-free, micro-batch of 4": {**PURE, **FLAT, "micro": 4},
-    "bf16 weights, padding-free, micro-batch of 2": {**PURE, **FLAT, "micro": 2},
-    "bf16 weights, packed 512": {**PURE, **PACKED, "max_length": 512, "micro": 1},
-    "bf16 weights, packed 1024": {**PURE, **PACKED, "max_length": 1024, "micro": 1},
+    **{
+        f"{precision}, {shape}": {**PRECISIONS[precision], **SHAPES[shape]}
+        for precision in PRECISIONS
+        for shape in SHAPES
+    },
 }
 """Arguments of SFTConfig; `dtype` is the model's and `micro` the documents of a micro-batch."""
 
@@ -74,14 +81,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     setting = dict(SETTINGS[job["setting"]])
     micro = setting.pop("micro", job["documents"])
     dtype = setting.pop("dtype", None)
-    blocks = job.get("blocks_per_step", 1) if setting.get("packing") else 0
+    packed = setting.get("packing", False)  # a block is then a step
     with open(job["rows"], encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": blocks or max(1, job["documents"] // micro),
+            "gradient_accumulation_steps": 1 if packed else max(1, job["documents"] // micro),
             "num_train_epochs": 1,
             "learning_rate": job["lr"],
             "lr_scheduler_type": "constant",

@@ -1,7 +1,7 @@
 """Tokens a second and memory of Tunesmith and of TRL, measured in turn on one machine.
 
     python benchmarks/vs_trl.py --model MODEL --data ROWS.jsonl      # A B C A B C A B C
-    python benchmarks/vs_trl.py --model MODEL --search               # every TRL setting, once each
+    python benchmarks/vs_trl.py --model MODEL --data ROWS.jsonl --search    # rank TRL's settings
 
 Each run is a fresh process over the same rows in the same order, with the same documents a step,
 AdamW (weight decay 0) at the same constant rate, full fine-tuning, completions as the only targets.
@@ -9,9 +9,10 @@ A token counts if it is not padding; time is that of the steps after the first. 
 between runs of the same round, since a machine's speed drifts. Rows have `prompt` and
 `completion`, or `question` and `answer`; without --data the calendar example is used.
 
-TRL runs with its defaults and with the fastest of the settings in trl_run.py (--search ranks them).
-Where a setting changes which documents share a step (by length, packed), its losses are not
-compared.
+TRL runs with its defaults and with the fastest of the settings in trl_run.py. A search finds that
+one, once for each processor: the precisions first, padded, then all ways to form batches at the
+fastest precision. Where a setting changes which documents share a step (by length, packed), its
+losses are not compared.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from calendar_events import rows as calendar_rows
-from trl_run import SETTINGS
+from trl_run import PRECISIONS, SETTINGS, SHAPES
 
 HERE = Path(__file__).resolve().parent
-BEST = "bf16 weights, padding-free, micro-batch of 2"
 TUNESMITH = "tunesmith"
 
 
@@ -133,23 +133,58 @@ def _range(spread: dict[str, float], form: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name and the vector units that decide on a precision, where the system tells."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", "").split()
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    return " ".join([facts.get("model name", platform.processor()), *units])
+
+
+def search(job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """One run of TRL's defaults, of each precision, and of each shape at the fastest precision."""
+    padded = {precision: f"{precision}, padded" for precision in PRECISIONS}
+    runs = {name: [run_peer(name, job)] for name in ["default", *padded.values()]}
+    fastest = max(PRECISIONS, key=lambda precision: _speed(runs[padded[precision]]))
+    for shape in SHAPES:
+        name = f"{fastest}, {shape}"
+        if name not in runs:
+            runs[name] = [run_peer(name, job)]
+    return dict(sorted(runs.items(), key=lambda item: -_speed(item[1])))
+
+
+def _speed(runs: list[dict[str, Any]]) -> float:
+    return runs[0]["tokens_per_second"]
+
+
+def searched_best(path: Path) -> str | None:
+    """The fastest setting of an earlier search on this processor."""
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["facts"]["processor"] != processor():
+        return None
+    return next(name for name in report["summary"] if name != "default")
+
+
+def write_report(stem: Path, facts: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the runs as JSON and their table as Markdown; print the table."""
+    summary = summarize(runs)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    report = {"facts": facts, "summary": summary, "runs": runs}
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(table(summary, facts), encoding="utf-8")
+    print(table(summary, facts))
 
 
 def main() -> None:
     arguments = parse()
-    names = (
-        list(SETTINGS) if arguments.search else [TUNESMITH, *(arguments.trl or ("default", BEST))]
-    )
-    rounds = 1 if arguments.search else arguments.rounds
     count = arguments.documents * (arguments.steps + 1)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    settings = arguments.out / "trl_settings.json"
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         facts = {
@@ -157,7 +192,7 @@ def main() -> None:
             "rows": count,
             "documents": arguments.documents,
             "lr": arguments.lr,
-            "rounds": rounds,
+            "rounds": arguments.rounds,
             "threads": arguments.threads,
             "processor": processor(),
             "python": platform.python_version(),
@@ -171,16 +206,18 @@ def main() -> None:
             "seed": 42,
             "threads": arguments.threads,
         }
-        for _ in range(rounds):
+        best = None if arguments.search else searched_best(settings)
+        if arguments.search or not (best or arguments.trl):
+            write_report(settings.with_suffix(""), {**facts, "rounds": 1}, search(job))
+            best = searched_best(settings)
+        if arguments.search:
+            return
+        names = [TUNESMITH, *(arguments.trl or ("default", best))]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for _ in range(arguments.rounds):
             for name in names:
                 runs[name].append(run_peer(name, job))
-    summary = summarize(runs)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = arguments.out / ("trl_settings" if arguments.search else "vs_trl")
-    report = {"facts": facts, "summary": summary, "runs": runs}
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(table(summary, facts), encoding="utf-8")
-    print(table(summary, facts))
+    write_report(arguments.out / "vs_trl", facts, runs)
 
 
 def parse() -> argparse.Namespace:

@@ -38,9 +38,9 @@ def test_ratios_are_taken_within_a_round():
 def test_losses_over_other_documents_are_not_compared():
     runs = {
         "tunesmith": [_run(100, [2.0, 1.0], [5, 5])],
-        "bf16 weights, packed 512": [_run(50, [2.0], [10])],
+        "float32, packed to 512": [_run(50, [2.0], [10])],
     }
-    assert "largest_loss_gap" not in vs_trl.summarize(runs)["bf16 weights, packed 512"]
+    assert "largest_loss_gap" not in vs_trl.summarize(runs)["float32, packed to 512"]
 
 
 def test_speed_leaves_out_the_warm_up_and_padding():
@@ -82,3 +82,28 @@ def test_gsm8k_table_reads_the_metrics():
     text = gsm8k.table(summary)
     assert "| 0 | 1.5000 |" in text
     assert "| 3 | 0.7500 |" in text
+
+
+def test_search_tries_every_shape_at_the_fastest_precision(monkeypatch: pytest.MonkeyPatch):
+    def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
+        return _run(50 if name.startswith("bf16") else 10, [1.0], [1])
+
+    monkeypatch.setattr(vs_trl, "run_peer", run_peer)
+    found = vs_trl.search({})
+    assert set(found) <= set(trl_run.SETTINGS)
+    assert {name for name in found if name.startswith("bf16")} == {
+        f"bf16 weights, {shape}" for shape in trl_run.SHAPES
+    }
+    assert {"default", "float32, padded", "autocast, padded"} < set(found)
+    assert next(iter(found)).startswith("bf16")
+
+
+def test_earlier_search_counts_on_the_same_processor_only(tmp_path: Path):
+    path = tmp_path / "trl_settings.json"
+    assert vs_trl.searched_best(path) is None
+    report = {"facts": {"processor": vs_trl.processor()}, "summary": {"default": 1, "x": 2}}
+    path.write_text(json.dumps(report))
+    assert vs_trl.searched_best(path) == "x"
+    report["facts"]["processor"] = "another"
+    path.write_text(json.dumps(report))
+    assert vs_trl.searched_best(path) is None
