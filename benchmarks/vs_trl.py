@@ -133,7 +133,7 @@ def _range(spread: dict[str, float], form: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name and the vector units that decide on a precision, where the system tells."""
+    """The processor's name and those vector units that decide on a precision, where known."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
