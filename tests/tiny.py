@@ -66,7 +66,7 @@ def _trained_tokenizer_json() -> str:
 def tiny_tokenizer(
     template: str | None = CHATML, *, extra_special: tuple[str, ...] = (), **special: str
 ):
-    """A transformers tokenizer: byte-level BPE, `<|im_end|>` ends a turn and pads, like SmolLM2's."""
+    """A transformers tokenizer: byte-level BPE; `<|im_end|>` ends turns and pads, as SmolLM2's."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 

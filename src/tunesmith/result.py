@@ -1,4 +1,4 @@
-"""What a run gives back: answers to held-out prompts on the way, and at the end the model and the report."""
+"""What a run gives back: answers to held-out prompts on the way, model and report at the end."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.dump import Difference, differences, to_plain, to_yaml
+from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
-from tunesmith.config.schema import SCIENCE, Recipe
+from tunesmith.config.schema import Recipe
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write_json, write_text
 from tunesmith.train.job import run_files
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tunesmith.train.build import Given
     from tunesmith.train.job import Job
 
-RESUMABLE = ("device", "log", "checkpoint")
-"""Sections that a resume may change: none of them decides what is learned."""
 
 Data = str | PathLike[str] | Sequence[str] | Iterable[Mapping[str, Any]]
 Say = Callable[[str], None]
@@ -117,7 +115,9 @@ def train_recipe(
     )
     with folder:
         if folder.resumed:
-            _same_recipe(folder.path, asked)
+            from tunesmith.train.again import same_recipe
+
+            same_recipe(folder.path, asked)
         return _run(
             folder, asked, given or Given(), beside=_recipe_folders(recipe_file), progress=progress
         )
@@ -142,7 +142,9 @@ def resume(
             where=str(path),
             hint="a run folder has recipe.yaml and machine.json",
         )
-    asked = _resumed_recipe(path, overrides)
+    from tunesmith.train.again import resumed_recipe
+
+    asked = resumed_recipe(path, overrides)
     with open_run(path, model_name=asked.model.name, resume=True) as folder:
         return _run(folder, asked, Given(), beside=_recipe_folders(path), progress=progress)
 
@@ -181,43 +183,6 @@ def _recipe_folders(recipe: RecipeSource) -> list[Path]:
     return folders
 
 
-def _same_recipe(path: Path, asked: Recipe) -> None:
-    """Refuse to go on with a run of another recipe.
-
-    Raises:
-        RecipeError: a science section differs both from the recipe as asked for then and as
-        resolved.
-    """
-    resolved = read_recipe(run_files(path)["recipe"])
-    first = read_recipe(read_json(run_files(path)["machine"])["asked"])
-    found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
-    if found:
-        shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])
-        raise RecipeError(
-            f"the run there has another recipe ({shown})",
-            where=str(path),
-            hint="give another --out, or --overwrite to start anew",
-        )
-
-
-def _science(found: Sequence[Difference]) -> list[Difference]:
-    return [difference for difference in found if difference.section in SCIENCE]
-
-
-def _resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
-    """The run's recipe with overrides of the sections a resume may change."""
-    old = read_recipe(run_files(path)["recipe"])
-    new = read_recipe(run_files(path)["recipe"], overrides)
-    for difference in differences(old, new):
-        if difference.section not in RESUMABLE:
-            raise RecipeError(
-                "a resume can't change what is learned or looked at",
-                where=difference.key,
-                hint=f"tunesmith train --model {path} starts a new run from its result",
-            )
-    return new
-
-
 def _run(
     folder: RunFolder, asked: Recipe, given: Given, *, beside: Sequence[Path], progress: bool
 ) -> Run:
@@ -236,7 +201,9 @@ def _run(
     if progress:
         announce([f"run: {path}", *job.notes])
     if folder.resumed:
-        _check_data(path, job)
+        from tunesmith.train.again import check_data
+
+        check_data(path, job)
     else:
         _write_start(path, asked, job)
     return _train_and_export(folder, job, given, progress=progress)
@@ -269,19 +236,9 @@ def _write_start(path: Path, asked: Recipe, job: Job) -> None:
     write_text(files["recipe"], to_yaml(job.recipe))
 
 
-def _check_data(path: Path, job: Job) -> None:
-    from tunesmith.train.sources import check_unchanged
-
-    machine = read_json(run_files(path)["machine"])
-    check_unchanged(machine["data"], job.prepared.content_hashes)
-    check_unchanged(
-        {"the chat template": machine["template"]["sha256"]},
-        {"the chat template": job.template.sha256},
-    )
-
-
 def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bool) -> Run:
     from tunesmith.result import sampler, take_best, write_result
+    from tunesmith.train.again import restore
     from tunesmith.train.checkpoint import clean_checkpoints
     from tunesmith.train.trainer import Trainer
 
@@ -289,7 +246,7 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     clean_checkpoints(path)
     trainer = Trainer(job, path, [])
     if folder.resumed:
-        _restore(trainer, path, progress=progress)
+        restore(trainer, path, progress=progress)
     sinks = _sinks(
         folder, job, after_step=trainer.step if folder.resumed else None, progress=progress
     )
@@ -310,33 +267,6 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     return Run(
         path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
     )
-
-
-def _restore(trainer: Any, path: Path, *, progress: bool) -> None:
-    """Go on from the newest good checkpoint; a run that was killed before its first one begins
-    again.
-    """
-    from tunesmith.train.checkpoint import differences as changed
-    from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
-    from tunesmith.train.console import announce
-
-    checkpoints = run_files(path)["checkpoints"]
-    lines: list[str] = []
-    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
-        lines.append("resume: there is no checkpoint yet, so the run begins again")
-    else:
-        found = newest_checkpoint(path)
-        meta = load_checkpoint(found.path).meta
-        lines += found.warnings
-        now = trainer.meta()
-        unlike = changed(meta, now)
-        if meta.get("micro_tokens") != now["micro_tokens"]:
-            unlike.append(f"micro_tokens was {meta.get('micro_tokens')}, is {now['micro_tokens']}")
-        trainer.restore(found.path)
-        exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
-        lines.append(f"resume: from step {found.step}, {exact}")
-    if progress:
-        announce(lines)
 
 
 def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: bool) -> list[Any]:

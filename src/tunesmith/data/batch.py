@@ -14,7 +14,7 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
     """The plan's arrays as tensors; ids and positions as int64, weights as float32."""
 
     def tensor(array: NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+        return torch.as_tensor(array.astype(np.int64)).to(device, non_blocking=True)
 
     return Batch(
         input_ids=tensor(plan.ids),
@@ -22,6 +22,6 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
         layout=plan.layout if plan.packed else None,
         source=tensor(plan.source),
         target=tensor(plan.target),
-        weight=torch.from_numpy(plan.weight).to(device, non_blocking=True),
+        weight=torch.as_tensor(plan.weight).to(device, non_blocking=True),
         shares=plan.shares,
     )

@@ -41,8 +41,8 @@ class Node:
     ids: IntArray
     start: int  # position of ids[0]
     parent: Node | None
-    children: dict[int, Node] = field(default_factory=dict)  # by first id
-    targets: list[Targets] = field(default_factory=list)
+    children: dict[int, Node] = field(default_factory=dict[int, "Node"])  # by first id
+    targets: list[Targets] = field(default_factory=list[Targets])
     size: int = 0  # tokens of this node and everything below it; set by `measure`
 
     @property

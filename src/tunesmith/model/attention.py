@@ -126,7 +126,7 @@ def _plain(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Chain by chain in elementary operations: any device, softcap, sinks and unequal head sizes."""
+    """Chain by chain in elementary operations: any device, softcap, sinks, unequal head sizes."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

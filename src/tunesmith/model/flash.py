@@ -104,6 +104,7 @@ class _FlashTree(torch.autograd.Function):
                 total = q if total is None else total + q
                 grad_key[:, :, keys] += k
                 grad_value[:, :, keys] += v
+            assert total is not None
             grad_query[:, :, own] = total
         grad_sinks = _sink_gradient(sinks, grad_output, output, log_sum)
         return (

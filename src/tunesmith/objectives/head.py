@@ -11,7 +11,7 @@ Letters: T packed tokens, N targets, n targets of a chunk, D hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,11 @@ def head_loss(
     # index_select and not hidden[source]: its backward adds repeated sources in a fixed order
     gathered = hidden.index_select(0, source)
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    loss_sum, token_loss, stats = _HeadLoss.apply(  # pyright: ignore
-        gathered, weight, bias, target, target_weight, objective, transform, rows
+    loss_sum, token_loss, stats = cast(
+        "tuple[Tensor, Tensor, Tensor]",
+        _HeadLoss.apply(  # pyright: ignore[reportUnknownMemberType]
+            gathered, weight, bias, target, target_weight, objective, transform, rows
+        ),
     )
     return LossOutput(
         loss_sum=loss_sum,
@@ -157,7 +160,7 @@ def _stats(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """
     log_sum = logits.logsumexp(-1)
     chosen = logits.gather(1, target[:, None]).squeeze(1)
-    expected = torch.linalg.vecdot(torch.softmax(logits, -1), logits)
+    expected = (torch.softmax(logits, -1) * logits).sum(-1)
     correct = (logits.argmax(-1) == target).float()
     return torch.stack(
         [(weight * s).sum() for s in (correct, log_sum - expected, chosen - log_sum)]

@@ -5,14 +5,11 @@ is about.
 from __future__ import annotations
 
 import functools
-import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunesmith.config.schema import Holdout, Recipe
@@ -27,7 +24,6 @@ from tunesmith.model.load import choose_dtype, load_causal_lm, resolve_model, wr
 from tunesmith.model.memory import (
     MemoryEstimate,
     check_fits,
-    choose_micro_tokens,
     free_memory,
     measure,
 )
@@ -36,6 +32,7 @@ from tunesmith.model.source import ModelSource
 from tunesmith.objectives import OBJECTIVES, head_loss
 from tunesmith.optim import AdamW, auto_lr, schedule, undecayed, warmup_steps
 from tunesmith.train.announcement import start_lines
+from tunesmith.train.device import choose_device, fit_device, seed_everything
 from tunesmith.train.job import Job
 from tunesmith.train.sources import Rows, make_sources, memory_source, prepare_all
 
@@ -88,7 +85,7 @@ def build(
     tested = self_test(model, max_length=longest)
     notes += tested.notes
     trained = _choose_trained(recipe, model)
-    micro_tokens, checkpointing = _fit_device(
+    micro_tokens, checkpointing = fit_device(
         recipe, model, device, longest=longest, room=room, held=size
     )
     order = make_order(recipe, prepared)
@@ -123,39 +120,6 @@ def build(
     job.chosen = _chosen(job, tested, checkpointing)
     job.notes = [*start_lines(job, trained), *notes]
     return job
-
-
-def choose_device(recipe: Recipe) -> torch.device:
-    """The device the recipe names or the best one here; threads and determinism are set on the way.
-
-    Raises:
-        InputError: the named device is not here.
-    """
-    kinds = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "xpu": torch.xpu.is_available,
-    }
-    kind = recipe.device.kind
-    if kind == "auto":
-        kind = next((name for name, here in kinds.items() if here()), "cpu")
-    elif kind != "cpu" and not kinds[kind]():
-        raise InputError(
-            f"torch finds no {kind} device here", where="device.kind", hint="device.kind=auto"
-        )
-    if recipe.device.threads != "auto":
-        torch.set_num_threads(recipe.device.threads)
-    if recipe.device.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.device.deterministic, warn_only=kind != "cpu")
-    return torch.device(kind)
-
-
-def seed_everything(seed: int) -> None:
-    """One seed for every generator that training may draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def open_template(recipe: Recipe, source: ModelSource | None, given: Given) -> Template:
@@ -296,34 +260,6 @@ def _choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.grad_dtype = torch.float32  # micro-batches are added up in float32
     return report
-
-
-def _fit_device(
-    recipe: Recipe,
-    model: CausalLM,
-    device: torch.device,
-    *,
-    longest: int,
-    room: int,
-    held: MemoryEstimate | None,
-) -> tuple[int, bool]:
-    """Tokens at a time, and whether activations are recomputed: if asked for or needed."""
-    left = max(room - (held.total if held else 0), room // 8)
-    choice = choose_micro_tokens(
-        model.config,
-        dtype=next(model.base.parameters()).dtype,
-        device=device,
-        room=left,
-        longest=longest,
-    )
-    asked = recipe.device.gradient_checkpointing
-    checkpointing = choice.checkpointing if asked == "auto" else asked
-    if checkpointing:
-        model.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-    tokens = choice.tokens if recipe.device.micro_tokens == "auto" else recipe.device.micro_tokens
-    return tokens, checkpointing
 
 
 def _make_optimizer(recipe: Recipe, model: CausalLM) -> AdamW:

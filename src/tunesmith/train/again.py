@@ -1,0 +1,91 @@
+"""Going on with a run: the recipe, the data and the checkpoint it must be the same run by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith.config.dump import Difference, differences
+from tunesmith.config.overrides import Override
+from tunesmith.config.read import read_recipe
+from tunesmith.config.schema import SCIENCE, Recipe
+from tunesmith.errors import RecipeError
+from tunesmith.train.checkpoint import differences as changed
+from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
+from tunesmith.train.console import announce
+from tunesmith.train.folder import read_json
+from tunesmith.train.job import Job, run_files
+from tunesmith.train.sources import check_unchanged
+from tunesmith.train.trainer import Trainer
+
+RESUMABLE = ("device", "log", "checkpoint")
+"""Sections that a resume may change: none of them decides what is learned."""
+
+
+def same_recipe(path: Path, asked: Recipe) -> None:
+    """Refuse to go on with a run of another recipe.
+
+    Raises:
+        RecipeError: a science section differs both from the recipe as asked for then and as
+        resolved.
+    """
+    resolved = read_recipe(run_files(path)["recipe"])
+    first = read_recipe(read_json(run_files(path)["machine"])["asked"])
+    found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
+    if found:
+        shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])
+        raise RecipeError(
+            f"the run there has another recipe ({shown})",
+            where=str(path),
+            hint="give another --out, or --overwrite to start anew",
+        )
+
+
+def _science(found: Sequence[Difference]) -> list[Difference]:
+    return [difference for difference in found if difference.section in SCIENCE]
+
+
+def resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
+    """The run's recipe with overrides of the sections a resume may change."""
+    old = read_recipe(run_files(path)["recipe"])
+    new = read_recipe(run_files(path)["recipe"], overrides)
+    for difference in differences(old, new):
+        if difference.section not in RESUMABLE:
+            raise RecipeError(
+                "a resume can't change what is learned or looked at",
+                where=difference.key,
+                hint=f"tunesmith train --model {path} starts a new run from its result",
+            )
+    return new
+
+
+def check_data(path: Path, job: Job) -> None:
+    machine = read_json(run_files(path)["machine"])
+    check_unchanged(machine["data"], job.prepared.content_hashes)
+    check_unchanged(
+        {"the chat template": machine["template"]["sha256"]},
+        {"the chat template": job.template.sha256},
+    )
+
+
+def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
+    """Go on from the newest good checkpoint; a run that was killed before its first one begins
+    again.
+    """
+    checkpoints = run_files(path)["checkpoints"]
+    lines: list[str] = []
+    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+        lines.append("resume: there is no checkpoint yet, so the run begins again")
+    else:
+        found = newest_checkpoint(path)
+        meta = load_checkpoint(found.path).meta
+        lines += found.warnings
+        now = trainer.meta()
+        unlike = changed(meta, now)
+        if meta.get("micro_tokens") != now["micro_tokens"]:
+            unlike.append(f"micro_tokens was {meta.get('micro_tokens')}, is {now['micro_tokens']}")
+        trainer.restore(found.path)
+        exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
+        lines.append(f"resume: from step {found.step}, {exact}")
+    if progress:
+        announce(lines)

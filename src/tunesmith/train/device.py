@@ -1,0 +1,75 @@
+"""Where a run runs: the device, determinism, seeds, and how much goes through at a time."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from tunesmith.config.schema import Recipe
+from tunesmith.errors import InputError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.memory import MemoryEstimate, choose_micro_tokens
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The device the recipe names or the best one here; threads and determinism are set on the way.
+
+    Raises:
+        InputError: the named device is not here.
+    """
+    kinds = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
+    kind = recipe.device.kind
+    if kind == "auto":
+        kind = next((name for name, here in kinds.items() if here()), "cpu")
+    elif kind != "cpu" and not kinds[kind]():
+        raise InputError(
+            f"torch finds no {kind} device here", where="device.kind", hint="device.kind=auto"
+        )
+    if recipe.device.threads != "auto":
+        torch.set_num_threads(recipe.device.threads)
+    if recipe.device.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(recipe.device.deterministic, warn_only=kind != "cpu")
+    return torch.device(kind)
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for every generator that training may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def fit_device(
+    recipe: Recipe,
+    model: CausalLM,
+    device: torch.device,
+    *,
+    longest: int,
+    room: int,
+    held: MemoryEstimate | None,
+) -> tuple[int, bool]:
+    """Tokens at a time, and whether activations are recomputed: if asked for or needed."""
+    left = max(room - (held.total if held else 0), room // 8)
+    choice = choose_micro_tokens(
+        model.config,
+        dtype=next(model.base.parameters()).dtype,
+        device=device,
+        room=left,
+        longest=longest,
+    )
+    asked = recipe.device.gradient_checkpointing
+    checkpointing = choice.checkpointing if asked == "auto" else asked
+    if checkpointing:
+        model.base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    tokens = choice.tokens if recipe.device.micro_tokens == "auto" else recipe.device.micro_tokens
+    return tokens, checkpointing
