@@ -111,10 +111,23 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(job["model"]),
             callbacks=[Clock()],
         )
+        collate, stop = trainer.data_collator, trainer.processing_class.eos_token_id
+        trainer.data_collator = lambda features: end_at_stop(collate(features), stop)
         weights = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
         steps.clear()
         trainer.train()
     return {**_summary(steps, job["warmup"]), "weights": weights, "version": trl.__version__}
+
+
+def end_at_stop(batch: dict[str, Any], stop: int) -> dict[str, Any]:
+    """The batch without the target that follows the stop token: what the template writes there.
+
+    TRL learns it (a newline, in ChatML) and Tunesmith does not; without it the losses are of the
+    same targets.
+    """
+    labels = batch["labels"]
+    labels[:, 1:][labels[:, :-1] == stop] = -100
+    return batch
 
 
 def _summary(steps: list[dict[str, Any]], warmup: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -53,6 +54,12 @@ def test_speed_leaves_out_the_warm_up_and_padding():
     found = trl_run._summary(steps, warmup=1)
     assert (found["tokens"], found["seconds"]) == (150, 5.0)
     assert found["losses"] == [3.0, 2.0, 1.0]
+
+
+def test_targets_end_at_the_stop_token():
+    labels = torch.tensor([[-100, 5, 2, 9, -100, 6, 7, 2, 9]])
+    ended = trl_run.end_at_stop({"labels": labels}, 2)["labels"]
+    assert ended.tolist() == [[-100, 5, 2, -100, -100, 6, 7, 2, -100]]
 
 
 def test_rows_keep_their_order_and_too_few_are_refused(tmp_path: Path):
