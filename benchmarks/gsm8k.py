@@ -25,13 +25,15 @@ def summarize(records: list[dict[str, Any]], machine: dict[str, Any]) -> dict[st
     steps = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
     timed = steps[1:]
+    few = max(1, min(10, len(steps) // 2))
     tokens = sum(step["tokens"] for step in timed)
     seconds = sum(step["seconds"] for step in timed)
     return {
         "evals": [{key: e[key] for key in ("step", "nll", "target_tokens")} for e in evals],
         "steps": len(steps),
-        "first_loss": statistics.mean(step["loss"] for step in steps[:10]),
-        "last_loss": statistics.mean(step["loss"] for step in steps[-10:]),
+        "averaged": few,
+        "first_loss": statistics.mean(step["loss"] for step in steps[:few]),
+        "last_loss": statistics.mean(step["loss"] for step in steps[-few:]),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -48,7 +50,7 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['steps']} steps; {machine.get('cpu')}, {machine.get('threads')} threads;"
         f" {summary['evals'][0]['target_tokens']:,} held-out target tokens.\n\n"
         f"| step | held-out loss, nats a token |\n|---|---|\n{evals}\n\n"
-        f"Training loss, mean of the first and of the last 10 steps:"
+        f"Training loss, mean of the first and of the last {summary['averaged']} steps:"
         f" {summary['first_loss']:.4f}, {summary['last_loss']:.4f}."
         f" {summary['tokens_per_second']:.0f} tokens/s,"
         f" peak memory {summary['peak_memory'] / 2**30:.2f} GiB.\n"
