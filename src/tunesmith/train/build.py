@@ -32,7 +32,12 @@ from tunesmith.model.source import ModelSource
 from tunesmith.objectives import OBJECTIVES, head_loss
 from tunesmith.optim import AdamW, auto_lr, schedule, undecayed, warmup_steps
 from tunesmith.train.announcement import start_lines
-from tunesmith.train.device import choose_device, fit_device, seed_everything
+from tunesmith.train.device import (
+    choose_device,
+    fit_device,
+    keep_freed_memory,
+    seed_everything,
+)
 from tunesmith.train.job import Job
 from tunesmith.train.sources import Rows, make_sources, memory_source, prepare_all
 
@@ -62,6 +67,8 @@ def build(
     """
     given = given or Given()
     device = choose_device(recipe)
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_everything(recipe.train.seed)
     notes: list[str] = []
     source = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 
@@ -12,6 +13,9 @@ from tunesmith.config.schema import Recipe
 from tunesmith.errors import InputError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.memory import MemoryEstimate, choose_micro_tokens
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's mallopt(3)."""
 
 
 def choose_device(recipe: Recipe) -> torch.device:
@@ -38,6 +42,20 @@ def choose_device(recipe: Recipe) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.device.deterministic, warn_only=kind != "cpu")
     return torch.device(kind)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep big buffers that were freed, so that the next step does not fault them in.
+
+    By its default it gives every buffer above a few megabytes back to the system, and each page of
+    the next one costs a fault. Elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:
