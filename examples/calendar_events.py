@@ -83,7 +83,8 @@ OPENINGS = (
 class Event:
     """The command, in the order of the JSON's keys.
 
-    `start` is HH:MM of a 24-hour day; `minutes` is how long it takes; `remind` is minutes before.
+    `start` is always written as in `9:00 pm`; `minutes` is how long it takes; `remind` is minutes
+    before.
     """
 
     title: str
@@ -99,12 +100,16 @@ class Event:
 
 
 def spoken_time(start: str, rng: random.Random) -> str:
-    """One of the ways in which people say a time of day."""
-    hour, minute = (int(part) for part in start.split(":"))
-    short = f"{(hour - 1) % 12 + 1}" + (f":{minute:02d}" if minute else "")
-    return rng.choice(
-        [f"{short} {'am' if hour < 12 else 'pm'}", f"{short}{'am' if hour < 12 else 'pm'}", start]
-    )
+    """One of the ways in which people write a time of day: `9:00 pm`, `9 pm`, `9pm`."""
+    clock, half = start.split(" ")
+    short = clock.removesuffix(":00")
+    return rng.choice([f"{short} {half}", f"{short}{half}", start])
+
+
+def clock_time(rng: random.Random) -> str:
+    """A quarter of an hour between 7 in the morning and 10 at night."""
+    hour, minute = rng.randrange(7, 22), rng.choice((0, 15, 30, 45))
+    return f"{(hour - 1) % 12 + 1}:{minute:02d} {'am' if hour < 12 else 'pm'}"
 
 
 def draw(rng: random.Random) -> tuple[str, Event]:
@@ -113,7 +118,7 @@ def draw(rng: random.Random) -> tuple[str, Event]:
     event = Event(
         title=rng.choice(TITLES),
         day=rng.choice(DAYS),
-        start=f"{rng.randrange(7, 22):02d}:{rng.choice((0, 15, 30, 45)):02d}",
+        start=clock_time(rng),
         minutes=minutes,
         guest=rng.choice(PEOPLE) if rng.random() < 0.6 else None,
         remind=None,

@@ -194,6 +194,8 @@ def _run(
     faults = path.with_name(f"{path.name}-faults.jsonl")
     try:
         job = build(asked, given=given, folders=beside, faults_file=faults)
+        if not folder.resumed:
+            folder.clear(_needed(asked, given, job, beside))
     except BaseException:
         if not folder.resumed:
             _remove_unused(path)
@@ -207,6 +209,20 @@ def _run(
     else:
         _write_start(path, asked, job)
     return _train_and_export(folder, job, given, progress=progress)
+
+
+def _needed(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> list[Path]:
+    """Files and folders that the run reads."""
+    from tunesmith.train.sources import make_sources
+
+    sections = [] if given.rows is not None else list(asked.data.train)
+    if given.eval_rows is None and isinstance(asked.data.eval, Mapping):
+        sections += [section for group in asked.data.eval.values() for section in group]
+    sources = make_sources(sections, asked.data, folders=beside)
+    paths = [source.path for source in sources if source.path is not None]
+    if job.source is not None:
+        paths += [job.source.folder, job.source.tokenizer_folder]
+    return paths
 
 
 def _remove_unused(path: Path) -> None:

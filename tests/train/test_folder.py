@@ -66,7 +66,17 @@ def test_a_run_is_gone_on_with_or_replaced_only_when_asked(tmp_path):
     assert contents(path) == ["checkpoints", "machine.json", "recipe.yaml"]
     with open_run(path, model_name="m", overwrite=True) as run:
         assert not run.resumed
+        assert is_run(path)
+        run.clear()
     assert contents(path) == []
+
+
+def test_overwriting_spares_what_the_new_run_needs(tmp_path):
+    path = make_run(tmp_path / "run")
+    with open_run(path, model_name="m", overwrite=True) as run:
+        with pytest.raises(InputError, match="would delete"):
+            run.clear([tmp_path, path / "model"])
+    assert is_run(path)
 
 
 def test_overwriting_does_not_follow_links(tmp_path):
@@ -75,7 +85,8 @@ def test_overwriting_does_not_follow_links(tmp_path):
     other.mkdir()
     (other / "kept").write_text("x")
     (path / "link").symlink_to(other)
-    open_run(path, model_name="m", overwrite=True).close()
+    with open_run(path, model_name="m", overwrite=True) as run:
+        run.clear()
     assert contents(path) == []
     assert (other / "kept").exists()
 
@@ -87,11 +98,10 @@ def test_a_deletion_cut_short_leaves_a_run(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "input/output error")
 
     monkeypatch.setattr("tunesmith.train.folder.shutil.rmtree", fail)
-    with pytest.raises(RunError, match="can't be deleted"):
-        open_run(path, model_name="m", overwrite=True)
+    with open_run(path, model_name="m", overwrite=True) as run:
+        with pytest.raises(RunError, match="can't be deleted"):
+            run.clear()
     assert is_run(path)
-    monkeypatch.undo()
-    open_run(path, model_name="m", overwrite=True).close()  # and the lock was given back
 
 
 def test_what_can_not_be_a_folder_is_an_input_error(tmp_path):
@@ -126,7 +136,6 @@ def test_two_processes_can_not_train_in_one_folder(tmp_path):
         assert "another process" in refused.stderr
         assert is_run(path)
     assert contend().returncode == 0
-    assert contents(path) == []
 
 
 def test_json_is_replaced_in_one_go(tmp_path, monkeypatch):

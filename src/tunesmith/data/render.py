@@ -17,6 +17,7 @@ from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
 TOO_LONG = "too-long"
 NO_TARGETS = "no-targets"
+_SHOWN = 40  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
 
 def _no_stop(turn: Turn, target: list[int], template: Template) -> RowError:
     stops = ", ".join(template.token_text(token) for token in sorted(template.stop_ids))
-    end = template.decode(target[-8:])
+    end = template.decode(target)[-_SHOWN:]
     return RowError(
         Fault(
             "no-stop-token",

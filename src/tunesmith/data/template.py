@@ -234,7 +234,9 @@ def _check_syntax(text: str, path: Path) -> None:
         compile_template(text)
     except TemplateSyntaxError as error:
         raise DataError(
-            f"not a Jinja template: {error.message}", where=f"{path}:{error.lineno}"
+            f"not a Jinja template: {error.message}",
+            where=f"{path}:{error.lineno}",
+            hint="mend the file, or leave data.template out for the model's own template",
         ) from error
 
 

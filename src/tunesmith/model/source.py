@@ -153,7 +153,11 @@ def _check_files(name: str, folder: Path) -> None:
                 where=name,
                 hint="convert once: AutoModelForCausalLM.from_pretrained(F).save_pretrained(G)",
             )
-        raise ModelError("holds no *.safetensors weights", where=name)
+        raise ModelError(
+            "holds no *.safetensors weights",
+            where=name,
+            hint="copy the weight files here too, or give the folder that has them",
+        )
 
 
 def _looks_like_path(name: str) -> bool:

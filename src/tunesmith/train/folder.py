@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,6 +28,28 @@ class RunFolder:
         self.path = path
         self.resumed = resumed
         self._lock: int | None = lock
+
+    def clear(self, needed: Iterable[Path] = ()) -> None:
+        """Delete what an overwritten run left; to be called once nothing can be wrong any more.
+
+        Raises:
+            InputError: one of the `needed` files or folders lies in the folder.
+            RunError: something can't be deleted; the folder then still counts as a run.
+        """
+        inside = self.path.resolve()
+        for path in needed:
+            if path.resolve().is_relative_to(inside):
+                raise InputError(
+                    f"--overwrite would delete {path}, which the new run needs",
+                    where=str(self.path),
+                    hint="give another folder with --out",
+                )
+        try:
+            _empty([entry for entry in self.path.iterdir() if entry.name != LOCK])
+        except OSError as error:
+            raise RunError(
+                f"the run can't be deleted: {error.strerror or error}", where=str(self.path)
+            ) from error
 
     def close(self) -> None:
         """Let other processes write in the folder. May be called twice."""
@@ -55,12 +78,11 @@ def open_run(
         out: the folder; None makes a new one under `runs` named by UTC time and model.
         model_name: hub id or path the new name ends in.
         resume: an existing run is gone on with (`resumed` is then True); an empty folder starts.
-        overwrite: an existing run is deleted first.
+        overwrite: an existing run is taken, for `RunFolder.clear` to delete.
 
     Raises:
         InputError: the folder has contents and neither flag allows that, is not a run, is not a
             folder, can't be written in, or another process trains in it.
-        RunError: the run to be overwritten can't be deleted.
     """
     path = _new_name(model_name) if out is None else Path(out)
     try:
@@ -185,15 +207,7 @@ def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
             where=str(path),
             hint="give another folder, or empty this one by hand",
         )
-    if resume:
-        return True
-    try:
-        _empty(contents)
-    except OSError as error:
-        raise RunError(
-            f"the run can't be deleted: {error.strerror or error}", where=str(path)
-        ) from error
-    return False
+    return resume
 
 
 def _empty(contents: list[Path]) -> None:
