@@ -277,3 +277,15 @@ def test_a_run_that_stands_there_is_not_touched(
     assert run(command(place, ["train.steps=1", "--overwrite"])) == 2
     assert "hint: " in capsys.readouterr().err
     assert listed(tmp_path / "R") == before
+
+
+def test_a_run_is_not_overwritten_by_one_that_starts_from_it(
+    tmp_path: Path, base: Path, capsys: Capture
+) -> None:
+    place = place_of(tmp_path, base)
+    assert run(command(place, ["train.steps=1"])) == 0
+    before = listed(tmp_path / "R")
+    again = ["train", "--model", str(tmp_path / "R"), "--data", str(place.data), "--overwrite"]
+    assert run([*again, "--out", str(tmp_path / "R"), "train.steps=1"]) == 2
+    assert "would delete" in capsys.readouterr().err
+    assert listed(tmp_path / "R") == before
