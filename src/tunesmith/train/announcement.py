@@ -7,6 +7,7 @@ import json
 import torch
 
 from tunesmith.config.schema import Recipe
+from tunesmith.data.ledger import Ledger
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.train.job import EvalSet, Job
 
@@ -35,6 +36,7 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
         f"prefixes {'shared' if job.share else 'not shared'}, "
         f"{'one path at a time' if job.model.isolated else 'packed'}",
     ]
+    lines += _loss_line(prepared.ledger)
     lines += [_eval_line(held) for held in job.eval_sets] or [
         "eval: no held-out data, so overfitting can't be seen; --eval 2% holds some rows out"
     ]
@@ -44,6 +46,21 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
             "a smaller batch.documents or more train.epochs gives more"
         )
     return lines
+
+
+def _loss_line(ledger: Ledger) -> list[str]:
+    """What of the input is not learned from in full, if anything."""
+    total = ledger.totals
+    parts = [
+        f"{count:,} {what}"
+        for what, count in (
+            ("rows dropped", total.rows_dropped),
+            ("rows truncated", total.rows_truncated),
+            ("tokens after the last answer unused", total.tokens_unused),
+        )
+        if count
+    ]
+    return [f"not learned: {', '.join(parts)}; ledger.json says why"] if parts else []
 
 
 def _shortened(text: str) -> str:
