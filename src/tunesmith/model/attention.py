@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.flash import flash_tree_attention
+from tunesmith.model.locality import Locality, chain_mask
 from tunesmith.types import Chain, Layout
 
 NAME = "tunesmith"
@@ -31,22 +32,6 @@ class MaskRule:
     """
 
     local_size: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """Which earlier positions a token sees: the last `size` (sliding) or those of its own block of
-    `size` (chunked).
-    """
-
-    size: int
-    chunked: bool
-
-    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
-        """[queries, keys] booleans from the positions of both."""
-        if self.chunked:
-            return query[:, None] // self.size == key[None] // self.size
-        return key[None] > query[:, None] - self.size
 
 
 def register() -> None:
@@ -181,15 +166,3 @@ def _plain_chain(
         sink = sinks.float().reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     return weights.to(values.dtype) @ values
-
-
-def chain_mask(chain: Chain, locality: Locality | None, device: torch.device | str) -> Tensor:
-    """[n, ancestors + n] booleans: which keys each token of the chain sees."""
-    rows = chain.end - chain.start
-    above = sum(end - start for start, end in chain.prefix)
-    query = torch.arange(above, above + rows, device=device)
-    key = torch.arange(above + rows, device=device)
-    allowed = key[None] <= query[:, None]
-    if locality is not None:
-        allowed &= locality.allowed(query, key)
-    return allowed

@@ -11,15 +11,13 @@ without a value: it changes l to logaddexp(l, sink) and scales o.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.model.locality import Locality
 from tunesmith.types import Chain
-
-if TYPE_CHECKING:
-    from tunesmith.model.attention import Locality
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
