@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError, InterruptedRun, RunError, TunesmithError
@@ -45,3 +47,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LATER])
+
+
+class _Package(ModuleType):
+    """This package, in which `train` stays the function: importing any module of the subpackage of
+    that name would bind the name to it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "train" and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

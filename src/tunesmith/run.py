@@ -263,10 +263,9 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     trainer = Trainer(job, path, [])
     if folder.resumed:
         restore(trainer, path, progress=progress)
-    sinks = _sinks(
-        folder, job, after_step=trainer.step if folder.resumed else None, progress=progress
-    )
-    samples = sampler(job, files["samples"], after_step=trainer.step)
+    kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
+    sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
+    samples = sampler(job, files["samples"], after_step=kept)
     trainer.sinks, trainer.on_eval = sinks, samples
     try:
         trainer.fit()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -97,7 +98,7 @@ def test_a_deletion_cut_short_leaves_a_run(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr("tunesmith.train.folder.shutil.rmtree", fail)
+    monkeypatch.setattr(shutil, "rmtree", fail)
     with open_run(path, model_name="m", overwrite=True) as run:
         with pytest.raises(RunError, match="can't be deleted"):
             run.clear()

@@ -18,6 +18,8 @@ from tunesmith.errors import InputError, RunError
 
 MARKERS = ("recipe.yaml", "machine.json")
 """Files that every run has; a folder with both is a run."""
+BEGINNING = frozenset({"ledger.json", "machine.json"})
+"""Files that stand before recipe.yaml does; a folder with nothing else was killed at its start."""
 LOCK = ".lock"
 
 
@@ -77,7 +79,8 @@ def open_run(
     Args:
         out: the folder; None makes a new one under `runs` named by UTC time and model.
         model_name: hub id or path the new name ends in.
-        resume: an existing run is gone on with (`resumed` is then True); an empty folder starts.
+        resume: an existing run is gone on with (`resumed` is then True); an empty folder starts,
+            and one where a start was cut short.
         overwrite: an existing run is taken, for `RunFolder.clear` to delete.
 
     Raises:
@@ -202,12 +205,20 @@ def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
             hint = "--resume goes on with this run, --overwrite deletes it and starts anew"
         raise InputError("the folder is not empty", where=str(path), hint=hint)
     if not is_run(path):
+        if resume and all(_of_a_beginning(entry) for entry in contents):
+            return False
         raise InputError(
             f"the folder is not empty and not a run ({' and '.join(MARKERS)} mark one)",
             where=str(path),
             hint="give another folder, or empty this one by hand",
         )
     return resume
+
+
+def _of_a_beginning(entry: Path) -> bool:
+    known = entry.name.removeprefix(".").removesuffix(".tmp")
+    begun = known in BEGINNING or (known == "recipe.yaml" and entry.name != known)
+    return begun and entry.is_file()
 
 
 def _empty(contents: list[Path]) -> None:

@@ -190,11 +190,12 @@ class Trainer:
             )
             if number == 0 and (self.best is None or found.nll < self.best["nll"]):
                 self.best = {"step": self.step, "nll": found.nll}
-                if job.recipe.train.result == "best":
-                    self.save()
         if job.eval_sets and self.on_eval is not None:
             with _random_state_kept():
                 self.on_eval(self.step)
+        # Last, since a resume does not repeat the evaluation of the step it goes on from.
+        if job.recipe.train.result == "best" and self.best and self.best["step"] == self.step:
+            self.save()
 
     def _due(self, what: str, every: Duration | None) -> bool:
         if every is None:
