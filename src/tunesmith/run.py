@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -269,9 +270,13 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     trainer.sinks, trainer.on_eval = sinks, samples
     try:
         trainer.fit()
-    finally:
+    except BaseException:
         for sink in sinks:
-            sink.close()
+            with suppress(Exception):  # what stopped the run is what must be told
+                sink.close()
+        raise
+    for sink in sinks:
+        sink.close()
     trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
     take_best(trainer)
     metrics = write_result(path, job)

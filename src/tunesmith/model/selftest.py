@@ -7,6 +7,7 @@ tokens in all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,21 @@ def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
         causal_lm.train(training)
 
 
+def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
+    where = str(getattr(causal_lm.config, "_name_or_path", "") or "model")
+    if math.isnan(difference):
+        return ModelError(
+            "what it computes is not a number (NaN); its weights hold NaN or infinity",
+            where=where,
+            hint="the files may be damaged: get the model again",
+        )
+    return ModelError(
+        f"{_REFUSED[check]} (relative difference {difference:.1e})",
+        where=where,
+        hint="train a model whose architecture transformers itself holds",
+    )
+
+
 def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     probe = Probe(causal_lm, max_length)
     differences: dict[str, float] = {}
@@ -55,10 +71,7 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
         for name, check in (("head", probe.head), ("causal", probe.causal)):
             differences[name] = check()
             if not differences[name] <= probe.rounding:
-                raise ModelError(
-                    _REFUSED[name] + f" (relative difference {differences[name]:.1e})",
-                    where=str(getattr(causal_lm.config, "_name_or_path", "") or "model"),
-                )
+                raise _refusal(causal_lm, name, differences[name])
     reason = None
     for name, check in (
         ("packed", probe.packed),

@@ -77,15 +77,19 @@ class JsonlSink:
                 hint="free some space, then run `tunesmith resume`",
             ) from error
 
-    def sync(self) -> None:
-        """Bring what was written to the disk; before a checkpoint, so that it never lags behind."""
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
-        """Bring the file to the disk and close it."""
-        if not self._file.closed:
-            self.sync()
+        """Bring the file to the disk and close it.
+
+        Raises:
+            RunError: the disk is full or gone.
+        """
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
             self._file.close()
+        except OSError as error:
+            raise RunError(f"can't be written: {error.strerror}", where=str(self.path)) from error
 
 
 def read_records(path: Path, *, kind: str | None = None) -> Iterator[dict[str, Any]]:
