@@ -106,6 +106,7 @@ def train_recipe(
     """What `train` does once the recipe has been read; data is also looked for beside
     `recipe_file`.
     """
+    from tunesmith.model.load import settings_kept
     from tunesmith.train.build import Given
 
     folder = open_run(
@@ -114,14 +115,13 @@ def train_recipe(
         resume=resume,
         overwrite=overwrite,
     )
-    with folder:
+    given = given or Given()
+    with folder, settings_kept(given.model):
         if folder.resumed:
             from tunesmith.train.again import same_recipe
 
             same_recipe(folder.path, asked)
-        return _run(
-            folder, asked, given or Given(), beside=_recipe_folders(recipe_file), progress=progress
-        )
+        return _run(folder, asked, given, beside=_recipe_folders(recipe_file), progress=progress)
 
 
 def resume(
@@ -209,7 +209,7 @@ def _run(
         check_data(path, job)
     else:
         _write_start(path, asked, job)
-    return _train_and_export(folder, job, given, progress=progress)
+    return _train_and_export(folder, job, progress=progress)
 
 
 def _needed(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> list[Path]:
@@ -253,7 +253,7 @@ def _write_start(path: Path, asked: Recipe, job: Job) -> None:
     write_text(files["recipe"], to_yaml(job.recipe))
 
 
-def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bool) -> Run:
+def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     from tunesmith.result import sampler, take_best, write_result
     from tunesmith.train.again import restore
     from tunesmith.train.checkpoint import clean_checkpoints
@@ -280,10 +280,6 @@ def _train_and_export(folder: RunFolder, job: Job, given: Given, *, progress: bo
     trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
     take_best(trainer)
     metrics = write_result(path, job)
-    if given.model is not None:
-        from tunesmith.model.load import unwrap
-
-        unwrap(job.model)
     return Run(
         path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
     )

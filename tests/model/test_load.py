@@ -10,7 +10,7 @@ import torch
 
 from tiny import tiny_folder, tiny_model
 from tunesmith.errors import ModelError
-from tunesmith.model.load import choose_dtype, load_causal_lm, unwrap, wrap_causal_lm
+from tunesmith.model.load import choose_dtype, load_causal_lm, settings_kept, wrap_causal_lm
 from tunesmith.model.source import resolve_model
 
 IDS = torch.arange(3, 40)[None]
@@ -99,10 +99,13 @@ def test_the_threshold_of_phimoe_is_no_noise(tmp_path: Path) -> None:
 
 def test_wrapped_model_is_given_back_as_it_came() -> None:
     model = tiny_model("llama", attention="sdpa")
-    causal_lm = wrap_causal_lm(model)
-    assert model.config._attn_implementation == "tunesmith"
-    assert unwrap(causal_lm) is model
+    model.config.use_cache = False
+    with settings_kept(model):
+        wrap_causal_lm(model).train()
+        assert model.config._attn_implementation == "tunesmith"
     assert model.config._attn_implementation == "sdpa"
+    assert model.config.use_cache is False
+    assert not model.training
 
 
 def test_model_without_a_head_is_refused() -> None:

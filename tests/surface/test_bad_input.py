@@ -1,6 +1,4 @@
-"""Wrong input through the real command line: one clear error, exit code 2, nothing begun and nothing
-lost.
-"""
+"""Wrong input through the real command line: one clear error, exit code 2, nothing lost."""
 
 from __future__ import annotations
 
@@ -165,7 +163,7 @@ CASES: dict[Callable[[Place], list[str]], list[str]] = {
     roles_out_of_order: ["rows.jsonl:1", "roles must alternate", "data.template"],
     no_chat_template: ["rows.jsonl:0", "no chat template", "data.template=FILE.jinja"],
     special_token_in_content: ["rows.jsonl:5", "message 0", "<|im_end|>", "mend it"],
-    template_with_unknown_tokens: ["rows.jsonl:0", "<|eot_id|>", "without a stop token", "<|im_end|>"],
+    template_with_unknown_tokens: ["rows.jsonl:0", "<|eot_id|>", "without a stop token"],
     broken_template: ["t.jinja:1", "hint: "],
     over_long: ["rows.jsonl:2", "150", "data.too_long=drop"],
     model_without_weights: ["llama", "weights", "hint: "],

@@ -74,9 +74,11 @@ def test_a_run_is_gone_on_with_or_replaced_only_when_asked(tmp_path):
 
 def test_overwriting_spares_what_the_new_run_needs(tmp_path):
     path = make_run(tmp_path / "run")
-    with open_run(path, model_name="m", overwrite=True) as run:
-        with pytest.raises(InputError, match="would delete"):
-            run.clear([tmp_path, path / "model"])
+    with (
+        open_run(path, model_name="m", overwrite=True) as run,
+        pytest.raises(InputError, match="would delete"),
+    ):
+        run.clear([tmp_path, path / "model"])
     assert is_run(path)
 
 
@@ -99,9 +101,11 @@ def test_a_deletion_cut_short_leaves_a_run(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "input/output error")
 
     monkeypatch.setattr(shutil, "rmtree", fail)
-    with open_run(path, model_name="m", overwrite=True) as run:
-        with pytest.raises(RunError, match="can't be deleted"):
-            run.clear()
+    with (
+        open_run(path, model_name="m", overwrite=True) as run,
+        pytest.raises(RunError, match="can't be deleted"),
+    ):
+        run.clear()
     assert is_run(path)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "choose_dtype",
     "load_causal_lm",
     "resolve_model",
+    "settings_kept",
     "wrap_causal_lm",
 ]
 
@@ -81,8 +82,8 @@ def load_causal_lm(
 
 
 def wrap_causal_lm(model: Any) -> CausalLM:
-    """A model the user has loaded, plain or wrapped by peft; its attention is exchanged, `unwrap`
-    gives it back.
+    """A model the user has loaded, plain or wrapped by peft; its attention is exchanged,
+    `settings_kept` gives it back.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
@@ -109,11 +110,24 @@ def wrap_causal_lm(model: Any) -> CausalLM:
     return causal_lm
 
 
-def unwrap(causal_lm: CausalLM) -> Any:
-    """The user's model with the attention and cache setting it came with."""
-    causal_lm.base.set_attn_implementation(causal_lm.native_attention)
-    causal_lm.base.config.use_cache = True
-    return causal_lm.model
+@contextmanager
+def settings_kept(model: Any) -> Iterator[None]:
+    """Afterwards the user's model has the attention, cache setting and mode it came with; None has
+    none.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = getattr(base, "config", None)
+    if config is None:
+        yield
+        return
+    native, training = config._attn_implementation, model.training
+    cache = getattr(config, "use_cache", True)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(native)
+        config.use_cache = cache
+        model.train(training)
 
 
 def _finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
