@@ -77,7 +77,8 @@ def layout_attention(
         raise ModelError("attention dropout is on; set it to 0 in the model's config")
     locality = _locality(module, attention_mask, sliding_window, layout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap or query.device.type != "cpu" or value.shape[-1] != query.shape[-1]:
+    flash = query.device.type == "cpu" and query.dtype != torch.float64  # its kernel lacks double
+    if softcap or not flash or value.shape[-1] != query.shape[-1]:
         output = _plain(
             query, key, value, layout, locality=locality, scale=scale, softcap=softcap, sinks=s_aux
         )
