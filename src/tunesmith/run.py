@@ -55,11 +55,11 @@ def train(
 ) -> Run:
     """Fine-tune a model and leave a run folder with the result.
 
-    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, or a
-    transformers or peft model (then with its `tokenizer`). `data` and `eval` are paths, or any
-    iterables of dicts; `eval` may also be a share of the rows (`"2%"`) or a number. `sections`
-    change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run folder; with
-    `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
+    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, a section of
+    the recipe, or a transformers or peft model (then with its `tokenizer`). `data` and `eval` are
+    paths, or any iterables of dicts; `eval` may also be a share of the rows (`"2%"`) or a number.
+    `sections` change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run
+    folder; with `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
 
     Raises:
         InputError: recipe, data or model are wrong; nothing was trained.
@@ -70,6 +70,8 @@ def train(
 
     given = Given(tokenizer=tokenizer)
     changes: list[str | Override] = list(overrides)
+    if isinstance(model, Mapping):
+        sections["model"], model = model, None
     if model is not None and not isinstance(model, str | PathLike):
         given.model = model
         model = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model")

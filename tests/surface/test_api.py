@@ -230,3 +230,11 @@ def test_wrong_calls_are_input_errors(
     with pytest.raises(tunesmith.InputError, match=said):
         train(folder, tmp_path / "R", **arguments)
     assert not (tmp_path / "R").exists()
+
+
+def test_the_model_as_a_section(folder: Path, tmp_path: Path) -> None:
+    section = {"name": str(folder), "dtype": "float32"}
+    run = tunesmith.train(
+        model=section, data=chat_rows(), out=tmp_path / "R", progress=False, **SHORT
+    )
+    assert next(run.model.parameters()).dtype == torch.float32
