@@ -35,7 +35,7 @@ test: $(INSTALLED)  ## every check: lint, types, layers, tests
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED)  ## rewrite the code in the house style
