@@ -19,7 +19,7 @@ from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write
 from tunesmith.train.job import run_files
 
 if TYPE_CHECKING:
-    from tunesmith.train.build import Given
+    from tunesmith.train.assemble.given import Given
     from tunesmith.train.job import Job
 
 
@@ -66,7 +66,7 @@ def train(
         RunError: the run failed; its checkpoints stay.
         InterruptedRun: a signal stopped it after it saved.
     """
-    from tunesmith.train.build import Given
+    from tunesmith.train.assemble.given import Given
 
     given = Given(tokenizer=tokenizer)
     changes: list[str | Override] = list(overrides)
@@ -109,7 +109,7 @@ def train_recipe(
     `recipe_file`.
     """
     from tunesmith.model.load import settings_kept
-    from tunesmith.train.build import Given
+    from tunesmith.train.assemble.given import Given
 
     folder = open_run(
         None if out is None else Path(out),
@@ -136,7 +136,7 @@ def resume(
         InputError: not a run, another process trains in it, or an override changes what is learned.
         RunError, InterruptedRun: as `train`.
     """
-    from tunesmith.train.build import Given
+    from tunesmith.train.assemble.given import Given
 
     path = Path(run)
     if not is_run(path):

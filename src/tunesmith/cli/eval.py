@@ -60,7 +60,7 @@ def _asks(session: Session) -> bool:
 def read_documents(session: Session, *, last: bool = False) -> Prepared | None:
     """The rows, rendered as in training; `last`: those with an answer, for that alone, if any."""
     from tunesmith.data.prepare import prepare
-    from tunesmith.train.build import resolve_max_length
+    from tunesmith.train.assemble.data import resolve_max_length
 
     section = session.recipe.data
     try:

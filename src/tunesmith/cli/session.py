@@ -115,7 +115,7 @@ def open_session(recipe: Recipe) -> Session:
     from tunesmith.data.template import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
-    from tunesmith.train.build import choose_device
+    from tunesmith.train.device import choose_device
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
     choice = read_choice(source.adapter_folder or source.folder)

@@ -4,34 +4,32 @@ is about.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.prepare import Prepared
-from tunesmith.data.sources import Source
-from tunesmith.data.template import Template, load_template, wrap_tokenizer
-from tunesmith.errors import InputError, ModelError
-from tunesmith.model.adapters import AdapterReport, add_lora, full_report
+from tunesmith.config.schema import Recipe
+from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.load import choose_dtype, load_causal_lm, resolve_model, wrap_causal_lm
+from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
-    MemoryEstimate,
-    check_fits,
     free_memory,
-    measure,
 )
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
-from tunesmith.objectives import OBJECTIVES, head_loss
-from tunesmith.optim import AdamW, auto_lr, schedule, undecayed, warmup_steps
+from tunesmith.optim import auto_lr, schedule, warmup_steps
 from tunesmith.train.announcement import start_lines
+from tunesmith.train.assemble.adapter import choose_trained
+from tunesmith.train.assemble.data import (
+    data_sources,
+    make_order,
+    open_template,
+    resolve_max_length,
+)
+from tunesmith.train.assemble.given import Given
+from tunesmith.train.assemble.model import check_memory, load_model
+from tunesmith.train.assemble.objective import make_head_loss
+from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.device import (
     choose_device,
     fit_device,
@@ -39,17 +37,7 @@ from tunesmith.train.device import (
     seed_everything,
 )
 from tunesmith.train.job import Job
-from tunesmith.train.sources import Rows, make_sources, memory_source, prepare_all
-
-
-@dataclass(slots=True)
-class Given:
-    """Objects the caller brought instead of naming them in the recipe."""
-
-    model: Any = None  # a transformers or peft model
-    tokenizer: Any = None
-    rows: Rows | None = None
-    eval_rows: Rows | None = None
+from tunesmith.train.sources import prepare_all
 
 
 def build(
@@ -76,22 +64,22 @@ def build(
         if given.model is not None
         else resolve_model(recipe.model.name, revision=recipe.model.revision)
     )
-    size = _check_memory(recipe, source, device)
+    size = check_memory(recipe, source, device)
     template = open_template(recipe, source, given)
     max_length = resolve_max_length(recipe, template)
-    train, held_out = _data_sources(recipe, given, folders)
+    train, held_out = data_sources(recipe, given, folders)
     prepared, eval_sets = prepare_all(
         train, held_out, template, recipe.data, max_length=max_length, faults_file=faults_file
     )
     room = free_memory(device)
-    model = _load(recipe, source, given, device)
+    model = load_model(recipe, source, given, device)
     notes += model.notes
     longest = max(document.longest_path for document in prepared.documents)
     if recipe.device.attention == "isolated":
         model.isolate()
     tested = self_test(model, max_length=longest)
     notes += tested.notes
-    trained = _choose_trained(recipe, model)
+    trained = choose_trained(recipe, model)
     micro_tokens, checkpointing = fit_device(
         recipe, model, device, longest=longest, room=room, held=size
     )
@@ -115,8 +103,8 @@ def build(
             warmup_steps=warmup_steps(resolved.optim.warmup, total),
             total_steps=total,
         ),
-        optimizer=_make_optimizer(resolved, model),
-        head_loss=functools.partial(head_loss, objective=OBJECTIVES[recipe.objective.name]),
+        optimizer=make_optimizer(resolved, model),
+        head_loss=make_head_loss(recipe),
         device=device,
         micro_tokens=micro_tokens,
         share=_share(recipe, tested),
@@ -127,53 +115,6 @@ def build(
     job.chosen = _chosen(job, tested, checkpointing)
     job.notes = [*start_lines(job, trained), *notes]
     return job
-
-
-def open_template(recipe: Recipe, source: ModelSource | None, given: Given) -> Template:
-    """The tokenizer with the chat template that the recipe asks for."""
-    options: dict[str, Any] = {
-        "template": recipe.data.template,
-        "kwargs": recipe.data.template_kwargs,
-    }
-    if given.tokenizer is not None:
-        return wrap_tokenizer(given.tokenizer, **options)
-    if source is None:
-        raise InputError(
-            "a model given as an object needs its tokenizer",
-            where="tokenizer",
-            hint="tokenizer=...",
-        )
-    return load_template(
-        source.tokenizer_folder, trust_remote_code=recipe.model.trust_remote_code, **options
-    )
-
-
-def resolve_max_length(recipe: Recipe, template: Template) -> int:
-    """`data.max_length`, with `auto` as the model's context.
-
-    Raises:
-        ModelError: auto, and the model names no context.
-    """
-    if recipe.data.max_length != "auto":
-        return recipe.data.max_length
-    if template.context_length is None:
-        raise ModelError(
-            "the model names no context length",
-            where="data.max_length",
-            hint="data.max_length=2048",
-        )
-    return template.context_length
-
-
-def make_order(recipe: Recipe, prepared: Prepared) -> StepOrder:
-    """Which documents each step learns from."""
-    return StepOrder(
-        [document.tokens for document in prepared.documents],
-        documents=None if recipe.batch.tokens else recipe.batch.documents,
-        tokens=recipe.batch.tokens,
-        seed=recipe.train.seed,
-        shuffle=recipe.data.shuffle,
-    )
 
 
 def resolve(
@@ -205,79 +146,6 @@ def resolve(
     }
     parts = {key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()}
     return recipe.model_copy(update=parts)
-
-
-def _data_sources(
-    recipe: Recipe, given: Given, folders: Sequence[Path]
-) -> tuple[list[Source], dict[str, list[Source]] | Holdout | None]:
-    data = recipe.data
-    if given.rows is not None:
-        train = memory_source(given.rows, data, name="<data>")
-    else:
-        train = make_sources(data.train, data, folders=folders)
-    if given.eval_rows is not None:
-        return train, {"eval": memory_source(given.eval_rows, data, name="<eval>")}
-    if isinstance(data.eval, dict):
-        return train, {
-            name: make_sources(s, data, folders=folders) for name, s in data.eval.items()
-        }
-    return train, data.eval
-
-
-def _check_memory(
-    recipe: Recipe, source: ModelSource | None, device: torch.device
-) -> MemoryEstimate | None:
-    if source is None:
-        return None
-    return check_fits(
-        measure(source, trust_remote_code=recipe.model.trust_remote_code),
-        dtype=choose_dtype(recipe.model.dtype, device).dtype,
-        rank=recipe.adapter.rank if recipe.adapter.kind == "lora" else None,
-        free=free_memory(device),
-        name=recipe.model.name,
-    )
-
-
-def _load(
-    recipe: Recipe, source: ModelSource | None, given: Given, device: torch.device
-) -> CausalLM:
-    if source is None:
-        return wrap_causal_lm(given.model.to(device))
-    return load_causal_lm(
-        source,
-        dtype=recipe.model.dtype,
-        device=device,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-
-
-def _choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
-    adapter = recipe.adapter
-    if adapter.kind == "lora":
-        report = add_lora(
-            model,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-        )
-    else:
-        report = full_report(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.grad_dtype = torch.float32  # micro-batches are added up in float32
-    return report
-
-
-def _make_optimizer(recipe: Recipe, model: CausalLM) -> AdamW:
-    optim = recipe.optim
-    return AdamW(
-        model.named_parameters(),
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        undecayed=undecayed(model),
-    )
 
 
 def _share(recipe: Recipe, tested: SelfTest) -> bool:

@@ -6,30 +6,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     InstanceOf,
     PlainSerializer,
     WithJsonSchema,
 )
 
-from tunesmith.config.values import Holdout, parse_columns, parse_holdout, refuse_bool
-
-Count = Annotated[int, BeforeValidator(refuse_bool)]
-"""A whole number; true and false are not numbers."""
+from tunesmith.config.sections.base import Count, Section
+from tunesmith.config.values import Holdout, parse_columns, parse_holdout
 
 Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
 """Our name of a column to the data's name of it."""
-
-
-class Section(BaseModel):
-    """A part of the recipe. Unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class SourceSection(Section):

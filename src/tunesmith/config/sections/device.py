@@ -1,0 +1,37 @@
+"""The recipe's section `device`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunesmith.config.sections.base import Count, Section
+
+
+class DeviceSection(Section):
+    """Engineering: never changes what is learned beyond rounding."""
+
+    kind: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="where to run"
+    )
+    micro_tokens: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+        default="auto", description="tokens that go through the device at a time"
+    )
+    share_prefixes: Literal["auto"] | bool = Field(
+        default="auto", description="compute a prefix that rows of a step share once"
+    )
+    attention: Literal["auto", "sdpa", "isolated"] = Field(
+        default="auto",
+        description="sdpa: packed, by torch's own kernels; isolated: one path at a time, by the "
+        "model's own attention",
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        default="auto", description="recompute activations to save memory"
+    )
+    deterministic: bool = Field(
+        default=True, description="only kernels that give the same bits each time"
+    )
+    threads: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+        default="auto", description="CPU threads"
+    )

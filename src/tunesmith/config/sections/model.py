@@ -1,0 +1,26 @@
+"""The recipe's section `model`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith.config.sections.base import Section
+
+
+class ModelSection(Section):
+    """The pretrained model."""
+
+    name: str = Field(
+        min_length=1,
+        description="hub id, folder in Hugging Face format, .gguf file, or a run folder",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="precision of forward and backward; updates are float32-accurate in either",
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that the model's folder brings along"
+    )

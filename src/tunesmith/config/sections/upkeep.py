@@ -1,0 +1,51 @@
+"""The recipe's sections that change neither what is learned nor how fast: `checkpoint`, `eval` and
+`log`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from tunesmith.config.fields import Every, Tracker
+from tunesmith.config.sections.base import Count, Section
+from tunesmith.config.values import Duration, parse_words
+
+
+class CheckpointSection(Section):
+    """When to save and how much to keep."""
+
+    every: Every | None = Field(
+        default=Duration(1, "epochs"),
+        description="200 (steps), 0.25 epoch or 10 min; null: only at the end",
+    )
+    keep: Count = Field(
+        default=2, ge=1, description="newest checkpoints kept; the best one is spared"
+    )
+
+
+class EvalSection(Section):
+    """When and how held-out data is looked at."""
+
+    every: Every | None = Field(
+        default=Duration(1, "epochs"),
+        description="200 (steps), 0.25 epoch or 10 min; null: before and after",
+    )
+    samples: Count = Field(
+        default=0,
+        ge=0,
+        description="held-out prompts answered at each evaluation, kept in samples.jsonl",
+    )
+    max_new_tokens: Count = Field(default=256, ge=1, description="longest answer of a sample")
+
+
+class LogSection(Section):
+    """Where the numbers go besides metrics.jsonl."""
+
+    to: Annotated[list[Tracker], BeforeValidator(parse_words)] = Field(
+        default_factory=list[Tracker], description="trackers (extra `logging`)"
+    )
+    project: str = Field(
+        default="tunesmith", description="the trackers' name for the group of runs"
+    )

@@ -1,0 +1,1 @@
+"""The parts of a job, each made from its section of the recipe."""
