@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import tunesmith.data.prepare as module
+import tunesmith.data.batches as module
 from tiny import chat_rows, tiny_tokenizer
 from tunesmith.data.conversation import Chat, Completion
 from tunesmith.data.faults import Fault, RowError
@@ -31,6 +31,10 @@ class Words:
 
 class FakeTemplate:
     has_chat_template = True
+    tokenizer = None
+
+    def encode(self, texts, *, add_special_tokens=False):
+        return [[] for _ in texts]
 
     def decode(self, ids):
         return " ".join(f"w{token}" for token in ids)
@@ -69,7 +73,11 @@ def document(length, origin):
 
 @pytest.fixture
 def words(monkeypatch):
-    monkeypatch.setattr(module, "render_example", render_words)
+    def steps(*arguments, **options):
+        yield []
+        return render_words(*arguments, **options)
+
+    monkeypatch.setattr(module, "render_steps", steps)
 
 
 def texts(*rows, name="data.jsonl"):

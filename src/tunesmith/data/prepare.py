@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.conversation import FORMATS, detect_format, to_example
-from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.batches import Options, Task, in_batches, render_batch
+from tunesmith.data.conversation import detect_format
+from tunesmith.data.encoding import Encoder
+from tunesmith.data.faults import Fault
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.render import TOO_LONG, Rendered, render_example
+from tunesmith.data.render import TOO_LONG, Rendered
 from tunesmith.data.sources import Row, Source, content_hash, read_rows
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
@@ -60,7 +62,22 @@ def iter_prepared(
     `formats` is filled with the format of each source once it is read: that of its first row
     which has one. Raises DataError where a source as a whole can't be read.
     """
-    found = formats if formats is not None else {}
+    encoder = Encoder(template)
+    options = Options(train_on, max_length, too_long)
+    for batch in in_batches(_tasks(sources, keep, formats if formats is not None else {})):
+        tasks = [one for one in batch if isinstance(one, Task)]
+        results = iter(render_batch(tasks, template, encoder, options))
+        for one in batch:
+            if isinstance(one, Task):
+                yield PreparedRow(one.origin, one.values, next(results))
+            else:
+                yield one
+
+
+def _tasks(
+    sources: Sequence[Source], keep: Keep | None, found: dict[str, str]
+) -> Iterator[Task | PreparedRow]:
+    """Every row in order: one to render, or one whose outcome is known already."""
     for source in sources:
         chosen = None if source.format == "auto" else source.format
         first: Row | None = None
@@ -73,23 +90,7 @@ def iter_prepared(
             if keep is not None and not keep(row.values):
                 yield PreparedRow(row.origin, row.values, None)
                 continue
-            try:
-                _require_format(row.values, chosen, detect=source.format == "auto")
-                example = to_example(
-                    row.values, format=chosen or "", templated=template.has_chat_template
-                )
-                result = render_example(
-                    example,
-                    template,
-                    train_on=train_on,
-                    max_length=max_length,
-                    too_long=too_long,
-                    origin=row.origin,
-                )
-            except RowError as error:
-                yield PreparedRow(row.origin, row.values, error.fault)
-            else:
-                yield PreparedRow(row.origin, row.values, result)
+            yield Task(row.origin, row.values, chosen, source.format == "auto")
         if chosen is not None:
             found[source.name] = chosen
         elif first is not None:
@@ -147,28 +148,6 @@ def prepare(
     hashes = {source.name: content_hash(source) for source in sources}
     sample = _sample_text(documents[0], template)
     return Prepared(documents, ledger, formats, sample, faults, hashes)
-
-
-def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
-    """Raises RowError unless the row is of the source's format."""
-    mine = detect_format(values) if detect else chosen
-    if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
-        names = ", ".join(f"`{name}`" for name in values) or "none"
-        raise RowError(
-            Fault("unknown-format", f"neither messages, prompt+completion nor text; it has {names}")
-        )
-    if mine is not None and mine != chosen:
-        raise RowError(
-            Fault(
-                "mixed-format",
-                f"the row holds {_spoken(mine)}, the rows before it {_spoken(chosen)}",
-                "rows of one source have one format; give each format a file of its own",
-            )
-        )
-
-
-def _spoken(format: str) -> str:
-    return "+".join(FORMATS[format])
 
 
 def _record(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.contents import check_contents, check_special_tokens, refuse_special_tokens
 from tunesmith.data.conversation import Chat, Completion, Example, Text
+from tunesmith.data.encoding import Wanted
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.paths import TokenPath, make_segment, merge_paths
 from tunesmith.data.template import Template
@@ -35,6 +36,10 @@ class Rendered:
     unused: int = 0
 
 
+Rendering = Generator[Sequence[Wanted], Sequence[IntArray], Rendered]
+"""A row that is being rendered: it says which texts it wants as ids, and returns the outcome."""
+
+
 def render_example(
     example: Example,
     template: Template,
@@ -44,7 +49,37 @@ def render_example(
     too_long: str = "error",
     origin: Origin,
 ) -> Rendered:
-    """The document of one example.
+    """The document of one example, as `render_steps` describes it.
+
+    Raises:
+        RowError: the example can't be learned faithfully.
+    """
+    steps = render_steps(
+        example,
+        template,
+        train_on=train_on,
+        max_length=max_length,
+        too_long=too_long,
+        origin=origin,
+    )
+    try:
+        wanted = next(steps)
+        while True:
+            wanted = steps.send([_encode(one, template) for one in wanted])
+    except StopIteration as finished:
+        return finished.value
+
+
+def render_steps(
+    example: Example,
+    template: Template,
+    *,
+    train_on: str | list[str] = "auto",
+    max_length: int | None = None,
+    too_long: str = "error",
+    origin: Origin,
+) -> Rendering:
+    """Render one example; yields the texts whose ids it needs, so that many rows can share a call.
 
     `max_length` bounds the longest path. Over it, `too_long` decides: `error` refuses the row and
     `drop` leaves it out. `truncate` cuts a text; of a chat or completion it leaves out every answer
@@ -54,33 +89,42 @@ def render_example(
     Raises:
         RowError: the example can't be learned faithfully.
     """
+    limit = (max_length, too_long)
     if isinstance(example, Chat):
         if train_on == "all":
-            ids = _conversation_ids(example, template)
-            return _stream(ids, 1, (max_length, too_long), origin)
-        return _chat(example, template, train_on, (max_length, too_long), origin)
+            ids = yield from _conversation_ids(example, template)
+            return _stream(ids, 1, limit, origin)
+        return (yield from _chat(example, template, train_on, limit, origin))
     if isinstance(example, Completion):
-        ids, first = _completion_ids(example, template, everything=train_on == "all")
-        return _stream(ids, first, (max_length, too_long), origin, whole=train_on != "all")
-    return _stream(_text_ids(example, template), 1, (max_length, too_long), origin)
+        everything = train_on == "all"
+        ids, first = yield from _completion_ids(example, template, everything=everything)
+        return _stream(ids, first, limit, origin, whole=not everything)
+    ids = yield from _text_ids(example, template)
+    return _stream(ids, 1, limit, origin)
+
+
+def _encode(wanted: Wanted, template: Template) -> IntArray:
+    text, special = wanted
+    return np.array(template.encode([text], add_special_tokens=special)[0], np.int32)
 
 
 _Limit = tuple["int | None", str]
+_Ids = Generator[Sequence[Wanted], Sequence[IntArray], IntArray]
 
 
 def _chat(
     chat: Chat, template: Template, train_on: str | list[str], limit: _Limit, origin: Origin
-) -> Rendered:
+) -> Rendering:
     turns = read_turns(chat, template, train_on=train_on)
     if not turns:
-        ids = template.encode([render_all(chat, template)])[0]
-        return Rendered(None, "dropped", NO_TARGETS, len(ids), 0)
+        ids = yield [(render_all(chat, template), False)]
+        return Rendered(None, "dropped", NO_TARGETS, len(ids[0]), 0)
     last = turns[-1].message + 1
     texts = [text for turn in turns for text in (turn.prompt, turn.target)]
     tail = last < len(chat.messages)
     if tail:
         texts += [render_all(chat, template), render_all(chat, template, last)]
-    ids = template.encode(texts)
+    ids = yield [(text, False) for text in texts]
     unused = max(0, len(ids[-2]) - len(ids[-1])) if tail else 0
     paths = [
         path
@@ -90,17 +134,22 @@ def _chat(
     return _fit_paths(paths, limit, origin, unused)
 
 
-def _path(turn: Turn, prompt: list[int], target: list[int], template: Template) -> TokenPath | None:
+def _path(turn: Turn, prompt: IntArray, target: IntArray, template: Template) -> TokenPath | None:
     """The turn's ids, cut after its stop token."""
-    stop = next((at for at, token in enumerate(target) if token in template.stop_ids), None)
+    stop = _first_stop(target, template)
     if stop is not None:
-        _check_tail(turn, target[stop + 1 :], template)
+        _check_tail(turn, target[stop + 1 :].tolist(), template)
         target = target[: stop + 1]
     elif turn.answer:
         raise _no_stop(turn, target, template)
-    ids = np.array(prompt + target, np.int32)
+    ids = np.concatenate([prompt, target])
     first = max(len(prompt), 1)  # nothing can predict the first token of all
     return TokenPath(ids, first, len(ids), turn.weight, turn.message) if first < len(ids) else None
+
+
+def _first_stop(ids: IntArray, template: Template) -> int | None:
+    places = [int(found.argmax()) for s in template.stop_ids if (found := ids == s).any()]
+    return min(places, default=None)
 
 
 def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
@@ -116,7 +165,7 @@ def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
         )
 
 
-def _no_stop(turn: Turn, target: list[int], template: Template) -> RowError:
+def _no_stop(turn: Turn, target: IntArray, template: Template) -> RowError:
     stops = ", ".join(template.token_text(token) for token in sorted(template.stop_ids))
     end = template.decode(target)[-_SHOWN:]
     return RowError(
@@ -146,11 +195,10 @@ def _fit_paths(paths: Sequence[TokenPath], limit: _Limit, origin: Origin, unused
 
 
 def _stream(
-    ids: list[int], first: int, limit: _Limit, origin: Origin, *, whole: bool = False
+    array: IntArray, first: int, limit: _Limit, origin: Origin, *, whole: bool = False
 ) -> Rendered:
     """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end."""
     max_length, too_long = limit
-    array = np.array(ids, np.int32)
     if len(array) <= first:
         return Rendered(None, "dropped", NO_TARGETS, len(array), 0)
     if max_length is None or len(array) <= max_length:
@@ -189,7 +237,7 @@ def _cuts(length: int, size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], length], strict=True))
 
 
-def _conversation_ids(chat: Chat, template: Template) -> list[int]:
+def _conversation_ids(chat: Chat, template: Template) -> _Ids:
     """The whole conversation as it is rendered, without what follows its last stop token."""
     wishes = [n for n, m in enumerate(chat.messages) if m.train is not None or m.weight is not None]
     if wishes:
@@ -203,37 +251,36 @@ def _conversation_ids(chat: Chat, template: Template) -> list[int]:
     check_special_tokens(chat, template)
     text = render_all(chat, template)
     check_contents(text, chat, len(chat.messages) - 1)
-    ids = template.encode([text])[0]
-    stops = [at for at, token in enumerate(ids) if token in template.stop_ids]
-    if stops and not template.decode(ids[stops[-1] + 1 :]).strip():
+    (ids,) = yield [(text, False)]
+    stops = np.flatnonzero(np.isin(ids, list(template.stop_ids)))
+    if len(stops) and not template.decode(ids[stops[-1] + 1 :]).strip():
         return ids[: stops[-1] + 1]
     return ids
 
 
-def _text_ids(example: Text, template: Template) -> list[int]:
+def _text_ids(example: Text, template: Template) -> _Ids:
     _check_raw(example.text, template, "the text", bos=True, eos=True)
-    ids = template.encode([example.text], add_special_tokens=True)[0]
+    (ids,) = yield [(example.text, True)]
     return _closed(ids, template)
 
 
 def _completion_ids(
     example: Completion, template: Template, *, everything: bool
-) -> tuple[list[int], int]:
+) -> Generator[Sequence[Wanted], Sequence[IntArray], tuple[IntArray, int]]:
     """Prompt and completion as inference puts them together, and where the targets begin."""
     _check_raw(example.prompt, template, "the prompt", bos=True)
     _check_raw(example.completion, template, "the completion", eos=True)
-    prompt = template.encode([example.prompt], add_special_tokens=True)[0] if example.prompt else []
-    if not example.prompt and template.bos_id is not None:
+    prompt, completion = yield [(example.prompt, True), (example.completion, False)]
+    if not example.prompt:
         # An empty prompt is still opened by whatever the tokenizer puts before a text.
-        opened = template.encode([""], add_special_tokens=True)[0]
-        prompt = opened[:1] if opened[:1] == [template.bos_id] else []
+        prompt = prompt[: int(len(prompt) > 0 and prompt[0] == template.bos_id)]
     while len(prompt) > 1 and prompt[-1] in template.stop_ids:
         prompt = prompt[:-1]
-    completion = _closed(template.encode([example.completion])[0], template)
-    return prompt + completion, 1 if everything else max(len(prompt), 1)
+    ids = np.concatenate([prompt, _closed(completion, template)])
+    return ids, 1 if everything else max(len(prompt), 1)
 
 
-def _closed(ids: list[int], template: Template) -> list[int]:
+def _closed(ids: IntArray, template: Template) -> IntArray:
     """The ids with the end token, which must be a stop token, once."""
     if template.eos_id is None:
         raise RowError(
@@ -243,7 +290,9 @@ def _closed(ids: list[int], template: Template) -> list[int]:
                 "set eos_token in the model's tokenizer_config.json",
             )
         )
-    return ids if ids and ids[-1] in template.stop_ids else [*ids, template.eos_id]
+    if len(ids) and ids[-1] in template.stop_ids:
+        return ids
+    return np.append(ids, np.int32(template.eos_id))
 
 
 def _check_raw(

@@ -1,0 +1,118 @@
+"""Many rows at a time: each is rendered apart, their texts are encoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tunesmith.data.conversation import FORMATS, detect_format, to_example
+from tunesmith.data.encoding import Encoder, Wanted
+from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.render import Rendered, Rendering, render_steps
+from tunesmith.data.template import Template
+from tunesmith.types import IntArray, Origin
+
+ROWS = 256
+"""Rows of a full batch: enough to share texts, few enough to stay in cache."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A row that is to be rendered, in the format that its source has."""
+
+    origin: Origin
+    values: dict[str, Any]
+    format: str | None  # of the source; None where no row so far had one
+    detect: bool  # the format was found, not given: other rows may be of another
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What besides the template decides how a row is rendered."""
+
+    train_on: str | list[str] = "auto"
+    max_length: int | None = None
+    too_long: str = "error"
+
+
+def in_batches(items: Iterable[T], size: int = ROWS) -> Iterator[list[T]]:
+    """The items in lists that double from one item up to `size`, so that the first come soon."""
+    batch: list[T] = []
+    limit = 1
+    for item in items:
+        batch.append(item)
+        if len(batch) == limit:
+            yield batch
+            batch, limit = [], min(2 * limit, size)
+    if batch:
+        yield batch
+
+
+def render_batch(
+    tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
+) -> list[Rendered | Fault]:
+    """What becomes of each row, exactly as if it were rendered alone."""
+    results: dict[int, Rendered | Fault] = {}
+    waiting: list[tuple[int, Rendering, Sequence[Wanted]]] = []
+
+    def go_on(at: int, steps: Rendering, ids: Sequence[IntArray] | None) -> None:
+        try:
+            wanted = next(steps) if ids is None else steps.send(ids)
+        except StopIteration as finished:
+            results[at] = finished.value
+        except RowError as error:
+            results[at] = error.fault
+        else:
+            again.append((at, steps, wanted))
+
+    again = waiting
+    for at, task in enumerate(tasks):
+        go_on(at, _start(task, template, options), None)
+    while waiting:
+        found = iter(encoder.encode([text for _, _, wanted in waiting for text in wanted]))
+        again = []
+        for at, steps, wanted in waiting:
+            go_on(at, steps, [next(found) for _ in wanted])
+        waiting = again
+    return [results[at] for at in range(len(tasks))]
+
+
+def _start(task: Task, template: Template, options: Options) -> Rendering:
+    _require_format(task.values, task.format, detect=task.detect)
+    templated = template.has_chat_template
+    example = to_example(task.values, format=task.format or "", templated=templated)
+    return (
+        yield from render_steps(
+            example,
+            template,
+            train_on=options.train_on,
+            max_length=options.max_length,
+            too_long=options.too_long,
+            origin=task.origin,
+        )
+    )
+
+
+def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
+    """Raises RowError unless the row is of the source's format."""
+    mine = detect_format(values) if detect else chosen
+    if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
+        names = ", ".join(f"`{name}`" for name in values) or "none"
+        raise RowError(
+            Fault("unknown-format", f"neither messages, prompt+completion nor text; it has {names}")
+        )
+    if mine is not None and mine != chosen:
+        raise RowError(
+            Fault(
+                "mixed-format",
+                f"the row holds {_spoken(mine)}, the rows before it {_spoken(chosen)}",
+                "rows of one source have one format; give each format a file of its own",
+            )
+        )
+
+
+def _spoken(format: str) -> str:
+    return "+".join(FORMATS[format])
