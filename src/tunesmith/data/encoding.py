@@ -39,7 +39,10 @@ _SPLITS = {
 }
 """Patterns by which tokenizers cut text into words, and what they mean where all is ASCII."""
 _GPT2 = rf"{_CONTRACTIONS}| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
-_GPT2_DIGITS = rf"{_CONTRACTIONS}| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"  # a digit ends a run
+# Digits are cut off first, so a run of spaces may end before one as it may end before a space.
+_GPT2_DIGITS = rf"{_CONTRACTIONS}| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
+_BETWEEN_WORDS = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
+"""Places where every pattern above ends a word, whatever else the text holds."""
 _WORDS_KEPT = 1 << 17
 _CHARACTERS_KEPT = 1 << 23
 _PROBES = 48
