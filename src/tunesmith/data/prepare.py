@@ -133,7 +133,7 @@ def prepare(
             faults.append((row.origin, row.result))
         elif row.result is not None and row.result.document is not None:
             documents.append(row.result.document)
-        _record(ledger, row.origin, row.result)
+        record_outcome(ledger, row.origin, row.result)
     total = ledger.totals.rows
     refused = [
         (origin, fault) for origin, fault in faults if fault.kind == TOO_LONG or bad_rows == "error"
@@ -150,7 +150,7 @@ def prepare(
     return Prepared(documents, ledger, formats, sample, faults, hashes)
 
 
-def _record(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> None:
+def record_outcome(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> None:
     """Enter a row's outcome and the reason of whatever is not trained on."""
     if result is None:
         ledger.add_held_out(origin)
