@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from tunesmith.cli.inputs import (
     recipe_from_arguments,
     split_arguments,
 )
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Recipe
@@ -26,15 +27,24 @@ if TYPE_CHECKING:
     from tunesmith.data.render import Rendered
     from tunesmith.data.template import Template
 
+SHOWN, SHOWN_ON_PAGE = 3, 1000
+
 
 def preview(
     arguments: Arguments = None,
     model: ModelOption = None,
     data: DataOption = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, help="How many rows to show. [default: 3; with --html 1000]"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a row on stdout, nothing else.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page of the rows to this file.", show_default=False),
+    ] = None,
 ) -> None:
     """Show what will be learned from the data; loads the tokenizer, never weights."""
     from tunesmith.data.faults import Fault
@@ -42,12 +52,17 @@ def preview(
     recipe = recipe_from_arguments(arguments, model, data)
     template = open_template(recipe)
     source, _ = split_arguments(arguments or ())
-    shown = islice(_rows(recipe, template, source), rows)
-    for row in shown:
+    prepared = _rows(recipe, template, source)
+    if html is not None:
+        if as_json:
+            raise InputError("--html and --json are two outputs", hint="give one of the two")
+        _write_page(html, prepared, rows or SHOWN_ON_PAGE, recipe=recipe, template=template)
+        return
+    for row in islice(prepared, rows or SHOWN):
         result = row.result
         if isinstance(result, Fault):
             if _refused(result, recipe):
-                raise DataError(result.message, where=str(row.origin), hint=_hint(result))
+                raise _refusal(row, result)
             result = _dropped(result)
         assert result is not None
         if as_json:
@@ -57,26 +72,38 @@ def preview(
 
 
 def open_template(recipe: Recipe) -> Template:
-    """The tokenizer and chat template that the recipe trains with."""
+    """The tokenizer and chat template that the recipe trains with; those of a run if that is the
+    model, with the arguments it was trained under.
+    """
     from tunesmith.data.template import load_template
+    from tunesmith.export import read_choice
 
+    tokenizer, folder = _folders(recipe)
+    choice = read_choice(folder)
+    asked, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
+    if choice is not None:
+        asked = "none" if asked is None and choice.raw else asked
+        kwargs = {**choice.template_kwargs, **kwargs}
     return load_template(
-        _tokenizer_folder(recipe),
-        template=recipe.data.template,
-        kwargs=recipe.data.template_kwargs,
+        tokenizer,
+        template=asked,
+        kwargs=kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
     )
 
 
-def _tokenizer_folder(recipe: Recipe) -> Path:
-    """The folder as it stands if it holds a tokenizer: weights need not be there for a preview."""
+def _folders(recipe: Recipe) -> tuple[Path, Path]:
+    """Where the tokenizer is, and where a run's template choice would be. A folder that holds a
+    tokenizer is taken as it stands: weights need not be there for a preview.
+    """
     from tunesmith.model.source import resolve_model
 
     folder = Path(recipe.model.name).expanduser()
     names = ("tokenizer.json", "tokenizer_config.json")
     if recipe.model.revision is None and any((folder / name).is_file() for name in names):
-        return folder
-    return resolve_model(recipe.model.name, revision=recipe.model.revision).tokenizer_folder
+        return folder, folder
+    source = resolve_model(recipe.model.name, revision=recipe.model.revision)
+    return source.tokenizer_folder, source.adapter_folder or source.folder
 
 
 def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterator[PreparedRow]:
@@ -102,6 +129,54 @@ def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterat
         max_length=max_length,
         too_long=section.too_long,
     )
+
+
+def _write_page(
+    path: Path, prepared: Iterator[PreparedRow], rows: int, *, recipe: Recipe, template: Template
+) -> None:
+    """Write the page, refused rows in it too; then refuse, as without it."""
+    from tunesmith.data.faults import Fault
+    from tunesmith.data.ledger import Ledger
+    from tunesmith.data.prepare import record_outcome
+    from tunesmith.pages.preview import ShownRow, preview_page, turns_of
+    from tunesmith.train.folder import write_text
+
+    if not path.parent.is_dir():
+        raise InputError("there is no such folder", where=str(path.parent))
+    ledger, shown = Ledger(), list[ShownRow]()
+    refusal: DataError | None = None
+    refused = 0
+    for row in islice(prepared, rows):
+        record_outcome(ledger, row.origin, row.result)
+        result = row.result
+        stops = isinstance(result, Fault) and _refused(result, recipe)
+        if isinstance(result, Fault):
+            refusal = refusal or (_refusal(row, result) if stops else None)
+            refused += stops
+            result = _dropped(result)
+        assert result is not None
+        shown.append(ShownRow(row.origin, row.values, result, stops, turns_of(row.values)))
+    more = next(prepared, None) is not None
+    text = preview_page(shown, template, ledger=ledger, settings=_settings(recipe), more=more)
+    write_text(path, text)
+    first = "the first " if more else ""
+    print(f"{first}{len(shown):,} rows are shown in {path}", file=sys.stderr)
+    if refusal is not None:
+        refusal.message += f" ({refused:,} such rows on the page)" if refused > 1 else ""
+        raise refusal
+
+
+def _settings(recipe: Recipe) -> dict[str, str]:
+    section = recipe.data
+    return {
+        "model": recipe.model.name,
+        "data": ", ".join(source.path for source in section.train),
+        "template": section.template or "the model's own",
+        "train_on": str(section.train_on),
+        "max_length": str(section.max_length),
+        "too_long": section.too_long,
+        "bad_rows": section.bad_rows,
+    }
 
 
 def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
@@ -139,6 +214,10 @@ def _refused(fault: Fault, recipe: Recipe) -> bool:
     from tunesmith.data.render import TOO_LONG
 
     return fault.kind == TOO_LONG or recipe.data.bad_rows == "error"
+
+
+def _refusal(row: PreparedRow, fault: Fault) -> DataError:
+    return DataError(fault.message, where=str(row.origin), hint=_hint(fault))
 
 
 def _hint(fault: Fault) -> str:
