@@ -28,6 +28,9 @@ BEFORE, RUN, AFTER, TOOLS = "Before a run", "Run", "After a run", "Tools"
 
 COMMANDS = {
     "init": Command("init", "init", BEFORE, "Write a commented starter recipe."),
+    "doctor": Command(
+        "doctor", "doctor", BEFORE, "Examine the data before a run: faults, duplicates, leaks."
+    ),
     "preview": Command(
         "preview", "preview", BEFORE, "Show what will be learned from the data, token by token."
     ),

@@ -1,0 +1,100 @@
+"""The page of `tunesmith doctor`: colours in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.doctor.examine import Diagnosis
+from tunesmith.doctor.outcome import LEVELS, Finding
+
+_STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red"}
+_EXAMPLES = 2
+_WIDTH = 120
+"""Columns of a page that is not shown in a terminal."""
+
+
+def show(found: Diagnosis, console: Console | None = None) -> None:
+    """Print the summary, then a line for each check, the worst first; examples where it found."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH, file=console.file)
+    console.print(_summary(found.summary))
+    console.print()
+    widest = max(len(finding.title) for finding in found.findings)
+    for finding in sorted(found.findings, key=lambda finding: -LEVELS.index(finding.level)):
+        for line in _finding_lines(finding, widest):
+            line.no_wrap, line.overflow = True, "ellipsis"
+            console.print(line)
+    console.print()
+    console.print(_verdict(found))
+
+
+def _finding_lines(finding: Finding, widest: int) -> Iterator[Text]:
+    style = _STYLES[finding.level]
+    line = Text(f"{finding.level:<8} ", style=style)
+    if finding.level == "ok":
+        line.append(f"{finding.title:<{widest}}  0 of {finding.of:,} {finding.unit}", style="dim")
+        yield line
+        return
+    share = f" ({_percent(finding.share)})" if finding.of > 1 else ""
+    line.append(f"{finding.title:<{widest}}", style="bold")
+    line.append(f"  {finding.count:,} of {finding.of:,} {finding.unit}{share}", style="not bold")
+    yield line
+    for hit in finding.examples[:_EXAMPLES]:
+        yield Text(f"{'':9}{hit.where}: {hit.text}", style="dim")
+    yield Text(f"{'':9}hint: {finding.hint}")
+
+
+def _verdict(found: Diagnosis) -> Text:
+    counts = Counter(finding.level for finding in found.findings)
+    words = [
+        f"{counts[level]} {name if counts[level] == 1 else name + 's'}"
+        for level, name in (("error", "error"), ("warning", "warning"), ("info", "note"))
+    ]
+    level = next((level for level in reversed(LEVELS) if counts[level]), "ok")
+    return Text(f"{', '.join(words)}; {counts['ok']} checks are fine", style=_STYLES[level])
+
+
+def _summary(values: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, text in _lines(values):
+        table.add_row(Text(name, style="bold"), Text(text))
+    return table
+
+
+def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    rows = f"{values['rows']:,}, {values['trained_rows']:,} of them trained on"
+    held = ", ".join(f"{count:,} {name}" for name, count in values["held_out"].items())
+    yield "rows", f"{rows}; held out: {held or 'none'}"
+    yield "shape", ", ".join(f"{count:,} {name}" for name, count in values["shapes"].items())
+    if values["roles"]:
+        roles = ", ".join(f"{count:,} {role}" for role, count in values["roles"].items())
+        turns = values["turns"]
+        spread = (
+            f"{turns['least']} to {turns['most']} answers a chat, {turns['mean']:.1f} on average"
+        )
+        tools = f"; {values['rows_with_tools']:,} rows with tools" * bool(values["rows_with_tools"])
+        yield "turns", f"{roles}; {spread}{tools}"
+    yield "length", f"{_spread(values['length'])} tokens; max_length {values['max_length']}"
+    yield "targets", f"{_spread(values['targets'])} a row"
+    share = values["target_tokens"] / values["tokens"] if values["tokens"] else 0.0
+    yield (
+        "tokens",
+        f"{values['tokens']:,} an epoch, {values['target_tokens']:,} ({share:.0%}) of them learned;"
+        f" {values['shared_prefix_share']:.0%} are not computed, since rows share prefixes",
+    )
+    yield "steps", f"{values['steps_per_epoch']:,} an epoch, {values['total_steps']:,} in all"
+
+
+def _spread(found: dict[str, int]) -> str:
+    return "  ".join(f"{name} {count:,}" for name, count in found.items()) or "none"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}"

@@ -1,0 +1,190 @@
+"""From a recipe to the corpus that the checks look at: reads rows and tokenizer, never weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.schema import Holdout, Recipe
+from tunesmith.data.conversation import Example, detect_format, to_example
+from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.loader import StepOrder
+from tunesmith.data.prepare import PreparedRow, iter_prepared
+from tunesmith.data.render import render_example
+from tunesmith.data.sources import Source
+from tunesmith.data.template import Template, load_template
+from tunesmith.doctor.catalogue import run_checks
+from tunesmith.doctor.corpus import Case, Corpus, Setup
+from tunesmith.doctor.outcome import Finding
+from tunesmith.doctor.summary import summarize
+from tunesmith.errors import ModelError
+from tunesmith.model.source import resolve_model
+from tunesmith.train.sources import choose_held_out, make_sources
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The summary of the data and what each check found."""
+
+    summary: dict[str, Any]
+    findings: list[Finding]
+
+
+def diagnose(
+    recipe: Recipe,
+    template: Template,
+    *,
+    folders: Sequence[Path] = (),
+    rows: int | None = None,
+) -> Diagnosis:
+    """Examine the recipe's data under its template; `rows` of each source at most.
+
+    Raises:
+        InputError: the recipe's data or model can't be read at all.
+    """
+    data = recipe.data
+    train = _limited(make_sources(data.train, data, folders=folders), rows)
+    cases = list(read_cases(train, template, recipe))
+    held_out: dict[str, list[Case]] = {}
+    if isinstance(data.eval, Holdout):
+        choice = choose_held_out(train, data.eval)
+        held_out["eval"] = [case for case, values in cases if values and choice.holds(values)]
+        cases = [(case, values) for case, values in cases if not (values and choice.holds(values))]
+    for name, sections in (data.eval if isinstance(data.eval, dict) else {}).items():
+        sources = _limited(make_sources(sections, data, folders=folders), rows)
+        held_out[name] = [case for case, _ in read_cases(sources, template, recipe)]
+    corpus = Corpus([case for case, _ in cases], held_out)
+    order = step_order(recipe, corpus)
+    setup = _setup(recipe, template, model_folder(recipe), order)
+    return Diagnosis(summarize(corpus, setup, order), run_checks(corpus, setup))
+
+
+def read_cases(
+    sources: Sequence[Source], template: Template, recipe: Recipe
+) -> Iterator[tuple[Case, Mapping[str, Any] | None]]:
+    """Every row as a case, with its values; rendered without a limit, then within the recipe's."""
+    data = recipe.data
+    limit = template.context_length if data.max_length == "auto" else data.max_length
+    formats = {source.name: source.format for source in sources}
+    for row in iter_prepared(sources, template, train_on=data.train_on, max_length=None):
+        example = _example(row, formats[row.origin.source], template)
+        if isinstance(row.result, Fault) or row.result is None:
+            yield Case(row.origin, example, fault=row.result), row.values
+            continue
+        document = row.result.document
+        length = document.longest_path if document is not None else row.result.tokens
+        case = Case(row.origin, example, document, row.result, length=length)
+        if document is not None and limit is not None and length > limit and example is not None:
+            case = _within(case, example, template, recipe, limit)
+        yield case, row.values
+
+
+def _within(case: Case, example: Example, template: Template, recipe: Recipe, limit: int) -> Case:
+    """The case of an over-long row, as the recipe's policy leaves it."""
+    try:
+        kept = render_example(
+            example,
+            template,
+            train_on=recipe.data.train_on,
+            max_length=limit,
+            too_long=recipe.data.too_long,
+            origin=case.origin,
+        )
+    except RowError:
+        kept = None  # the policy is to refuse it; `over_long` says so
+    return replace(case, rendered=kept, over_long=True)
+
+
+def step_order(recipe: Recipe, corpus: Corpus) -> StepOrder | None:
+    """The order of the steps over what is trained on; None where nothing is."""
+    lengths = [
+        case.rendered.document.tokens
+        for case in corpus.train
+        if case.rendered is not None and case.rendered.document is not None
+    ]
+    if not lengths:
+        return None
+    return StepOrder(
+        lengths,
+        documents=None if recipe.batch.tokens else recipe.batch.documents,
+        tokens=recipe.batch.tokens,
+        seed=recipe.train.seed,
+        shuffle=recipe.data.shuffle,
+    )
+
+
+def _example(row: PreparedRow, format: str, template: Template) -> Example | None:
+    if row.values is None:
+        return None
+    chosen = detect_format(row.values) if format == "auto" else format
+    try:
+        return (
+            to_example(row.values, format=chosen, templated=template.has_chat_template)
+            if chosen
+            else None
+        )
+    except RowError:
+        return None
+
+
+def _limited(sources: Sequence[Source], rows: int | None) -> list[Source]:
+    if rows is None:
+        return list(sources)
+    return [replace(source, limit=min(rows, source.limit or rows)) for source in sources]
+
+
+def model_folder(recipe: Recipe) -> Path:
+    """Where the model's config is. A folder that says what it is needs no weights here."""
+    folder = Path(recipe.model.name).expanduser()
+    adapter = (folder / "adapter_config.json").is_file()
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    if not adapter and any((folder / name).is_file() for name in names):
+        return folder
+    return resolve_model(recipe.model.name, revision=recipe.model.revision).folder
+
+
+def _setup(recipe: Recipe, template: Template, folder: Path, order: StepOrder | None) -> Setup:
+    data = recipe.data
+    own = template
+    if data.template is not None:
+        own = load_template(folder, trust_remote_code=recipe.model.trust_remote_code)
+    config = _object(folder / "config.json")
+    inner = config.get("text_config") or config
+    size = inner.get("vocab_size") or config.get("vocab_size")
+    steps = None
+    if order is not None:
+        steps = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
+    return Setup(
+        template=template,
+        max_length=template.context_length if data.max_length == "auto" else data.max_length,
+        too_long=data.too_long,
+        bad_rows=data.bad_rows,
+        vocabulary=size if isinstance(size, int) else None,
+        stops_named=_stops(_object(folder / "generation_config.json"), config),
+        own_jinja=own.jinja if own.has_chat_template else None,
+        total_steps=steps,
+    )
+
+
+def _stops(generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int] | None:
+    """The ids at which generation ends; None if neither file is there."""
+    inner = config.get("text_config") or {}
+    for found in (generation, config, inner):
+        eos = found.get("eos_token_id")
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, list) else [eos])
+    return frozenset() if generation or config else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't be read: {error}", where=str(path)) from error
+    return found if isinstance(found, dict) else {}
