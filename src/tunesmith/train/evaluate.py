@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,7 @@ def evaluate(
     loss, weight = np.zeros(len(documents)), np.zeros(len(documents))
     sums = {"accuracy": 0.0, "entropy": 0.0}
     try:
-        for first, group in _groups(documents, micro_tokens * GROUP_TOKENS):
+        for first, group in document_groups(documents, micro_tokens * GROUP_TOKENS):
             numbers = slice(first, first + len(group))
             for plan in plan_step(group, micro_tokens=micro_tokens, isolated=model.isolated):
                 output = model(collate(plan, device), head)
@@ -80,7 +80,12 @@ def evaluate(
     )
 
 
-def _groups(documents: Sequence[Document], tokens: int):
+def document_groups(
+    documents: Sequence[Document], tokens: int
+) -> Iterator[tuple[int, Sequence[Document]]]:
+    """The documents in order, in groups of at least `tokens` tokens, each with the number of its
+    first.
+    """
     start = held = 0
     for number, document in enumerate(documents):
         held += document.tokens
