@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tunesmith.data.direct import Memo, compile_template, find_direct
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.errors import DataError, ModelError
 
@@ -16,6 +17,9 @@ _UNBOUNDED = 10**9
 """Tokenizers without a limit name a number far above this one."""
 
 _PROBE = "tunesmith"
+_SHORT = 8
+"""Runs of ids up to this long are decoded once: ends of turns, single tokens."""
+_TEXTS_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Template:
     eos_id: int | None
     context_length: int | None
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -61,19 +66,44 @@ class Template:
         if not self.has_chat_template:
             raise RowError(_no_chat_template())
         arguments = {**self.kwargs, **(kwargs or {})}
+        if not self._memo.tried:
+            self._memo.tried = True
+            self._memo.direct = find_direct(self.tokenizer, self.jinja, apply=self._apply)
         try:
-            # As a batch of one, since an empty conversation is read only there.
-            texts = self.tokenizer.apply_chat_template(
-                [list(messages)],
-                tools=list(tools) if tools else None,
-                chat_template=self.jinja,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **arguments,
+            if self._memo.direct is not None:
+                text = self._memo.direct.render(
+                    messages,
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                    kwargs=arguments,
+                )
+                if text is not None:
+                    return text
+            return self._apply(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, **arguments
             )
         except Exception as error:
             # A template is foreign code: whatever it raises means that it can't take this row.
             raise RowError(_refusal(error)) from error
+
+    def _apply(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        **arguments: Any,
+    ) -> str:
+        # As a batch of one, since an empty conversation is read only there.
+        texts = self.tokenizer.apply_chat_template(
+            [list(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=chat_template or self.jinja,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **arguments,
+        )
         return str(texts[0])
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
@@ -93,13 +123,17 @@ class Template:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens written out."""
-        return str(
-            self.tokenizer.decode(
-                [int(token) for token in ids],
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
+        key = tuple(int(token) for token in ids)
+        text = self._memo.texts.get(key)
+        if text is None:
+            text = str(
+                self.tokenizer.decode(
+                    list(key), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
             )
-        )
+            if len(key) <= _SHORT and len(self._memo.texts) < _TEXTS_KEPT:
+                self._memo.texts[key] = text
+        return text
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
@@ -227,9 +261,7 @@ def _choose(tokenizer: Any, template: str | None) -> tuple[str | None, str, bool
 
 def _check_syntax(text: str, path: Path) -> None:
     from jinja2 import TemplateSyntaxError
-    from transformers.utils import chat_template_utils
 
-    compile_template: Any = chat_template_utils._compile_jinja_template  # pyright: ignore
     try:
         compile_template(text)
     except TemplateSyntaxError as error:
