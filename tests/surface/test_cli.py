@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
-        "init", "doctor", "preview", "train", "resume", "eval", "chat", "generate", "schema",
+        "init", "doctor", "preview", "score", "train", "resume", "eval", "chat", "generate", "schema",
     ]  # fmt: skip
 
 

@@ -34,6 +34,9 @@ COMMANDS = {
     "preview": Command(
         "preview", "preview", BEFORE, "Show what will be learned from the data, token by token."
     ),
+    "score": Command(
+        "score", "score", BEFORE, "Give each row its loss and difficulty under a model."
+    ),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),

@@ -1,0 +1,172 @@
+"""The scores of each row: what training would see in it under this model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.data.prepare import UNUSED, Prepared
+from tunesmith.data.template import Template
+from tunesmith.scoring.alone import Alone, answer_headers, answers_alone
+from tunesmith.scoring.measure import Targets, measure_targets
+from tunesmith.types import NO_MESSAGE, Document
+
+if TYPE_CHECKING:
+    import torch
+
+    from tunesmith.model.causal_lm import CausalLM
+
+QUANTILES = {"inverse_p_p50": 0.5, "inverse_p_p90": 0.9, "inverse_p_p99": 0.99}
+_LARGEST = 700.0  # exp of more is no float64
+_TOGETHER = 512  # rows that are measured before the next are looked at
+
+Tell = Callable[[int], None]
+"""Called with the number of rows that have just been scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """One row of a score file. All but the first five fields are None where a row has no targets.
+
+    `inverse_p_*` are statistics of 1/p(target), each target once: the weight that supervised
+    fine-tuning implicitly gives a target if it is read as a policy gradient (arXiv 2508.05629).
+    """
+
+    source: str
+    row: int  # from 0
+    status: str  # trained | truncated | dropped, as training would take it
+    reason: str | None  # why it isn't trained on in full
+    target_tokens: int
+    tokens: int | None = None  # of all segments, the prompt too
+    loss: float | None = None  # nats, mean per weight over the targets
+    perplexity: float | None = None  # exp(loss)
+    accuracy: float | None = None  # share of targets that are the likeliest token, per weight
+    entropy: float | None = None  # nats, mean per weight
+    loss_alone: float | None = None  # loss of the answers without their prompts
+    ifd: float | None = None  # loss over loss_alone, both of the targets that the latter has
+    inverse_p_mean: float | None = None
+    inverse_p_p50: float | None = None
+    inverse_p_p90: float | None = None
+    inverse_p_p99: float | None = None
+    inverse_p_max: float | None = None
+
+
+
+
+def score_rows(
+    prepared: Prepared,
+    model: CausalLM,
+    template: Template,
+    *,
+    micro_tokens: int,
+    device: torch.device | str = "cpu",
+    everything: bool = False,
+    tell: Tell | None = None,
+) -> list[RowScore]:
+    """The scores of all rows of the input, in its order, dropped ones too. The model is to be in
+    eval mode.
+
+    `everything`: whole texts are learned (`train_on: all`), so no row has a prompt.
+    """
+    headers = answer_headers(template)
+    scored: dict[tuple[str, int], tuple[Document, Targets, float | None, float | None]] = {}
+    documents = prepared.documents
+    options: dict[str, Any] = {"micro_tokens": micro_tokens, "device": device}
+    for start in range(0, len(documents), _TOGETHER):
+        group = [
+            documents[number] for number in range(start, min(start + _TOGETHER, len(documents)))
+        ]
+        alone = [
+            None
+            if everything or prepared.formats.get(document.origin.source) == "text"
+            else answers_alone(document, _headers(document, headers), bos_id=template.bos_id)
+            for document in group
+        ]
+        roots = [found.document for found in alone if found is not None]
+        apart = measure_targets(model, roots, **options)
+        for document, without, targets in zip(
+            group, alone, measure_targets(model, group, **options), strict=True
+        ):
+            key = (document.origin.source, document.origin.row)
+            difficulty = (None, None) if without is None else _ifd(targets, without, next(apart))
+            scored[key] = (document, targets, *difficulty)
+        if tell is not None:
+            tell(len(group))
+    return [
+        _score(source, row, reason, scored.get((source, row)))
+        for source, row, reason in _outcomes(prepared)
+    ]
+
+
+def _headers(document: Document, headers: list[list[int]]) -> list[list[int]]:
+    raw = any(NO_MESSAGE in segment.message for segment in document.segments)
+    return [[]] if raw else headers
+
+
+def _ifd(targets: Targets, without: Alone, alone: Targets) -> tuple[float, float | None]:
+    """(loss of the answers alone, IFD)."""
+    same = targets.without(without.unpredicted)
+    loss_alone = alone.mean(alone.nll)
+    return loss_alone, same.mean(same.nll) / loss_alone if loss_alone > 0 else None
+
+
+def _outcomes(prepared: Prepared) -> list[tuple[str, int, str | None]]:
+    """Source, row and the reason why it isn't trained on in full, of all rows in input order."""
+    ledger = prepared.ledger
+    outcomes: list[tuple[str, int, str | None]] = []
+    for source, counts in ledger.sources.items():
+        reasons: dict[int, str] = {}
+        for reason, entry in ledger.reasons.get(source, {}).items():
+            if reason != UNUSED:
+                reasons.update(dict.fromkeys(entry.rows, reason))
+        outcomes += [(source, row, reasons.get(row)) for row in range(counts.rows)]
+    return outcomes
+
+
+def _score(
+    source: str,
+    row: int,
+    reason: str | None,
+    found: tuple[Document, Targets, float | None, float | None] | None,
+) -> RowScore:
+    if found is None:
+        return RowScore(source, row, "dropped", reason, 0)
+    document, targets, loss_alone, ifd = found
+    loss = targets.mean(targets.nll)
+    inverse = np.exp(np.minimum(targets.nll, _LARGEST))
+    return RowScore(
+        source,
+        row,
+        "truncated" if reason else "trained",
+        reason,
+        document.target_tokens,
+        tokens=document.tokens,
+        loss=loss,
+        perplexity=math.exp(min(loss, _LARGEST)),
+        accuracy=targets.mean(targets.correct),
+        entropy=targets.mean(targets.entropy),
+        loss_alone=loss_alone,
+        ifd=ifd,
+        inverse_p_mean=float(inverse.mean()),
+        inverse_p_max=float(inverse.max()),
+        **{name: float(np.quantile(inverse, share)) for name, share in QUANTILES.items()},
+    )
+
+
+def summary(scores: Sequence[RowScore]) -> dict[str, Any]:
+    """Counts, and means and medians over the rows that have scores."""
+    having = [score for score in scores if score.loss is not None]
+    found: dict[str, Any] = {
+        "rows": len(scores),
+        "scored": len(having),
+        "target_tokens": sum(score.target_tokens for score in scores),
+        "without_ifd": sum(score.ifd is None for score in having),
+    }
+    for name in ("loss", "accuracy", "entropy", "loss_alone", "ifd", "inverse_p_p50"):
+        values = [value for s in having if (value := getattr(s, name)) is not None]
+        found[f"median_{name}"] = float(np.median(values)) if values else None
+    return found
