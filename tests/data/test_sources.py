@@ -28,6 +28,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         write(tmp_path / "rows.jsonl", lines),
         write(tmp_path / "marked.ndjson", "\ufeff" + lines + "\r\n"),
         write(tmp_path / "rows.json", json.dumps(ROWS)),
+        write(tmp_path / "lines.json", lines),
         write(tmp_path / "wrapped.json", json.dumps({"version": 1, "data": ROWS})),
         write(tmp_path / "rows.csv", cells),
         write(tmp_path / "marked.csv", "\ufeff" + cells),
@@ -136,7 +137,9 @@ def test_limit_keeps_the_first_rows():
         ("a.json", "[]", "no rows"),
         ("a.csv", "text\n", "no rows"),
         ("a.json", "[{]", "line 1, column 3"),
-        ("a.json", '{"text": "x"}\n{"text": "y"}', "not JSON"),
+        ("a.json", '{"text": "x"}\n{"text": "y"', "line 2, column 13"),
+        ("a.json", '[{"text": "x"}] []', "Extra data at line 1, column 17"),
+        ("a.json", '[{"text": "x"}', "no end"),
         ("a.json", '{"a": [], "b": []}', "2 lists"),
         ("a.json", b"\xff[]", "UTF-8"),
         ("a.parquet", "no parquet", "Parquet"),
@@ -160,7 +163,7 @@ def test_a_folder_is_refused_and_its_files_named(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match="folder") as caught:
         read(Source("data", path=tmp_path))
-    assert "train.jsonl" in caught.value.hint
+    assert "data/*" in caught.value.hint
 
 
 def test_a_mapping_of_splits_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.data.faults import Fault
+from tunesmith.data.readers.kinds import file_rows
+from tunesmith.data.readers.raw import Raw
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
-
-_BATCH_ROWS = 1024
-_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,161 +120,25 @@ def canonical_json(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
-_Raw = tuple["dict[str, Any] | None", "Fault | None"]
-
-
-def _raw_rows(source: Source) -> Iterator[_Raw]:
+def _raw_rows(source: Source) -> Iterator[Raw]:
     if source.path is None:
-        return _iterable_rows(source)
-    readers = {
-        ".jsonl": _jsonl_rows,
-        ".ndjson": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    reader = readers.get(source.path.suffix.lower())
+        yield from _iterable_rows(source)
+        return
     if source.path.is_dir():
-        raise DataError("this is a folder", where=source.name, hint=_folder_hint(source.path))
-    if reader is None and source.path.exists():
-        kinds = " ".join(readers)
-        ending = source.path.suffix or "no ending"
-        raise DataError(f"can't read {ending}", where=source.name, hint=f"readable are {kinds}")
-    return (reader or _jsonl_rows)(source)
+        raise DataError(
+            "this is a folder", where=source.name, hint=f"name its files: {source.name}/*"
+        )
+    with _opened(source) as file:
+        yield from file_rows(file, source.name, source.path.name)
 
 
-def _iterable_rows(source: Source) -> Iterator[_Raw]:
+def _iterable_rows(source: Source) -> Iterator[Raw]:
     for values in source.rows or ():
         if isinstance(values, Mapping):
             yield dict(cast("Mapping[str, Any]", values)), None
         else:
             kind = type(values).__name__
             yield None, Fault("wrong-type", f"the row is of Python type {kind}, not a mapping")
-
-
-def _jsonl_rows(source: Source) -> Iterator[_Raw]:
-    with _opened(source) as file:
-        for number, line in enumerate(file, start=1):
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if content.strip():
-                yield _parse_line(content, number)
-
-
-def _parse_line(line: bytes, number: int) -> _Raw:
-    place = f"line {number}"
-    try:
-        text = line.decode()
-        values = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
-            # Half of a surrogate pair is valid JSON, yet no tokenizer can take it.
-            json.dumps(values, ensure_ascii=False).encode()
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        return None, Fault("invalid-encoding", f"{place} is not UTF-8 text ({error.reason})")
-    except json.JSONDecodeError as error:
-        message = f"{place} is not JSON: {error.msg} at character {error.pos + 1}"
-        return None, Fault("invalid-json", message)
-    except (ValueError, RecursionError) as error:
-        return None, Fault("invalid-json", f"{place} is not JSON: {error}")
-    return _object(values, place)
-
-
-def _object(values: Any, place: str) -> _Raw:
-    if isinstance(values, dict):
-        return cast("dict[str, Any]", values), None
-    words = {"list": "a list", "str": "a string", "bool": "true or false", "NoneType": "null"}
-    kind = words.get(type(values).__name__, "a number")
-    return None, Fault("invalid-json", f"{place} is {kind}, not an object")
-
-
-def _json_rows(source: Source) -> Iterator[_Raw]:
-    with _opened(source) as file:
-        content = file.read()
-    if not content.strip():
-        return
-    try:
-        parsed = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason}", where=source.name) from error
-    except json.JSONDecodeError as error:
-        hint = "one object a line is JSON Lines: name the file .jsonl"
-        raise DataError(
-            f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
-            where=source.name,
-            hint=hint if error.msg == "Extra data" else None,
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=source.name) from error
-    for number, values in enumerate(_row_list(parsed, source)):
-        yield _object(values, f"item {number}")
-
-
-def _row_list(parsed: Any, source: Source) -> list[Any]:
-    """The list of rows: the whole file, or the only list in its top-level object."""
-    if isinstance(parsed, list):
-        return cast("list[Any]", parsed)
-    fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
-    lists = [cast("list[Any]", value) for value in fields.values() if isinstance(value, list)]
-    if len(lists) != 1:
-        raise DataError(
-            f"not a list of objects, nor an object with one list ({len(lists)} lists found)",
-            where=source.name,
-            hint='write [{...}, {...}] or {"data": [{...}, {...}]}',
-        )
-    return lists[0]
-
-
-def _csv_rows(source: Source) -> Iterator[_Raw]:
-    csv.field_size_limit(_LONGEST_FIELD)  # the default refuses texts over 128 KiB
-    with _opened(source) as binary:
-        lines = (line.decode("utf-8", "surrogateescape") for line in binary)
-        reader = csv.reader(_without_mark(lines), strict=True)
-        header: list[str] | None = None
-        while True:
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                yield None, Fault("invalid-csv", f"line {reader.line_num}: {error}")
-                continue
-            if cells is None:
-                return
-            if header is None:
-                header = cells
-            elif cells:
-                yield _csv_row(header, cells, reader.line_num)
-
-
-def _csv_row(header: list[str], cells: list[str], line: int) -> _Raw:
-    if len(cells) != len(header):
-        message = f"line {line} ends a row of {len(cells)} fields; the header has {len(header)}"
-        return None, Fault("invalid-csv", message, "fields with commas or newlines need quotes")
-    values = dict(zip(header, cells, strict=True))
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return None, Fault("invalid-encoding", f"line {line} ends a row that is not UTF-8 text")
-    return cast("dict[str, Any]", values), None
-
-
-def _without_mark(lines: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(lines):
-        yield line.removeprefix("\ufeff") if number == 0 else line
-
-
-def _parquet_rows(source: Source) -> Iterator[_Raw]:
-    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
-    from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
-
-    arrow, parquet_files = cast("Any", pyarrow), cast("Any", parquet)
-
-    with _opened(source) as file:
-        try:
-            table = parquet_files.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-                for values in batch.to_pylist():
-                    yield values, None
-        except (arrow.ArrowException, OSError) as error:
-            message = str(error).splitlines()[0]
-            raise DataError(f"not readable as Parquet: {message}", where=source.name) from error
 
 
 def _opened(source: Source) -> Any:
@@ -299,13 +161,6 @@ def _missing_hint(path: Path) -> str:
     if close:
         return f"did you mean {' or '.join(str(folder / name) for name in close)}?"
     return f"the current folder is {Path.cwd()}"
-
-
-def _folder_hint(path: Path) -> str:
-    endings = {".jsonl", ".ndjson", ".json", ".csv", ".parquet"}
-    files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in endings)
-    shown = ", ".join(str(file) for file in files[:3])
-    return f"name its files: {shown}" if files else "name a file; none in it is readable as rows"
 
 
 def _check_columns(source: Source, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""Parquet and Arrow IPC, in its file and its stream form: a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from tunesmith.data.readers.raw import BATCH_ROWS, Raw
+from tunesmith.errors import DataError
+
+_ARROW_FILE = b"ARROW1"
+
+
+def parquet_rows(file: Any, name: str) -> Iterator[Raw]:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: it is none, or it is damaged.
+    """
+    from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
+
+    def batches() -> Iterator[Any]:
+        table = cast("Any", parquet).ParquetFile(file)
+        yield from table.iter_batches(batch_size=BATCH_ROWS)
+
+    return _rows(batches(), name, "Parquet")
+
+
+def arrow_rows(file: Any, name: str) -> Iterator[Raw]:
+    """The rows of an Arrow IPC file or stream; `datasets` keeps its tables as streams.
+
+    Raises:
+        DataError: it is neither, or it is damaged.
+    """
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    def batches() -> Iterator[Any]:
+        ipc = cast("Any", pyarrow).ipc
+        indexed = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        if not indexed:
+            yield from ipc.open_stream(file)
+            return
+        table = ipc.open_file(file)
+        for number in range(table.num_record_batches):
+            yield table.get_batch(number)
+
+    return _rows(batches(), name, "Arrow")
+
+
+def _rows(batches: Iterator[Any], name: str, kind: str) -> Iterator[Raw]:
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for values in batch.slice(start, BATCH_ROWS).to_pylist():
+                    yield values, None
+    except (cast("Any", pyarrow).ArrowException, OSError) as error:
+        message = (str(error).splitlines() or ["no reason given"])[0]
+        raise DataError(f"not readable as {kind}: {message}", where=name) from error
