@@ -251,6 +251,9 @@ def _write_start(path: Path, asked: Recipe, job: Job) -> None:
         "rendered_row": job.prepared.sample_text,
     }
     job.prepared.ledger.save(files["ledger"])
+    if job.own_objective is not None:
+        machine["objective"] = job.own_objective.sha256
+        job.own_objective.keep(path)
     write_json(files["machine"], machine)
     write_text(files["recipe"], to_yaml(job.recipe))
 

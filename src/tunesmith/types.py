@@ -146,6 +146,7 @@ class LossOutput:
     stats: Mapping[
         str, Tensor
     ]  # scalars float32: sums of weight * (accuracy | entropy | logprob | ...)
+    effective: Tensor | None = None  # [N]: log(strength / p(target)), NaN where it isn't known
 
 
 @dataclass(frozen=True, slots=True)

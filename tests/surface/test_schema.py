@@ -21,7 +21,8 @@ KEYS = {
     "data": "train eval columns template template_kwargs train_on max_length too_long bad_rows "
     "shuffle",
     "batch": "documents tokens",
-    "objective": "name",
+    "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
+    "warmup_epochs neftune router_aux scheduled_sampling",
     "adapter": "kind rank alpha dropout targets",
     "optim": "name lr betas eps weight_decay schedule warmup max_grad_norm",
     "train": "epochs steps seed result",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from tunesmith.config.document import Document
+from tunesmith.config.sections.objective import BELONGS, unfit
 
 
 def check_combinations(document: Document, *, held_out: bool = False) -> None:
@@ -25,6 +26,32 @@ def check_combinations(document: Document, *, held_out: bool = False) -> None:
                     "has no effect while adapter.kind is none (all parameters are trained)",
                     "add adapter.kind=lora, or take the key away",
                 )
+    _check_objective(document)
+
+
+def _check_objective(document: Document) -> None:
+    objective, device = _section(document, "objective"), _section(document, "device")
+    name = str(objective.get("name", "nll"))
+    for key, value in objective.items():
+        if value is not None and unfit(key, name):
+            document.complain(
+                ("objective", key),
+                f"is for {', '.join(BELONGS[key])}, and the objective is {name}",
+                "take the key away, or name its objective",
+            )
+    if objective.get("scheduled_sampling"):
+        if name == "psft":
+            document.complain(
+                ("objective", "scheduled_sampling"),
+                "the ratio of psft compares probabilities in one context, and this changes it",
+                "take one of the two away",
+            )
+        if device.get("share_prefixes") is True:
+            document.complain(
+                ("device", "share_prefixes"),
+                "a guess put in for one row's target would be read by the rows that share it",
+                "device.share_prefixes=auto, which is off with objective.scheduled_sampling",
+            )
 
 
 def _section(document: Document, name: str) -> dict[str, Any]:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from tunesmith.objectives.head import Objective, head_loss
+from tunesmith.objectives.choice import OBJECTIVES, named_objective, with_terms
+from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
+from tunesmith.objectives.head import Base, Sides, head_loss, likeliest_tokens
 from tunesmith.objectives.nll import nll
 
-OBJECTIVES: dict[str, Objective] = {"nll": nll}
-
-__all__ = ["OBJECTIVES", "Objective", "head_loss", "nll"]
+__all__ = [
+    "OBJECTIVES",
+    "Base",
+    "Chunk",
+    "Objective",
+    "Sides",
+    "head_loss",
+    "likeliest_tokens",
+    "make_chunk",
+    "named_objective",
+    "nll",
+    "with_terms",
+]

@@ -11,23 +11,90 @@ Letters: T packed tokens, N targets, n targets of a chunk, D hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
 from tunesmith.types import LossOutput
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""A loss: (logits [n, V] float32, target [n]) -> loss of each target [n], differentiable in the
-logits.
-"""
 
 Transform = Callable[[Tensor], Tensor]
 """What a model does to its raw logits (soft cap, scale), elementwise."""
 
 CHUNK_BYTES = 64 * 2**20
-STATS = ("accuracy", "entropy", "logprob")
+
+
+class Base(NamedTuple):
+    """What the base model makes of the same tokens: hidden states, and the head over them."""
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What some objectives need besides the logits."""
+
+    progress: float = 0.0  # share of the run's steps that are done
+    old_logprob: Tensor | None = None  # [N]
+    base: Base | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one call of the head is about, and what it finds besides the sum."""
+
+    target: Tensor
+    target_weight: Tensor
+    objective: Objective
+    transform: Transform | None
+    rows: int
+    progress: float
+    old_logprob: Tensor | None
+    base: Base | None  # its hidden states gathered: [N, D]
+    token_loss: Tensor
+    effective: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def logits(self, part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Raw products of the head, [n, V] in float32 (float64 stays)."""
+        raw = hidden[part] @ weight.T
+        if bias is not None:
+            raw += bias
+        return raw if raw.dtype == torch.float64 else raw.float()
+
+    def chunk(self, part: slice, logits: Tensor) -> Chunk:
+        base = None
+        if self.base is not None:
+            with torch.no_grad():
+                base = self.logits(part, *self.base)
+                base = base if self.transform is None else self.transform(base)
+        old = None if self.old_logprob is None else self.old_logprob[part]
+        return make_chunk(
+            logits, self.target[part], progress=self.progress, old_logprob=old, base_logits=base
+        )
+
+    def take(self, part: slice, chunk: Chunk, loss: Tensor) -> None:
+        """Note the chunk's losses and statistics."""
+        weight = self.target_weight[part]
+        self.token_loss[part] = loss.detach()
+        surprise = -chunk.logprob.detach()
+        if chunk.strength is not None:
+            self.effective[part] = surprise + chunk.strength.log()
+        else:
+            self.effective[part] = torch.nan
+        values = {
+            "accuracy": chunk.likeliest == chunk.target,
+            "entropy": chunk.entropy.detach(),
+            "logprob": -surprise,
+            **chunk.notes,
+        }
+        for name, value in values.items():
+            added = (weight * value).sum()
+            self.stats[name] = self.stats[name] + added if name in self.stats else added
 
 
 def head_loss(
@@ -40,26 +107,40 @@ def head_loss(
     target_weight: Tensor,
     objective: Objective,
     transform: Transform | None = None,
+    sides: Sides | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> LossOutput:
     """Sum of weight * loss over the targets, with stats, never holding [N, V].
 
     Shapes: hidden [T, D], weight [V, D], bias [V], source, target and target_weight [N].
     """
+    sides = sides or Sides()
     # index_select and not hidden[source]: its backward adds repeated sources in a fixed order
     gathered = hidden.index_select(0, source)
-    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    loss_sum, token_loss, stats = cast(
-        "tuple[Tensor, Tensor, Tensor]",
-        _HeadLoss.apply(  # pyright: ignore[reportUnknownMemberType]
-            gathered, weight, bias, target, target_weight, objective, transform, rows
-        ),
+    base = sides.base and sides.base._replace(hidden=sides.base.hidden.index_select(0, source))
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    work = _Work(
+        target=target,
+        target_weight=target_weight.to(dtype),
+        objective=objective,
+        transform=transform,
+        rows=max(1, chunk_bytes // (4 * weight.shape[0])),
+        progress=sides.progress,
+        old_logprob=sides.old_logprob,
+        base=base,
+        token_loss=torch.empty(len(target), dtype=dtype, device=hidden.device),
+        effective=torch.empty(len(target), dtype=dtype, device=hidden.device),
+    )
+    loss_sum = cast(
+        Tensor,
+        _HeadLoss.apply(gathered, weight, bias, work),  # pyright: ignore[reportUnknownMemberType]
     )
     return LossOutput(
         loss_sum=loss_sum,
-        weight_sum=target_weight.sum(),
-        token_loss=token_loss,
-        stats=dict(zip(STATS, stats.unbind(), strict=True)),
+        weight_sum=work.target_weight.sum(),
+        token_loss=work.token_loss,
+        stats=work.stats,
+        effective=work.effective,
     )
 
 
@@ -69,38 +150,20 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        target_weight: Tensor,
-        objective: Objective,
-        transform: Transform | None,
-        rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dtype = work.token_loss.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if need_weight
-            else None
+            torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
         )
         grad_bias = (
-            torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-            if need_bias
-            else None
+            torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None
         )
-        token_loss = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
-        stats = torch.zeros(len(STATS), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(target), rows):
-            part = slice(start, start + rows)
-            grad, token_loss[part] = _chunk(
-                hidden[part], weight, bias, target[part], target_weight[part],
-                objective=objective, transform=transform, stats=stats,
-                differentiate=any(ctx.needs_input_grad),
-            )  # fmt: skip
+        for start in range(0, len(work.target), work.rows):
+            part = slice(start, start + work.rows)
+            raw = work.logits(part, hidden, weight, bias)
+            grad = _through(raw, part, work, differentiate=any(ctx.needs_input_grad))
             if grad is None:
                 continue
             grad = grad.to(weight.dtype)
@@ -109,10 +172,9 @@ class _HeadLoss(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad, hidden[part])
             if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
+                grad_bias += grad.sum(0, dtype=dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(token_loss, stats)
-        return (token_loss * target_weight).sum(), token_loss, stats
+        return (work.token_loss * work.target_weight).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,54 +184,48 @@ class _HeadLoss(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(scale),
             None if grad_weight is None else grad_weight.mul_(scale),
             None if grad_bias is None else grad_bias.mul_(scale),
-            None, None, None, None, None,
-        )  # fmt: skip
+            None,
+        )
 
 
-def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    target_weight: Tensor,
-    *,
-    objective: Objective,
-    transform: Transform | None,
-    stats: Tensor,
-    differentiate: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """(gradient of the raw logits [n, V] or None, loss [n]); adds to `stats`."""
-    raw = hidden @ weight.T
-    if bias is not None:
-        raw += bias
-    raw = raw.float()
-    with torch.enable_grad():
+def _through(raw: Tensor, part: slice, work: _Work, *, differentiate: bool) -> Tensor | None:
+    """Notes loss and statistics of a chunk; its gradient in the raw logits [n, V]."""
+    with torch.set_grad_enabled(differentiate):
         leaf = raw.requires_grad_(differentiate)
-        logits = leaf if transform is None else transform(leaf)
-        loss = objective(logits, target)
-        stats += _stats(logits.detach(), target, target_weight)
+        chunk = work.chunk(part, leaf if work.transform is None else work.transform(leaf))
+        loss = work.objective(chunk)
+        work.take(part, chunk, loss)
         if not differentiate:
-            return None, loss
-        (grad,) = torch.autograd.grad(loss, leaf, target_weight)
-    return grad, loss.detach()
-
-
-def _stats(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of: the target is the likeliest, entropy in nats, log-probability of the
-    target.
-    """
-    log_sum = logits.logsumexp(-1)
-    chosen = logits.gather(1, target[:, None]).squeeze(1)
-    expected = (torch.softmax(logits, -1) * logits).sum(-1)
-    correct = (logits.argmax(-1) == target).float()
-    return torch.stack(
-        [(weight * s).sum() for s in (correct, log_sum - expected, chosen - log_sum)]
-    )
+            return None
+        (grad,) = torch.autograd.grad(loss, leaf, work.target_weight[part])
+    return grad
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden, in float32."""
-    if grad.dtype == torch.float32:
+    """total += grad.T @ hidden, in the precision of `total`."""
+    if grad.dtype == total.dtype:
         total.addmm_(grad.T, hidden)
     else:
         total += grad.T @ hidden
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    source: Tensor,
+    transform: Transform | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    **_: Any,
+) -> Tensor:
+    """The id [N] that the model itself would go on with after each source."""
+    gathered = hidden.index_select(0, source)
+    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    found: list[Tensor] = []
+    for part in gathered.split(rows):
+        raw = part @ weight.T
+        raw = raw if bias is None else raw + bias
+        found.append((raw if transform is None else transform(raw.float())).argmax(-1))
+    return torch.cat(found) if found else source

@@ -15,6 +15,7 @@ from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.console import announce
 from tunesmith.train.folder import read_json
 from tunesmith.train.job import Job, run_files
+from tunesmith.train.own_objective import check_same
 from tunesmith.train.sources import check_unchanged
 from tunesmith.train.trainer import Trainer
 
@@ -66,6 +67,7 @@ def check_data(path: Path, job: Job) -> None:
         {"the chat template": machine["template"]["sha256"]},
         {"the chat template": job.template.sha256},
     )
+    check_same(machine.get("objective"), job.own_objective)
 
 
 def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:

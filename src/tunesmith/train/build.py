@@ -28,7 +28,12 @@ from tunesmith.train.assemble.data import (
 )
 from tunesmith.train.assemble.given import Given
 from tunesmith.train.assemble.model import check_memory, load_model
-from tunesmith.train.assemble.objective import make_head_loss
+from tunesmith.train.assemble.objective import (
+    make_loss,
+    noisy_objective,
+    objective_line,
+    own_objective,
+)
 from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.device import (
     choose_device,
@@ -37,6 +42,7 @@ from tunesmith.train.device import (
     seed_everything,
 )
 from tunesmith.train.job import Job
+from tunesmith.train.own_objective import COPY, is_own
 from tunesmith.train.sources import prepare_all
 
 
@@ -65,6 +71,7 @@ def build(
         else resolve_model(recipe.model.name, revision=recipe.model.revision)
     )
     size = check_memory(recipe, source, device)
+    own = own_objective(recipe, folders)
     template = open_template(recipe, source, given)
     max_length = resolve_max_length(recipe, template)
     train, held_out = data_sources(recipe, given, folders)
@@ -104,16 +111,18 @@ def build(
             total_steps=total,
         ),
         optimizer=make_optimizer(resolved, model),
-        head_loss=make_head_loss(recipe),
+        loss=make_loss(recipe, model, order, total, own),
         device=device,
         micro_tokens=micro_tokens,
         share=_share(recipe, tested),
         trained_parameters=trained.trained,
         chosen={},
+        own_objective=own,
         notes=notes,
     )
     job.chosen = _chosen(job, tested, checkpointing)
-    job.notes = [*start_lines(job, trained), *notes]
+    said = objective_line(recipe, job.loss, shared=job.share)
+    job.notes = [*said, *start_lines(job, trained), *notes]
     return job
 
 
@@ -143,15 +152,22 @@ def resolve(
         },
         "data": {"max_length": max_length},
         "optim": {"lr": lr},
+        "objective": {"name": _objective_name(recipe)},
     }
     parts = {key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()}
     return recipe.model_copy(update=parts)
 
 
+def _objective_name(recipe: Recipe) -> str:
+    """A function of the user's is found in the run's copy of its file."""
+    name = recipe.objective.name
+    return f"{COPY}:{name.rpartition(':')[2]}" if is_own(name) else name
+
+
 def _share(recipe: Recipe, tested: SelfTest) -> bool:
     if recipe.device.share_prefixes != "auto":
         return recipe.device.share_prefixes
-    return not tested.noisy and recipe.adapter.dropout == 0
+    return not tested.noisy and recipe.adapter.dropout == 0 and not noisy_objective(recipe)
 
 
 def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:

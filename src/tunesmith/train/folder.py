@@ -18,7 +18,7 @@ from tunesmith.errors import InputError, RunError
 
 MARKERS = ("recipe.yaml", "machine.json")
 """Files that every run has; a folder with both is a run."""
-BEGINNING = frozenset({"ledger.json", "machine.json"})
+BEGINNING = frozenset({"ledger.json", "machine.json", "objective.py"})
 """Files that stand before recipe.yaml does; a folder with nothing else was killed at its start."""
 LOCK = ".lock"
 

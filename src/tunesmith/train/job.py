@@ -16,7 +16,9 @@ from tunesmith.data.template import Template
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import AdamW
-from tunesmith.types import Document, HeadLoss
+from tunesmith.train.loss import StepLoss
+from tunesmith.train.own_objective import OwnObjective
+from tunesmith.types import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,13 @@ class Job:
     total_steps: int
     lr: Callable[[int], float]
     optimizer: AdamW
-    head_loss: HeadLoss
+    loss: StepLoss
     device: torch.device
     micro_tokens: int
     share: bool
     trained_parameters: int
     chosen: dict[str, Any]  # what `auto` became, for machine.json
+    own_objective: OwnObjective | None = None
     notes: list[str] = field(default_factory=list)  # for the start-up lines
 
     @property
@@ -65,6 +68,7 @@ def run_files(folder: Path) -> dict[str, Path]:
         "metrics": "metrics.jsonl",
         "rows": "rows.parquet",
         "samples": "samples.jsonl",
+        "objective": "objective.py",
         "faults": "faults.jsonl",
         "model": "model",
         "report": "report.html",

@@ -7,8 +7,8 @@ however they are cut into micro-batches; gradients are added up in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.types import HeadLoss, LossOutput, Shares
+from tunesmith.train.quantiles import log_histogram, quantiles
+from tunesmith.types import LossOutput, Shares
+
+MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
+"""The loss of a micro-batch, differentiable; `train.loss` makes it."""
 
 
 class Optimizer(Protocol):
@@ -38,7 +41,7 @@ class StepResult:
     loss_sum: float
     weight_sum: float
     grad_norm: float
-    stats: dict[str, float]  # means per weight
+    stats: dict[str, float]  # means per weight, and quantiles
     document_loss: NDArray[np.float64]  # sum of weight * loss of each document
     document_weight: NDArray[np.float64]
     computed_tokens: int
@@ -54,7 +57,7 @@ def train_step(
     model: CausalLM,
     optimizer: Optimizer,
     plans: Sequence[MicrobatchPlan],
-    head_loss: HeadLoss,
+    loss: MicroLoss,
     *,
     documents: int,
     lr: float,
@@ -69,7 +72,7 @@ def train_step(
     total = float(sum(plan.weight.sum(dtype=np.float64) for plan in plans))
     outputs: list[LossOutput] = []
     for plan in plans:
-        output = model(collate(plan, device), head_loss)
+        output = loss(model, plan, device)
         (output.loss_sum / total).backward()
         outputs.append(_detached(output))
     grad_norm = float(optimizer.clip_grad_norm(max_grad_norm))
@@ -83,7 +86,7 @@ def train_step(
 
 
 def _detached(output: LossOutput) -> LossOutput:
-    return LossOutput(output.loss_sum.detach(), output.weight_sum, output.token_loss, output.stats)
+    return replace(output, loss_sum=output.loss_sum.detach())
 
 
 def _sum_up(
@@ -100,16 +103,32 @@ def _sum_up(
         for name, value in output.stats.items():
             stats[name] = stats.get(name, 0.0) + float(value)
     weight_sum = float(weight.sum())
+    means = {name: value / weight_sum for name, value in stats.items()}
     return StepResult(
         loss_sum=float(sum(float(output.loss_sum) for output in outputs)),
         weight_sum=weight_sum,
         grad_norm=grad_norm,
-        stats={name: value / weight_sum for name, value in stats.items()},
+        stats={**means, **_effective_weight(plans, outputs)},
         document_loss=loss,
         document_weight=weight,
         computed_tokens=sum(plan.tokens for plan in plans),
         target_tokens=sum(len(plan.shares.weight) for plan in plans),
     )
+
+
+def _effective_weight(
+    plans: Sequence[MicrobatchPlan], outputs: Sequence[LossOutput]
+) -> dict[str, float]:
+    """Quantiles over the targets of strength / p: how much a target weighs in the gradient of the
+    model's own expected choice.
+    """
+    known = [
+        log_histogram(output.effective.to("cpu", torch.float64).numpy(), plan.weight)
+        for plan, output in zip(plans, outputs, strict=True)
+        if output.effective is not None and not bool(output.effective.isnan().any())
+    ]
+    found = quantiles(np.sum(known, axis=0)) if known else {}
+    return {f"effective_weight_p{share * 100:g}": value for share, value in found.items()}
 
 
 def add_document_losses(

@@ -17,8 +17,7 @@ import torch
 
 from tunesmith.config.dump import science_dict
 from tunesmith.config.values import Duration
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.errors import InterruptedRun, NonFiniteError, RunError
 from tunesmith.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from tunesmith.train.evaluate import evaluate
@@ -27,7 +26,7 @@ from tunesmith.train.metrics import Sink, versions
 from tunesmith.train.rng import capture_rng, restore_rng
 from tunesmith.train.rows import RowLosses
 from tunesmith.train.step import StepResult, train_step
-from tunesmith.types import StepMetrics
+from tunesmith.types import Document, StepMetrics
 
 OnEval = Callable[[int], None]
 """Called after each evaluation with the step."""
@@ -82,6 +81,7 @@ class Trainer:
                 f"the checkpoint is of another model: {error}", where=str(checkpoint)
             ) from error
         self.rows.restore(state.model)
+        self.job.loss.restore(state.model)
         self.best = state.meta.get("best")
         self.step = self._saved = state.step
         restore_rng(state.rng)
@@ -93,7 +93,7 @@ class Trainer:
         best = int(self.best["step"]) if self.best else None
         state = TrainState(
             step=self.step,
-            model=self.rows.tensors(),
+            model={**self.rows.tensors(), **self.job.loss.tensors()},
             optimizer=self.job.optimizer.state_dict(),
             rng=capture_rng(),
             meta=self.meta(),
@@ -119,14 +119,12 @@ class Trainer:
         job, number = self.job, self.step
         started = time.monotonic()
         indices = job.order.step_indices(number)
-        documents = [job.documents[int(i)] for i in indices]
-        plans = plan_step(
-            documents, micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated
-        )
         lr = job.lr(number)
+        documents, plans = self._planned(number)
         try:
+            job.loss.begin(job.model, number, self._planned, job.device)
             result = train_step(
-                job.model, job.optimizer, plans, job.head_loss,
+                job.model, job.optimizer, plans, job.loss,
                 documents=len(documents), lr=lr,
                 max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
             )  # fmt: skip
@@ -144,6 +142,15 @@ class Trainer:
         self.rows.add(self.step, indices, loss=result.document_loss, weight=result.document_weight)
         seconds = time.monotonic() - started
         self._emit(self._metrics(result, [d.tokens for d in documents], lr, seconds).record())
+
+    def _planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
+        """Documents and micro-batches of a step, counted from 0."""
+        job = self.job
+        documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
+        plans = plan_step(
+            documents, micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated
+        )
+        return documents, plans
 
     def _metrics(
         self, result: StepResult, tokens: list[int], lr: float, seconds: float
@@ -232,7 +239,7 @@ class Trainer:
         with _random_state_kept():
             try:
                 for plan in plans[:1]:
-                    job.model(collate(plan, job.device), job.head_loss).loss_sum.backward()
+                    job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise _out_of_memory(job.micro_tokens, longest.longest_path) from error
         job.optimizer.zero_grad()

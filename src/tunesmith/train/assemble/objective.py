@@ -1,14 +1,108 @@
-"""The loss head with the objective of the recipe."""
+"""The loss of the recipe, with what it needs besides the model's own pass."""
 
 from __future__ import annotations
 
-import functools
+import copy
+from collections.abc import Sequence
+from pathlib import Path
 
 from tunesmith.config.schema import Recipe
-from tunesmith.objectives import OBJECTIVES, head_loss
-from tunesmith.types import HeadLoss
+from tunesmith.data.loader import StepOrder
+from tunesmith.errors import RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.noise import EmbeddingNoise
+from tunesmith.model.router import Routers
+from tunesmith.objectives import Objective, named_objective, with_terms
+from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
+from tunesmith.train.outer import OuterBatch
+from tunesmith.train.own_objective import OwnObjective, is_own, load_objective
+
+OWN_OPTIONS = ("alpha", "eps_low", "eps_high")
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva_")
+"""Beginnings of adapter initialisations that take something out of the weights they go on."""
 
 
-def make_head_loss(recipe: Recipe) -> HeadLoss:
-    """The head that computes the objective of the recipe."""
-    return functools.partial(head_loss, objective=OBJECTIVES[recipe.objective.name])
+def own_objective(recipe: Recipe, folders: Sequence[Path]) -> OwnObjective | None:
+    """The user's function, where the recipe names one."""
+    name = recipe.objective.name
+    return load_objective(name, folders) if is_own(name) else None
+
+
+def noisy_objective(recipe: Recipe) -> bool:
+    """True where the objective draws random numbers, so that layouts agree in distribution only."""
+    return recipe.objective.neftune > 0 or recipe.objective.scheduled_sampling > 0
+
+
+def make_loss(
+    recipe: Recipe, model: CausalLM, order: StepOrder, total_steps: int, own: OwnObjective | None
+) -> StepLoss:
+    """The loss of the recipe; `total_steps` of the whole run."""
+    section = recipe.objective
+    return StepLoss(
+        objective=_objective(recipe, own),
+        steps=total_steps,
+        base=_base(recipe, model) if section.kl else None,
+        outer=_outer(recipe, order),
+        sampling=section.scheduled_sampling,
+        noise=EmbeddingNoise(model, section.neftune) if section.neftune else None,
+        balance=RouterBalance(Routers(model), section.router_aux) if section.router_aux else None,
+    )
+
+
+def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]:
+    """What a start says about the objective, in one line; nothing about plain nll."""
+    section = recipe.objective
+    given = {
+        key: value
+        for key in type(section).model_fields
+        if key != "name" and (value := getattr(section, key))
+    }
+    if section.name == "nll" and not given:
+        return []
+    parts = [f"objective: {section.name}", *(f"{key} {value:g}" for key, value in given.items())]
+    text = ", ".join(parts)
+    if loss.base is not None:
+        text += f"; the base is the model {'as it came, a frozen copy' if loss.base.frozen else 'without its adapter'}"
+    if noisy_objective(recipe):
+        state = "shared, as asked" if shared else "not shared"
+        text += f"; with noise layouts agree in expectation only, prefixes are {state}"
+    return [text]
+
+
+def _objective(recipe: Recipe, own: OwnObjective | None) -> Objective:
+    section = recipe.objective
+    if own is not None:
+        loss = own.function
+    else:
+        options = {
+            key: value for key in OWN_OPTIONS if (value := getattr(section, key)) is not None
+        }
+        loss = named_objective(section.name, smoothing=section.label_smoothing or 0.0, **options)
+    return with_terms(loss, z_weight=section.z_loss, entropy=section.entropy, kl=section.kl or 0.0)
+
+
+def _outer(recipe: Recipe, order: StepOrder) -> OuterBatch | None:
+    section = recipe.objective
+    if section.name != "psft":
+        return None
+    warmup = section.warmup_epochs or 0.0
+    return OuterBatch(
+        first=order.total_steps(warmup) if warmup else 0, steps=section.outer_steps or 8
+    )
+
+
+def _base(recipe: Recipe, model: CausalLM) -> BaseModel:
+    """Without its adapter a model is its base, if the adapter left the weights below it alone."""
+    if not hasattr(model.model, "peft_config"):
+        frozen = copy.deepcopy(model).eval()
+        return BaseModel(frozen.requires_grad_(False))
+    config = model.model.peft_config[model.model.active_adapter]
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        raise RecipeError(
+            f"an adapter that begins as {start} changes the weights below it, so the base model is "
+            "no longer there to be held near",
+            where="objective.kl",
+            hint="another initialisation of the adapter, or full fine-tuning",
+        )
+    return BaseModel(None)

@@ -1,0 +1,207 @@
+"""The loss of a micro-batch: the model's pass, and what an objective needs besides it.
+
+Everything an objective can need is here, each piece None or zero where it isn't asked for: the base
+model's view (kl), the old policy (psft), noise on the embeddings, guesses read in place of targets,
+and the routers' balance.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.data.batch import collate
+from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.noise import EmbeddingNoise
+from tunesmith.model.router import Routers, balance_loss
+from tunesmith.objectives import Base, Objective, Sides, head_loss, likeliest_tokens, nll
+from tunesmith.train.outer import OuterBatch
+from tunesmith.train.pathkeys import path_ends, token_keys
+from tunesmith.types import Batch, Document, Layout, LossOutput
+
+PlanOf = Callable[[int], tuple[Sequence[Document], Sequence[MicrobatchPlan]]]
+"""Documents and micro-batches of a step, counted from 0."""
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The model as it was before training: a frozen copy, or the model without its adapter."""
+
+    frozen: CausalLM | None
+
+    def __call__(self, model: CausalLM, batch: Batch) -> Base:
+        with torch.no_grad(), ExitStack() as stack:
+            if self.frozen is None:
+                stack.enter_context(at_rest(model))
+                stack.enter_context(model.model.disable_adapter())
+            found = (self.frozen or model)(batch, _keep)
+        assert isinstance(found, Base)
+        return found
+
+
+@dataclass(slots=True)
+class RouterBalance:
+    """The balance loss of the documents' paths, averaged by token count over a step."""
+
+    routers: Routers
+    weight: float
+    ends: list[dict[int, int]] = field(default_factory=list[dict[int, int]])
+    scale: float = 0.0  # per token: its share of the step, times the step's weight of targets
+
+    def begin(self, documents: Sequence[Document], plans: Sequence[MicrobatchPlan]) -> None:
+        self.ends = [path_ends(document) for document in documents]
+        tokens = sum(sum(ends.values()) for ends in self.ends)
+        total = float(sum(plan.weight.sum(dtype=np.float64) for plan in plans))
+        self.scale = total / max(tokens, 1)
+
+    def __call__(self, plan: MicrobatchPlan, logits: Sequence[Tensor]) -> Tensor:
+        """Sum over the paths that end in this micro-batch of tokens * balance, times `scale`."""
+        ends = self._path_ends(plan)
+        token = np.arange(len(plan.ids))
+        member = (token <= ends[:, None]) & (ends[:, None] < plan.layout.visible_until)
+        on = torch.from_numpy(member).to(logits[0].device)
+        each = balance_loss(logits, on, top_k=self.routers.top_k)
+        return (each * on.sum(1)).sum() * self.scale
+
+    def _path_ends(self, plan: MicrobatchPlan) -> NDArray[np.int64]:
+        """The packed token that ends each path; one that ends several documents is there as
+        often.
+        """
+        keys = token_keys(plan)
+        pairs = np.unique(np.stack([plan.shares.document, plan.source[plan.shares.target]]), axis=1)
+        found = [s for d, s in pairs.T.tolist() if int(keys[s]) in self.ends[d]]
+        return np.asarray(found, np.int64)
+
+
+@dataclass(slots=True)
+class StepLoss:
+    """The loss of each micro-batch of the step that was begun last."""
+
+    objective: Objective
+    steps: int  # of the whole run
+    base: BaseModel | None = None
+    outer: OuterBatch | None = None
+    sampling: float = 0.0  # probability of a guess at the last step
+    noise: EmbeddingNoise | None = None
+    balance: RouterBalance | None = None
+    step: int = 0
+
+    def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:
+        """Get ready for a step, counted from 0."""
+        self.step = step
+        if self.balance is not None:
+            self.balance.begin(*plan_of(step))
+        if self.outer is not None and self.outer.begins(step):
+            last = min(step + self.outer.steps, self.steps)
+            plans = [plan for number in range(step, last) for plan in plan_of(number)[1]]
+            head = functools.partial(head_loss, objective=nll)
+            with torch.no_grad(), at_rest(model):
+                found = [-model(collate(plan, device), head).token_loss for plan in plans]
+            self.outer.take(plans, found)
+
+    def __call__(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
+        """The loss of one micro-batch, differentiable."""
+        return self._loss(model, plan, device, old=self._old(plan, device))
+
+    def probe(
+        self, model: CausalLM, document: Document, plan: MicrobatchPlan, device: torch.device
+    ) -> LossOutput:
+        """As much work as the loss of a micro-batch with this document, outside of any step."""
+        if self.balance is not None:
+            self.balance.begin([document], [plan])
+        return self._loss(model, plan, device, old=None)
+
+    def _loss(
+        self, model: CausalLM, plan: MicrobatchPlan, device: torch.device, *, old: Tensor | None
+    ) -> LossOutput:
+        batch = self._with_guesses(model, collate(plan, device), plan)
+        sides = Sides(
+            progress=self.step / self.steps,
+            old_logprob=old,
+            base=None if self.base is None else self.base(model, batch),
+        )
+        warming = self.outer is not None and self.step < self.outer.first
+        head = functools.partial(
+            head_loss, objective=nll if warming else self.objective, sides=sides
+        )
+        with ExitStack() as stack:
+            if self.noise is not None:
+                lengths = torch.from_numpy(path_lengths(plan.layout)).to(device)
+                stack.enter_context(self.noise.over(lengths))
+            if self.balance is None:
+                return model(batch, head)
+            logits = stack.enter_context(self.balance.routers.recorded())
+            output = model(batch, head)
+        balance = self.balance(plan, logits)
+        stats = {**output.stats, "router_aux": balance.detach()}
+        loss_sum = output.loss_sum + self.balance.weight * balance
+        return replace(output, loss_sum=loss_sum, stats=stats)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+        return {} if self.outer is None else self.outer.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a checkpoint holds."""
+        if self.outer is not None:
+            self.outer.restore(tensors)
+
+    def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
+        if self.outer is None or self.outer.empty or self.step < self.outer.first:
+            return None
+        return self.outer.find(plan).to(device)
+
+    def _with_guesses(self, model: CausalLM, batch: Batch, plan: MicrobatchPlan) -> Batch:
+        """The batch with some target tokens replaced, where they are read, by the likeliest token
+        of a pass over the true ones (Mihaylova & Martins, arXiv 1906.07651).
+        """
+        probability = self.sampling * self.step / max(1, self.steps - 1)
+        if probability == 0:
+            return batch
+        with torch.no_grad(), at_rest(model):
+            guesses = model(batch, likeliest_tokens)
+        assert isinstance(guesses, Tensor)
+        after = plan.source + 1
+        read = (after < plan.layout.visible_until[plan.source]) & (
+            plan.ids[np.minimum(after, len(plan.ids) - 1)] == plan.target
+        )
+        taken = torch.rand(len(after)) < probability
+        chosen = (torch.from_numpy(read) & taken).to(guesses.device)
+        places = torch.from_numpy(after.astype(np.int64)).to(guesses.device)[chosen]
+        ids = batch.input_ids.clone()
+        ids[places] = guesses[chosen]
+        return replace(batch, input_ids=ids)
+
+
+@contextmanager
+def at_rest(model: CausalLM) -> Iterator[None]:
+    """Without dropout, as in evaluation; the mode is restored on leaving."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def path_lengths(layout: Layout) -> NDArray[np.int64]:
+    """Tokens of the longest path through each packed token, [T]."""
+    if layout.flat:
+        sizes = [chain.end - chain.start for chain in layout.chains]
+        return np.repeat(np.asarray(sizes, np.int64), sizes)
+    spans = np.empty(2 * len(layout.position), np.int64)
+    spans[::2], spans[1::2] = np.arange(len(layout.position)), layout.visible_until
+    padded = np.append(layout.position.astype(np.int64), 0)
+    return np.maximum.reduceat(padded, spans)[::2] + 1
+
+
+def _keep(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Base:
+    return Base(hidden, weight, bias)
