@@ -15,40 +15,52 @@ from tunesmith.doctor.outcome import LEVELS, Finding
 
 _STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red"}
 _EXAMPLES = 2
-_WIDTH = 120
-"""Columns of a page that is not shown in a terminal."""
 
 
 def show(found: Diagnosis, console: Console | None = None) -> None:
-    """Print the summary, then a line for each check, the worst first; examples where it found."""
+    """Print the summary, then a line for each check, the worst first; examples where it found.
+
+    In a terminal lines are cut at its edge and hints wrapped; elsewhere all lines are whole.
+    """
     console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH, file=console.file)
-    console.print(_summary(found.summary))
+    whole = not console.is_terminal
+    for name, text in _summary_lines(found.summary):
+        console.print(_under(Text(text), f"{name:<9}", whole=whole), soft_wrap=whole)
     console.print()
     widest = max(len(finding.title) for finding in found.findings)
     for finding in sorted(found.findings, key=lambda finding: -LEVELS.index(finding.level)):
-        for line in _finding_lines(finding, widest):
-            line.no_wrap, line.overflow = True, "ellipsis"
-            console.print(line)
+        console.print(_line(finding, widest), soft_wrap=whole, no_wrap=True, overflow="ellipsis")
+        if finding.level == "ok":
+            continue
+        for hit in finding.examples[:_EXAMPLES]:
+            line = Text(f"{'':9}{hit.where}: {hit.text}", style="dim")
+            console.print(line, soft_wrap=whole, no_wrap=True, overflow="ellipsis")
+        console.print(_under(Text(f"hint: {finding.hint}"), "", whole=whole), soft_wrap=whole)
     console.print()
     console.print(_verdict(found))
 
 
-def _finding_lines(finding: Finding, widest: int) -> Iterator[Text]:
-    style = _STYLES[finding.level]
-    line = Text(f"{finding.level:<8} ", style=style)
+def _under(text: Text, name: str, *, whole: bool) -> Text | Table:
+    """The text beside a name, wrapped under its own beginning unless it stays whole."""
+    label = Text(f"{name:<9}", style="bold")
+    if whole:
+        return label + text
+    grid = Table.grid()
+    grid.add_column(width=9)
+    grid.add_column()
+    grid.add_row(label, text)
+    return grid
+
+
+def _line(finding: Finding, widest: int) -> Text:
+    line = Text(f"{finding.level:<9}", style=_STYLES[finding.level])
     if finding.level == "ok":
         line.append(f"{finding.title:<{widest}}  0 of {finding.of:,} {finding.unit}", style="dim")
-        yield line
-        return
+        return line
     share = f" ({_percent(finding.share)})" if finding.of > 1 else ""
     line.append(f"{finding.title:<{widest}}", style="bold")
-    line.append(f"  {finding.count:,} of {finding.of:,} {finding.unit}{share}", style="not bold")
-    yield line
-    for hit in finding.examples[:_EXAMPLES]:
-        yield Text(f"{'':9}{hit.where}: {hit.text}", style="dim")
-    yield Text(f"{'':9}hint: {finding.hint}")
+    line.append(f"  {finding.count:,} of {finding.of:,} {finding.unit}{share}", style="default")
+    return line
 
 
 def _verdict(found: Diagnosis) -> Text:
@@ -61,14 +73,7 @@ def _verdict(found: Diagnosis) -> Text:
     return Text(f"{', '.join(words)}; {counts['ok']} checks are fine", style=_STYLES[level])
 
 
-def _summary(values: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for name, text in _lines(values):
-        table.add_row(Text(name, style="bold"), Text(text))
-    return table
-
-
-def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     rows = f"{values['rows']:,}, {values['trained_rows']:,} of them trained on"
     held = ", ".join(f"{count:,} {name}" for name, count in values["held_out"].items())
     yield "rows", f"{rows}; held out: {held or 'none'}"

@@ -137,13 +137,11 @@ class Setup:
 
 
 def answers_of(case: Case) -> list[Answer]:
-    """The trained answers of a row that say something; none of a row with a fault.
+    """The trained answers of a row that say something; all answers of a row with a fault.
 
     A plain text is an answer to nothing.
     """
     example = case.example
-    if case.whole is None:
-        return []
     if isinstance(example, Completion):
         return [Answer(case.origin, None, example.prompt, example.prompt, example.completion)]
     if isinstance(example, Text):
@@ -154,7 +152,7 @@ def answers_of(case: Case) -> list[Answer]:
     question = ""
     for number, message in enumerate(case.messages):
         content = message.content or ""
-        if message.role == ASSISTANT and content.strip() and (number in trained):
+        if message.role == ASSISTANT and content.strip() and (case.fault or number in trained):
             found.append(Answer(case.origin, number, question, "\n".join(said), content))
         said.append(f"{message.role}: {content}")
         if message.role != ASSISTANT:

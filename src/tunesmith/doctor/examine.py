@@ -45,6 +45,24 @@ def diagnose(
     Raises:
         InputError: the recipe's data or model can't be read at all.
     """
+    corpus = read_corpus(recipe, template, folders=folders, rows=rows)
+    order = step_order(recipe, corpus)
+    setup = read_setup(recipe, template, order)
+    return Diagnosis(summarize(corpus, setup, order), run_checks(corpus, setup))
+
+
+def read_corpus(
+    recipe: Recipe,
+    template: Template,
+    *,
+    folders: Sequence[Path] = (),
+    rows: int | None = None,
+) -> Corpus:
+    """The recipe's rows, and its held-out ones by the name of their set.
+
+    Raises:
+        DataError: a source can't be read at all.
+    """
     data = recipe.data
     train = _limited(make_sources(data.train, data, folders=folders), rows)
     cases = list(read_cases(train, template, recipe))
@@ -56,10 +74,7 @@ def diagnose(
     for name, sections in (data.eval if isinstance(data.eval, dict) else {}).items():
         sources = _limited(make_sources(sections, data, folders=folders), rows)
         held_out[name] = [case for case, _ in read_cases(sources, template, recipe)]
-    corpus = Corpus([case for case, _ in cases], held_out)
-    order = step_order(recipe, corpus)
-    setup = _setup(recipe, template, model_folder(recipe), order)
-    return Diagnosis(summarize(corpus, setup, order), run_checks(corpus, setup))
+    return Corpus([case for case, _ in cases], held_out)
 
 
 def read_cases(
@@ -146,7 +161,13 @@ def model_folder(recipe: Recipe) -> Path:
     return resolve_model(recipe.model.name, revision=recipe.model.revision).folder
 
 
-def _setup(recipe: Recipe, template: Template, folder: Path, order: StepOrder | None) -> Setup:
+def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> Setup:
+    """What the recipe and its model's files say, as far as checks ask.
+
+    Raises:
+        ModelError: a file of the model can't be read.
+    """
+    folder = model_folder(recipe)
     data = recipe.data
     own = template
     if data.template is not None:
