@@ -9,6 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from formulas import (
+    asft,
+    dft,
+    dft_smoothed,
+    eaft,
+    everything,
+    kl,
+    nll,
+    psft,
+    psft_anchored,
+    smoothed,
+    with_entropy,
+    with_z,
+)
 from tunesmith.objectives import Base, Sides, head_loss, named_objective, with_terms
 from tunesmith.types import LossOutput
 
@@ -37,69 +51,6 @@ class Made:
 
 def softcap(logits: Tensor) -> Tensor:
     return 3.0 * torch.tanh(0.5 * logits / 3.0)
-
-
-# The formulas, each from its definition. log_p: [N, V] of the model, log_q of the base.
-def nll(log_p, y, **_):
-    return -log_p.gather(1, y[:, None]).squeeze(1)
-
-
-def smoothed(log_p, y, **_):
-    q = torch.nn.functional.one_hot(y, V) * 0.9 + 0.1 / V
-    return -(q * log_p).sum(-1)
-
-
-def dft(log_p, y, **_):
-    p = log_p.exp().gather(1, y[:, None]).squeeze(1).detach()
-    return p * nll(log_p, y)
-
-
-def dft_smoothed(log_p, y, **_):
-    p = log_p.exp().gather(1, y[:, None]).squeeze(1).detach()
-    return p * smoothed(log_p, y)
-
-
-def psft(log_p, y, *, old, low=0.2, high=0.28, **_):
-    ratio = (-nll(log_p, y) - old).exp()
-    clipped = torch.maximum(torch.minimum(ratio, torch.tensor(1 + high)), torch.tensor(1 - low))
-    return -torch.where(ratio < clipped, ratio, clipped)
-
-
-def eaft(log_p, y, *, alpha=1.0, **_):
-    top = log_p.exp().sort(-1, descending=True).values[:, :20]
-    top = top / top.sum(-1, keepdim=True)
-    entropy = -(top * top.log()).sum(-1)
-    return ((entropy / 3) ** alpha).detach() * nll(log_p, y)
-
-
-def kl(log_p, log_q):
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
-
-
-def asft(log_p, y, *, log_q, **_):
-    return dft(log_p, y) + 0.05 * kl(log_p, log_q)
-
-
-def with_z(log_p, y, *, logits, **_):
-    return nll(log_p, y) + 0.01 * logits.logsumexp(-1) ** 2
-
-
-def with_entropy(log_p, y, **_):
-    return nll(log_p, y) - 0.1 * -(log_p.exp() * log_p).sum(-1)
-
-
-def everything(log_p, y, *, logits, log_q, **_):
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return (
-        eaft(log_p, y, alpha=2.0)
-        + 0.01 * logits.logsumexp(-1) ** 2
-        - 0.1 * entropy
-        + 0.3 * kl(log_p, log_q)
-    )
-
-
-def psft_anchored(log_p, y, *, old, log_q, **_):
-    return psft(log_p, y, old=old, low=0.1, high=0.1) + 0.3 * kl(log_p, log_q)
 
 
 CASES: dict[str, tuple[Callable, Callable[..., Tensor]]] = {
