@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +25,6 @@ FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin els
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER else []
 MARKERS = re.compile(r"<\|?[^|<>\s'\"{}]+\|?>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
 SPECIAL = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<s>", "</s>", "<end_of_utterance>")
-STOPS = ("<|call|>", "<|tool_response>")  # gpt-oss and gemma4 name these in generation_config.json
 
 WEATHER = {
     "type": "function",
@@ -107,7 +105,6 @@ REFUSALS = [
     ("generation-prompt-mismatch", ("reasoning",), "qwen3_5_nothink"),
     # An answer is closed by the header of the next turn, which is not there yet.
     ("no-stop-token", ALL_CASES, "glm4moe:own"),
-    ("no-stop-token", ("tools",), "glm4moe_training:own"),
     ("template-refused", ("system", "system_turns"), "gemma"),
 ]
 
@@ -133,9 +130,7 @@ def template_of(name: str):
     markers = [m for m in markers if "|" in m or "｜" in m or m in SPECIAL]
     tokenizer = tiny_tokenizer(jinja, extra_special=tuple(markers))
     tokenizer.bos_token = "<|endoftext|>"
-    ids = tokenizer.convert_tokens_to_ids([stop for stop in STOPS if stop in markers])
-    template = wrap_tokenizer(tokenizer)
-    return replace(template, stop_ids=template.stop_ids | set(ids))
+    return wrap_tokenizer(tokenizer)
 
 
 def paths_before_targets(document):

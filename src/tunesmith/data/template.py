@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from tunesmith.data.direct import Memo, compile_template, find_direct
 from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.stops import closing_tokens
+from tunesmith.data.template_choice import NewToken, choose, with_tokens
 from tunesmith.errors import DataError, ModelError
 
 _UNBOUNDED = 10**9
 """Tokenizers without a limit name a number far above this one."""
 
-_PROBE = "tunesmith"
 _SHORT = 8
 """Runs of ids up to this long are decoded once: ends of turns, single tokens."""
 _TEXTS_KEPT = 4096
@@ -27,7 +28,8 @@ class Template:
     """What turns messages into text, text into ids, and says which ids end an answer.
 
     `jinja` is the chat template's text where one was chosen or the tokenizer has exactly one; None
-    without a chat template. `kwargs` are given to every rendering.
+    without a chat template. `kwargs` are given to every rendering. `added` are tokens that the
+    model's own tokenizer lacks, `named` its names (bos_token, ...) that it lacked.
     """
 
     tokenizer: Any
@@ -41,6 +43,8 @@ class Template:
     eos_id: int | None
     context_length: int | None
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    added: tuple[NewToken, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict[str, str])
     _memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
@@ -155,26 +159,15 @@ def load_template(
 ) -> Template:
     """The template of a model's folder; reads tokenizer, config and generation config, no weights.
 
-    `template`: None for the model's own, "none" for raw text, else the path of a Jinja file.
+    `template`: None for the model's own, "none" for raw text, "chatml" for the built-in one, the
+    path of a Jinja file, or the folder or hub id of another model, whose template is taken.
 
     Raises:
         ModelError: the folder has no tokenizer that can be read.
-        DataError: the Jinja file is missing or not a template.
+        DataError: the Jinja file is missing or not a template, the other model has none.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(model_folder)
-    load = cast("Any", AutoTokenizer.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
-    try:
-        tokenizer = load(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Tokenizer readers raise whatever their format's parser does.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"its tokenizer can't be read: {reason}",
-            where=str(folder),
-            hint="the folder must hold tokenizer.json and tokenizer_config.json",
-        ) from error
+    tokenizer = _load_tokenizer(str(folder), trust_remote_code)
     config = _read_json(folder / "config.json")
     text_config = config.get("text_config")
     inner: dict[str, Any] = cast("dict[str, Any]", text_config) if text_config else config
@@ -192,12 +185,28 @@ def load_template(
 def wrap_tokenizer(
     tokenizer: Any, *, template: str | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> Template:
-    """The template of a tokenizer that is already loaded.
+    """The template of a tokenizer that is already loaded and stays as it is.
 
     Raises:
-        DataError: the Jinja file is missing or not a template.
+        DataError: as `load_template`.
     """
     return _make(tokenizer, template=template, kwargs=kwargs, stops=[], context=None)
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    load = cast("Any", AutoTokenizer.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
+    try:
+        return load(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Tokenizer readers raise whatever their format's parser does.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"its tokenizer can't be read: {reason}",
+            where=name,
+            hint="the folder must hold tokenizer.json and tokenizer_config.json",
+        ) from error
 
 
 def _make(
@@ -208,7 +217,8 @@ def _make(
     stops: list[int],
     context: int | None,
 ) -> Template:
-    jinja, name, has_one = _choose(tokenizer, template)
+    choice = choose(tokenizer, template, load=_load_tokenizer, check=_check_syntax)
+    tokenizer, new, named = with_tokens(tokenizer, choice)
     added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
     special = {token for token, entry in added.items() if entry.special}
     special |= {int(token) for token in tokenizer.all_special_ids}
@@ -221,9 +231,9 @@ def _make(
         texts = {str(text) for text in tokenizer.convert_ids_to_tokens(sorted(special | stop_ids))}
         return Template(
             tokenizer=tokenizer,
-            name=name,
-            jinja=jinja,
-            has_chat_template=has_one,
+            name=choice.name,
+            jinja=choice.jinja,
+            has_chat_template=choice.has_one,
             stop_ids=frozenset(stop_ids),
             special_ids=frozenset(special),
             special_texts=tuple(sorted(texts, key=lambda text: (-len(text), text))),
@@ -231,32 +241,15 @@ def _make(
             eos_id=eos,
             context_length=context,
             kwargs=dict(kwargs or {}),
+            added=new,
+            named=named,
         )
 
     built = build(stop_ids)
-    turn_end = _turn_end(built, {*added, *special}) if has_one else None
-    return built if turn_end is None else build({*stop_ids, turn_end})
-
-
-def _choose(tokenizer: Any, template: str | None) -> tuple[str | None, str, bool]:
-    """The template's text where it is one text, its name, and whether there is one."""
-    if template == "none":
-        return None, "none", False
-    if template is None:
-        own = tokenizer.chat_template
-        return (own if isinstance(own, str) else None), "own" if own else "none", bool(own)
-    path = Path(template).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"the chat template can't be read: {reason}",
-            where=f"data.template={template}",
-            hint="give the path of a .jinja file, or none",
-        ) from error
-    _check_syntax(text, path)
-    return text, str(template), True
+    if not choice.has_one:
+        return built
+    closing = closing_tokens(built, {*added, *special})
+    return build({*stop_ids, *closing}) if closing else built
 
 
 def _check_syntax(text: str, path: Path) -> None:
@@ -272,28 +265,6 @@ def _check_syntax(text: str, path: Path) -> None:
         ) from error
 
 
-def _turn_end(template: Template, added: set[int]) -> int | None:
-    """The added token that closes an answer, or None where none does or it is a known stop.
-
-    Of several in a row the last: some families close the content first and then the turn.
-    """
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = template.render(turns)
-    except RowError:
-        return None
-    _, found, rest = text.rpartition(_PROBE)
-    if not found:
-        return None
-    run: list[int] = []
-    for token in template.encode([rest])[0]:
-        if token in added:
-            run.append(token)
-        elif run:
-            break
-    return run[-1] if run and not template.stop_ids & set(run) else None
-
-
 def _refusal(error: Exception) -> Fault:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return Fault(
@@ -307,7 +278,9 @@ def _no_chat_template() -> Fault:
     return Fault(
         "no-chat-template",
         "the row is a chat, but there is no chat template",
-        "give data.template=FILE.jinja, or string prompt and completion with data.template=none",
+        "data.template=chatml is a built-in one for base models; or data.template=FILE.jinja, "
+        "another model's folder or hub id, or string prompt and completion with "
+        "data.template=none",
     )
 
 
