@@ -1,4 +1,4 @@
-"""`tunesmith score` against plain transformers, a row at a time; IFD with answers cut out by hand."""
+"""`tunesmith score` against plain transformers, a row at a time; IFD with answers cut by hand."""
 
 from __future__ import annotations
 

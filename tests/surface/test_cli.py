@@ -21,7 +21,8 @@ Capture = pytest.CaptureFixture[str]
 
 def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
-        "init", "doctor", "preview", "score", "train", "resume", "eval", "chat", "generate", "schema",
+        "init", "doctor", "preview", "score", "select", "train", "resume", "eval", "chat",
+        "generate", "schema",
     ]  # fmt: skip
 
 

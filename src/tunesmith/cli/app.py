@@ -37,6 +37,7 @@ COMMANDS = {
     "score": Command(
         "score", "score", BEFORE, "Give each row its loss and difficulty under a model."
     ),
+    "select": Command("select", "select", BEFORE, "Keep rows by rules, as a new data set."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),

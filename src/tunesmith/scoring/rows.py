@@ -55,8 +55,6 @@ class RowScore:
     inverse_p_max: float | None = None
 
 
-
-
 def score_rows(
     prepared: Prepared,
     model: CausalLM,

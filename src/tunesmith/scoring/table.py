@@ -85,7 +85,9 @@ def read_scores(path: Path) -> Scores:
     except (pa.ArrowException, OSError) as error:
         raise _foreign(path) from error
     metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
-    if KEY not in metadata or not {"source", "row", "target_tokens"} <= set(table.column_names):
+    if KEY not in metadata or not {"source", "row", "reason", "target_tokens", "loss"} <= set(
+        table.column_names
+    ):
         raise _foreign(path)
     about = json.loads(metadata[KEY])
     if about.pop("version", None) != VERSION:
