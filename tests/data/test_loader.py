@@ -69,3 +69,11 @@ def test_shares_of_an_epoch_round_up_to_whole_steps(epochs, steps):
 def test_one_size_is_needed(size):
     with pytest.raises(ValueError, match="step"):
         StepOrder([1], **size, seed=0, shuffle=False)
+
+
+def test_the_order_of_a_seed_never_changes():
+    order = StepOrder([1] * 8, documents=8, seed=42, shuffle=True)
+    for epoch in range(3):
+        wanted = np.random.Generator(np.random.PCG64((42, epoch))).permutation(8)
+        assert order.step_indices(epoch).tolist() == wanted.tolist()
+    assert order.step_indices(0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.mixture import Mixture
 from tunesmith.types import IntArray
 
 _PLANS_KEPT = 2
@@ -18,7 +19,9 @@ class StepOrder:
     """The order of documents over all epochs; it has no state, so a resume needs the step only.
 
     A step has `documents` documents, or as many as it takes to reach `tokens` tokens, repeats
-    counted. No step spans two epochs, so the last of an epoch may be smaller.
+    counted. No step spans two epochs, so the last of an epoch may be smaller. An epoch is every
+    document once, or with a `mixture` a pass over that, in which some may be missing or repeated;
+    the mixture's own seed and shuffling then decide.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class StepOrder:
         tokens: int | None = None,
         seed: int,
         shuffle: bool,
+        mixture: Mixture | None = None,
     ) -> None:
         if (documents is None) == (tokens is None):
             raise ValueError("a step is measured in either documents or tokens")
@@ -41,6 +45,7 @@ class StepOrder:
         self._tokens = tokens
         self._seed = seed
         self._shuffle = shuffle
+        self._mixture = mixture
         self._first_steps = [0]  # number of the first step of each epoch seen so far
         self._plans: dict[int, tuple[IntArray, NDArray[np.int64]]] = {}
 
@@ -60,6 +65,21 @@ class StepOrder:
         epoch, within = self._locate(step)
         order, bounds = self._plan(epoch)
         return epoch + int(bounds[within + 1]) / len(order)
+
+    def visits(self, steps: int) -> NDArray[np.int64]:
+        """How often each document is learned from in the first `steps` steps. [documents]"""
+        visits = np.zeros(len(self._lengths), dtype=np.int64)
+        if steps == 0:
+            return visits
+        epoch, within = self._locate(steps - 1)
+        if self._mixture is None:
+            visits += epoch
+        else:
+            whole = self._mixture.visits(epoch)
+            visits[list(whole)] += np.fromiter(whole.values(), np.int64, len(whole))
+        order, bounds = self._plan(epoch)
+        np.add.at(visits, order[: bounds[within + 1]], 1)
+        return visits
 
     def epoch_of(self, step: int) -> int:
         """The pass over the data, from 0, that a step (from 0) belongs to."""
@@ -106,6 +126,8 @@ class StepOrder:
         return self._plans[epoch]
 
     def _order(self, epoch: int) -> IntArray:
+        if self._mixture is not None:
+            return self._mixture.order(epoch)
         count = len(self._lengths)
         if not self._shuffle:
             return np.arange(count, dtype=np.int32)
