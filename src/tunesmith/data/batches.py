@@ -10,6 +10,7 @@ from tunesmith.data.conversation import FORMATS, detect_format, to_example
 from tunesmith.data.encoding import Encoder, Wanted
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.render import Rendered, Rendering, render_steps
+from tunesmith.data.store import Columns, pack
 from tunesmith.data.template import Template
 from tunesmith.types import IntArray, Origin
 
@@ -116,3 +117,53 @@ def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bo
 
 def _spoken(format: str) -> str:
     return "+".join(FORMATS[format])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row, in numbers: of tokens those of the whole row, those that are learned,
+    those read only, and those after the last thing to learn. `trained`: it has a document.
+    """
+
+    trained: bool
+    tokens: int = 0
+    targets: int = 0
+    context: int = 0
+    unused: int = 0
+    reason: str | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The outcomes of a batch's rows, and the documents of those that have one, in order."""
+
+    outcomes: list[Outcome]
+    columns: Columns
+
+
+def pack_batch(
+    tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
+) -> Packed:
+    """`render_batch` in the form in which documents are kept and sent between processes."""
+    results = render_batch(tasks, template, encoder, options)
+    documents = [
+        one.document for one in results if not isinstance(one, Fault) and one.document is not None
+    ]
+    return Packed([_outcome_of_some(one) for one in results], pack(documents))
+
+
+def outcome_of(result: Rendered | Fault | None) -> Outcome | None:
+    """The outcome in numbers; None for a row that was set aside."""
+    return None if result is None else _outcome_of_some(result)
+
+
+def _outcome_of_some(result: Rendered | Fault) -> Outcome:
+    if isinstance(result, Fault):
+        return Outcome(False, reason=result.kind, fault=result)
+    document = result.document
+    if document is None:
+        return Outcome(False, result.tokens, reason=result.reason)
+    targets = document.target_tokens
+    context = document.tokens - targets
+    return Outcome(True, result.tokens, targets, context, result.unused, result.reason)

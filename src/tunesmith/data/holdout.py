@@ -27,6 +27,23 @@ class HoldoutChoice:
         return row_digest(values) in self.digests
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The held-out rows of a choice, or the others; says of a row whether it is one of them."""
+
+    choice: HoldoutChoice
+    held: bool
+
+    def __call__(self, values: Mapping[str, Any]) -> bool:
+        return self.choice.holds(values) is self.held
+
+    @property
+    def key(self) -> str:
+        """Hash in hex that tells this side from all others."""
+        contents = b"".join(sorted(self.choice.digests))
+        return hashlib.sha256(bytes([self.held]) + contents).hexdigest()
+
+
 def row_digest(values: Mapping[str, Any]) -> bytes:
     """sha256 of the row's canonical JSON: of the columns that are learned from, else of all."""
     content = {name: values[name] for name in CONTENT if values.get(name) is not None}

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.batches import Options, Task, in_batches, render_batch
+from tunesmith.data.batches import (
+    Options,
+    Outcome,
+    Task,
+    in_batches,
+    outcome_of,
+    render_batch,
+)
+from tunesmith.data.cache import CacheEntry, DamagedEntry, cache_key, discard
 from tunesmith.data.conversation import detect_format
 from tunesmith.data.encoding import Encoder
 from tunesmith.data.faults import Fault
+from tunesmith.data.holdout import Side
 from tunesmith.data.ledger import Ledger
+from tunesmith.data.refusals import nothing_left, refusal, unknown_format, write_faults
 from tunesmith.data.render import TOO_LONG, Rendered
 from tunesmith.data.sources import Row, Source, content_hash, read_rows
+from tunesmith.data.store import Columns, Documents, StoreWriter
 from tunesmith.data.template import Template
+from tunesmith.data.workers import pack_batches
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 
 UNUSED = "after the last answer"
-_SHOWN = 3
 
 Keep = Callable[[Mapping[str, Any]], bool]
 
@@ -39,12 +48,13 @@ class PreparedRow:
 class Prepared:
     """The documents of some sources, and what became of all their rows."""
 
-    documents: list[Document]
+    documents: Sequence[Document]
     ledger: Ledger
     formats: dict[str, str]  # by source name
     sample_text: str  # the first document's first path, decoded
     faults: list[tuple[Origin, Fault]]
     content_hashes: dict[str, str] = field(default_factory=dict[str, str])  # by source name
+    notes: list[str] = field(default_factory=list[str])  # for the user, how it was prepared
 
 
 def iter_prepared(
@@ -94,7 +104,7 @@ def _tasks(
         if chosen is not None:
             found[source.name] = chosen
         elif first is not None:
-            raise _unknown_format(source, first)
+            raise unknown_format(source, first)
 
 
 def prepare(
@@ -107,6 +117,8 @@ def prepare(
     bad_rows: str = "error",
     faults_file: Path | None = None,
     keep: Keep | None = None,
+    cache: Path | None = None,
+    processes: int | None = 1,
 ) -> Prepared:
     """The documents of all rows for which `keep` is true.
 
@@ -114,126 +126,192 @@ def prepare(
     three of each and names `faults_file`, which lists them all; under "drop" they are in the
     ledger. Over-long rows under `too_long="error"` are refused in the same way. Raises DataError
     as well where no row is left to train on.
+
+    `cache` is a folder in which documents from files are kept and looked for; those of rows in
+    memory, or chosen by a `keep` other than a `Side`, are not. `processes`: how many render, None
+    for more than one only where the data is large. Neither changes what is prepared.
     """
-    documents: list[Document] = []
-    ledger = Ledger()
-    formats: dict[str, str] = {}
-    faults: list[tuple[Origin, Fault]] = []
-    rows = iter_prepared(
-        sources,
-        template,
-        train_on=train_on,
-        max_length=max_length,
-        too_long=too_long,
-        keep=keep,
-        formats=formats,
-    )
-    for row in rows:
-        if isinstance(row.result, Fault):
-            faults.append((row.origin, row.result))
-        elif row.result is not None and row.result.document is not None:
-            documents.append(row.result.document)
-        record_outcome(ledger, row.origin, row.result)
-    total = ledger.totals.rows
+    options = Options(train_on, max_length, too_long)
+    work = _Work(sources, template, options, keep, processes)
+    entry = None if cache is None else _entry(cache, work)
+    prepared = _fresh(work) if entry is None else _cached(entry, work)
     refused = [
-        (origin, fault) for origin, fault in faults if fault.kind == TOO_LONG or bad_rows == "error"
+        (origin, fault)
+        for origin, fault in prepared.faults
+        if fault.kind == TOO_LONG or bad_rows == "error"
     ]
     if refused:
         if faults_file is not None:
-            _write_faults(faults_file, refused)
-        raise _refusal(refused, total, faults_file)
-    ledger.check()
-    if not documents:
-        raise _nothing_left(ledger)
-    hashes = {source.name: content_hash(source) for source in sources}
-    sample = _sample_text(documents[0], template)
-    return Prepared(documents, ledger, formats, sample, faults, hashes)
+            write_faults(faults_file, refused)
+        raise refusal(refused, prepared.ledger.totals.rows, faults_file)
+    prepared.ledger.check()
+    if not prepared.documents:
+        raise nothing_left(prepared.ledger)
+    if not prepared.content_hashes:
+        prepared.content_hashes = _hashes(sources)
+    return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    sources: Sequence[Source]
+    template: Template
+    options: Options
+    keep: Keep | None
+    processes: int | None
+
+
+def _fresh(work: _Work, folder: Path | None = None) -> Prepared:
+    """Everything rendered anew; the documents are written to the folder, if there is one."""
+    ledger = Ledger()
+    formats: dict[str, str] = {}
+    faults: list[tuple[Origin, Fault]] = []
+    notes: list[str] = []
+    writer = StoreWriter(folder)
+    # Rows in memory may be of classes that no other process knows.
+    alone = any(source.path is None for source in work.sources)
+    batches = in_batches(_tasks(work.sources, work.keep, formats))
+    split = ((batch, [one for one in batch if isinstance(one, Task)]) for batch in batches)
+    try:
+        for batch, packed in pack_batches(
+            split,
+            work.template,
+            work.options,
+            processes=1 if alone else work.processes,
+            note=notes.append,
+        ):
+            writer.add(packed.columns)
+            outcomes = iter(packed.outcomes)
+            for one in batch:
+                known = one.result if isinstance(one, PreparedRow) else None
+                outcome = next(outcomes) if isinstance(one, Task) else outcome_of(known)
+                _record(ledger, one.origin, outcome)
+                if outcome is not None and outcome.fault is not None:
+                    faults.append((one.origin, outcome.fault))
+        documents = Documents(writer.finish())
+    finally:
+        writer.close()
+    sample = _sample_text(documents[0], work.template) if documents else ""
+    return Prepared(documents, ledger, formats, sample, faults, {}, notes)
+
+
+def _hashes(sources: Sequence[Source]) -> dict[str, str]:
+    return {source.name: content_hash(source) for source in sources}
+
+
+def _entry(cache: Path, work: _Work) -> CacheEntry | None:
+    """Where these documents are, or would be; None where they can't be known again."""
+    side = work.keep.key if isinstance(work.keep, Side) else None
+    if work.keep is not None and side is None:
+        return None
+    settings = {**asdict(work.options), "keep": side}
+    try:
+        key = cache_key(work.sources, _hashes, work.template, settings)
+    except DataError:
+        return None  # reading the rows says better what is wrong with the source
+    return None if key is None else CacheEntry(cache, *key)
+
+
+def _cached(entry: CacheEntry, work: _Work) -> Prepared:
+    """The documents from the cache, or rendered into it, or in memory if it can't be used."""
+    notes: list[str] = []
+    try:
+        found = entry.read()
+        if found is not None:
+            return _from_kept(*found, entry.hashes)
+    except DamagedEntry as error:
+        notes.append(f"data: the cache is damaged ({error}), so it is made anew")
+    aside: Path | None = None
+    try:
+        if notes:
+            entry.remove()
+        before = _stamps(work.sources)
+        aside = entry.aside()
+        prepared = _fresh(work, aside)
+        # Not what nobody can train on, and not what changed while it was read.
+        if len(prepared.documents) and _stamps(work.sources) == before:
+            entry.commit(aside, _names(prepared), _kept(prepared))
+            aside = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        prepared = _fresh(work)
+        notes.append(f"data: not cached, since {entry.folder.parent} can't be written: {reason}")
+    finally:
+        if aside is not None:
+            discard(aside)
+    prepared.notes[:0] = notes
+    prepared.content_hashes = dict(entry.hashes)
+    return prepared
+
+
+def _names(prepared: Prepared) -> tuple[str, ...]:
+    documents = prepared.documents
+    assert isinstance(documents, Documents)
+    return documents.names
+
+
+def _stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:
+    """Size and time of each file, which change when it does."""
+    found = [source.path.stat() for source in sources if source.path is not None]
+    return [(one.st_size, one.st_mtime_ns) for one in found]
+
+
+def _kept(prepared: Prepared) -> dict[str, Any]:
+    """All but the documents, in plain values."""
+    return {
+        "ledger": prepared.ledger.to_dict(),
+        "formats": prepared.formats,
+        "sample_text": prepared.sample_text,
+        "faults": [
+            [origin.source, origin.row, fault.kind, fault.message, fault.hint]
+            for origin, fault in prepared.faults
+        ],
+    }
+
+
+def _from_kept(columns: Columns, kept: Mapping[str, Any], hashes: Mapping[str, str]) -> Prepared:
+    documents = Documents(columns)
+    faults = [
+        (Origin(source, row), Fault(kind, message, hint))
+        for source, row, kind, message, hint in kept["faults"]
+    ]
+    return Prepared(
+        documents,
+        Ledger.from_dict(kept["ledger"]),
+        dict(kept["formats"]),
+        kept["sample_text"],
+        faults,
+        dict(hashes),
+        [f"data: {len(documents):,} documents from the cache"],
+    )
 
 
 def record_outcome(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> None:
     """Enter a row's outcome and the reason of whatever is not trained on."""
-    if result is None:
+    _record(ledger, origin, outcome_of(result))
+
+
+def _record(ledger: Ledger, origin: Origin, outcome: Outcome | None) -> None:
+    if outcome is None:
         ledger.add_held_out(origin)
-    elif isinstance(result, Fault):
-        ledger.add_dropped(origin)
-        ledger.explain(origin, result.kind, detail=result.message)
-    elif result.document is None:
-        ledger.add_dropped(origin, tokens=result.tokens)
-        ledger.explain(origin, result.reason or "nothing to train on", tokens=result.tokens)
-    else:
-        document = result.document
-        targets = document.target_tokens
-        context = document.tokens - targets
+    elif outcome.trained:
         ledger.add_trained(
-            origin, tokens=result.tokens, targets=targets, context=context, unused=result.unused
+            origin,
+            tokens=outcome.tokens,
+            targets=outcome.targets,
+            context=outcome.context,
+            unused=outcome.unused,
         )
-        cut = result.tokens - document.tokens - result.unused
+        cut = outcome.tokens - outcome.targets - outcome.context - outcome.unused
         if cut:
-            ledger.explain(origin, result.reason or TOO_LONG, tokens=cut)
-        if result.unused:
-            ledger.explain(origin, UNUSED, tokens=result.unused)
-
-
-def _write_faults(path: Path, faults: Sequence[tuple[Origin, Fault]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for origin, fault in faults:
-            entry = {
-                "source": origin.source,
-                "row": origin.row,
-                "kind": fault.kind,
-                "message": fault.message,
-                "hint": fault.hint,
-            }
-            file.write(json.dumps(entry) + "\n")
-
-
-def _refusal(
-    faults: Sequence[tuple[Origin, Fault]], total: int, faults_file: Path | None
-) -> DataError:
-    """The error that counts bad rows by kind and shows some of each."""
-    counts = Counter(fault.kind for _, fault in faults)
-    by_kind = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    lines = [f"{len(faults)} of {total} rows can't be trained on: {by_kind}"]
-    for kind, count in counts.most_common():
-        lines.append(f"  {kind} ({count}):")
-        same = [(origin, fault) for origin, fault in faults if fault.kind == kind]
-        lines += [f"    {origin}: {fault.message}" for origin, fault in same[:_SHOWN]]
-        if advice := next((fault.hint for _, fault in same if fault.hint), None):
-            lines.append(f"    mend it: {advice}")
-    if faults_file is not None:
-        lines.append(f"  all of them are listed in {faults_file}")
-    ways: list[str] = []
-    if set(counts) - {TOO_LONG}:
-        ways.append("data.bad_rows=drop goes on without the bad rows")
-    if TOO_LONG in counts:
-        ways.append(
-            "data.too_long=drop, truncate or split, or a larger data.max_length, "
-            "deals with the over-long ones"
-        )
-    return DataError("\n".join(lines), hint="; ".join(ways))
-
-
-def _unknown_format(source: Source, first: Row) -> DataError:
-    columns = ", ".join(f"`{name}`" for name in first.values or {}) or "no columns"
-    return DataError(
-        f"no row has messages, prompt and completion, or text; the columns are {columns}",
-        where=source.name,
-        hint="name the columns: data.columns='{prompt: ..., completion: ...}'",
-    )
-
-
-def _nothing_left(ledger: Ledger) -> DataError:
-    counts = {
-        f"{len(entry.rows)} {reason} ({name})": None
-        for name, reasons in ledger.reasons.items()
-        for reason, entry in reasons.items()
-    }
-    total = ledger.totals.rows
-    return DataError(
-        f"none of the {total} rows can be trained on: {', '.join(counts) or 'there are none'}",
-        hint="look at some of them with `tunesmith preview`",
-    )
+            ledger.explain(origin, outcome.reason or TOO_LONG, tokens=cut)
+        if outcome.unused:
+            ledger.explain(origin, UNUSED, tokens=outcome.unused)
+    else:
+        detail = None if outcome.fault is None else outcome.fault.message
+        ledger.add_dropped(origin, tokens=outcome.tokens)
+        reason = outcome.reason or "nothing to train on"
+        ledger.explain(origin, reason, tokens=outcome.tokens, detail=detail)
 
 
 def _sample_text(document: Document, template: Template) -> str:

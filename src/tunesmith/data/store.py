@@ -99,6 +99,11 @@ class Documents(Sequence[Document]):
         self._columns = columns
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Sources that the documents are from."""
+        return self._columns.names
+
+    @property
     def tokens(self) -> IntArray:
         """Tokens of each document."""
         return self._columns.documents["tokens"]
