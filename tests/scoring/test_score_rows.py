@@ -12,9 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import CHATML, chat_rows, tiny_folder, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
 
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + "
+    "eos_token }}{% else %}{{ '[' + m['content'] + ']' }}{% endif %}{% endfor %}"
+)
 HEADER = "<|im_start|>assistant\n"
 
 
@@ -98,6 +102,24 @@ def test_chats_score_as_in_plain_transformers(family: str, micro_tokens: int, tm
         check(row, oracle.expected(oracle.answers(given["messages"]), oracle.ids(HEADER)))
         assert row["status"] == "trained"
         assert row["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("bos", "template", "opening"),
+    [
+        ("<|im_start|>", CHATML, HEADER),  # BOS opens each turn: once is enough
+        ("<|endoftext|>", "{{ bos_token }}" + CHATML, "<|endoftext|>" + HEADER),
+        ("<|endoftext|>", CHATML, HEADER),  # the template does not use it
+        ("<|endoftext|>", PLAIN, "<|endoftext|>"),  # nothing opens an answer
+    ],
+)
+def test_opening_is_bos_and_header(bos, template, opening, tmp_path: Path):
+    model = tiny_folder(tmp_path / "model")
+    tiny_tokenizer(template, bos_token=bos).save_pretrained(model)
+    rows = chat_rows(3)
+    oracle = Oracle(model)
+    for row, given in zip(scored(model, rows, tmp_path), rows, strict=True):
+        check(row, oracle.expected(oracle.answers(given["messages"]), oracle.ids(opening)))
 
 
 def test_raw_completions_leave_out_the_token_that_nothing_predicts(llama_folder, tmp_path):

@@ -2,10 +2,11 @@
 
 IFD (arXiv 2308.12032) is s(A|Q) / s(A): the mean loss of an answer's tokens after its prompt over
 their mean loss with no prompt. Here s(A) is taken on the ids of the answer behind its *opening*
-alone: the BOS token where the row's path begins with one, then what the template writes to open an
-answer (for ChatML `<|im_start|>assistant` and a newline), nothing of any message before it. Of a
-chat with several learned answers each is taken alone. A raw completion has no header; where there
-is no BOS either, nothing could predict its first token, and that token is left out of both sides.
+alone: what the template writes to open an answer (for ChatML `<|im_start|>assistant` and a
+newline), after the BOS token where the row's path begins with one; nothing of any message before
+it. Of a chat with several learned answers each is taken alone. A raw completion has no header;
+where there is no BOS either, nothing could predict its first token, and that token is left out of
+both sides.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ def answers_alone(
         header = next((h for h in headers if tail[len(tail) - len(h) :].tolist() == h), None)
         if header is None or (not header and headers[0]):
             return None  # this turn was not opened as answers are
-        bos = bos_id is not None and _root(document, segment).ids[0] == bos_id
-        opening = [bos_id] * bos + header
+        opening = [*_bos(_root(document, segment), header, bos_id), *header]
         if place <= len(opening):
             return None  # there is no prompt
         skipped = 0 if opening else 1
@@ -118,6 +118,13 @@ def _root(document: Document, segment: int) -> Segment:
     while found.parent >= 0:
         found = document.segments[found.parent]
     return found
+
+
+def _bos(root: Segment, header: list[int], bos_id: int | None) -> list[int]:
+    """The BOS token if the path begins with one; some families open every turn with that token."""
+    if bos_id is None or int(root.ids[0]) != bos_id or header[:1] == [bos_id]:
+        return []
+    return [bos_id]
 
 
 def _alone(
