@@ -83,6 +83,7 @@ def test_dropping_bad_rows_makes_them_warnings(model: str, tmp_path: Path, capsy
     assert "1 error, 0 warnings" in page
     assert run([*arguments, "data.bad_rows=drop"]) == 0
     assert "0 errors, 1 warning" in capsys.readouterr().out
+    assert run([*arguments, "--strict", "data.bad_rows=drop"]) == 1
 
 
 def test_rows_looks_at_the_first_rows_only(model: str, tmp_path: Path, capsys: Capture) -> None:

@@ -29,13 +29,16 @@ def doctor(
     rows: Annotated[
         int | None, typer.Option("--rows", min=1, help="Look at the first rows of each file only.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with 1 at a warning too, not at an error only.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
     """Examine the data without training; loads the tokenizer, never weights.
 
-    Returns 0, or 1 if a check is at level error.
+    Returns 0, or 1 if a check is at level error (with `strict`, at level warning).
     """
     from tunesmith.cli.preview import open_template
     from tunesmith.doctor.catalogue import worst
@@ -52,7 +55,7 @@ def doctor(
         from tunesmith.cli.doctor_view import show
 
         show(found)
-    return 1 if worst(found.findings) == "error" else 0
+    return 1 if worst(found.findings) in (("error", "warning") if strict else ("error",)) else 0
 
 
 def record(found: Diagnosis) -> dict[str, object]:

@@ -24,17 +24,19 @@ def show(found: Diagnosis, console: Console | None = None) -> None:
     """
     console = console or Console(highlight=False)
     whole = not console.is_terminal
+    cut: dict[str, Any] = (
+        {"soft_wrap": True} if whole else {"no_wrap": True, "overflow": "ellipsis"}
+    )
     for name, text in _summary_lines(found.summary):
-        console.print(_under(Text(text), f"{name:<9}", whole=whole), soft_wrap=whole)
+        console.print(_under(Text(text), name, whole=whole), soft_wrap=whole)
     console.print()
     widest = max(len(finding.title) for finding in found.findings)
     for finding in sorted(found.findings, key=lambda finding: -LEVELS.index(finding.level)):
-        console.print(_line(finding, widest), soft_wrap=whole, no_wrap=True, overflow="ellipsis")
+        console.print(_line(finding, widest), **cut)
         if finding.level == "ok":
             continue
         for hit in finding.examples[:_EXAMPLES]:
-            line = Text(f"{'':9}{hit.where}: {hit.text}", style="dim")
-            console.print(line, soft_wrap=whole, no_wrap=True, overflow="ellipsis")
+            console.print(Text(f"{'':9}{hit.where}: {hit.text}", style="dim"), **cut)
         console.print(_under(Text(f"hint: {finding.hint}"), "", whole=whole), soft_wrap=whole)
     console.print()
     console.print(_verdict(found))
@@ -86,8 +88,8 @@ def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
         tools = f"; {values['rows_with_tools']:,} rows with tools" * bool(values["rows_with_tools"])
         yield "turns", f"{roles}; {spread}{tools}"
-    yield "length", f"{_spread(values['length'])} tokens; max_length {values['max_length']}"
-    yield "targets", f"{_spread(values['targets'])} a row"
+    yield "length", f"{_spread(values['length'])}; max_length {values['max_length']}"
+    yield "targets", _spread(values["targets"])
     share = values["target_tokens"] / values["tokens"] if values["tokens"] else 0.0
     yield (
         "tokens",

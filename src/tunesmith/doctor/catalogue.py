@@ -112,4 +112,4 @@ def run_check(name: str, corpus: Corpus, setup: Setup) -> Finding:
 
 def worst(findings: Sequence[Finding]) -> Level:
     """The highest level among the findings."""
-    return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+    return LEVELS[max((LEVELS.index(finding.level) for finding in findings), default=0)]

@@ -55,7 +55,13 @@ class Case:
     @cached_property
     def key(self) -> str:
         """What the row says as one text, without the differences that don't count."""
-        return "\0".join([*(plain(text) for _, text in self.texts()), *self._calls()])
+        said = (plain(text) for _, text in self.texts())
+        return "\0".join([*said, *self._calls(), self.tools])
+
+    @property
+    def tools(self) -> str:
+        """The tools of the row as one text; with others it is another task."""
+        return str(self.example.tools or "") if isinstance(self.example, Chat) else ""
 
     @cached_property
     def words(self) -> list[str]:

@@ -22,15 +22,14 @@ def small(corpus: Corpus, setup: Setup) -> Outcome:
         case.rendered is not None and case.rendered.document is not None for case in corpus.train
     )
     steps = setup.total_steps
-    hits: list[Hit] = []
+    few_steps = steps is not None and steps < FEW_STEPS
     level: Level = "info"
     if rows < FEW_ROWS:
-        hits.append(Hit("data.train", f"{rows} rows to learn from"))
         level = "warning" if rows else "error"
-    if steps is not None and steps < FEW_STEPS:
-        hits.append(Hit("train.epochs", f"{steps} steps in all"))
+    said = f"{rows:,} rows to learn from" + (f", {steps:,} steps in all" if steps else "")
+    hits = [Hit("data.train", said)] if rows < FEW_ROWS or few_steps else []
     hint = "more rows; for more steps of the same data a smaller batch.documents or more epochs"
-    return Outcome(hits, 2, "amounts", level, hint)
+    return Outcome(hits, 1, "data set", level, hint)
 
 
 def outliers(corpus: Corpus, setup: Setup) -> Outcome:

@@ -36,7 +36,8 @@ def near(corpus: Corpus, setup: Setup) -> Outcome:
     hits: list[Hit] = []
     seen: set[int] = set()
     for pair in pairs:
-        if pair.second not in seen:
+        same_task = cases[pair.first].tools == cases[pair.second].tools
+        if same_task and pair.second not in seen:
             seen.add(pair.second)
             text = f"{pair.alike:.0%} like {cases[pair.first].origin}"
             hits.append(Hit(str(cases[pair.second].origin), text))
@@ -127,4 +128,4 @@ def _questions(case: Case) -> Sequence[str]:
         if message.role == ASSISTANT:
             break
         said.append(plain(message.content or ""))
-    return ["?" + "\0".join(said)] if any(said) else []
+    return ["?" + "\0".join([*said, case.tools])] if any(said) else []

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Outcome, by_share, quote
 
-_HIGH = re.compile(r"[^\x00-\x7f]{2,}")
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]"
 )
@@ -17,6 +16,21 @@ _ENTITY = re.compile(
     r"&(?:amp|lt|gt|quot|apos|nbsp|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[0-9a-fA-F]{2,5});"
 )
 _MARKUP = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*[\s>/]|```|<!--|\bHTML\b|\bXML\b", re.IGNORECASE)
+_AS_BYTE = {
+    ord(bytes([byte]).decode("cp1252")): chr(byte)
+    for byte in range(0x80, 0xA0)
+    if byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+}
+"""Code points that Windows-1252 has at 0x80 to 0x9F, to the character with that number."""
+_SEQUENCE = re.compile("[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+"""The bytes of one character in UTF-8, each as a character."""
+_QUOTE_BEGUN = "\u00e2\u20ac"
+"""What Windows-1252 makes of the first two bytes of curly quotes, dashes and the ellipsis."""
+_PUNCTUATION = frozenset(
+    "\u201c\u201d\u201e\u2018\u2019\u201a\u2039\u203a\u2026\u2013\u2014\u2122\u2020\u2021\u2022"
+)
+_PUNCTUATION |= frozenset("\xa0\xab\xbb\xae\xa9\xb0\xb7\xba\xaa\xb9\xb2\xb3\xbf\xa1\xb4")
+"""What honest text writes right after a letter with an accent."""
 _AROUND = 20  # characters shown before a finding
 
 
@@ -54,36 +68,39 @@ def _damage(text: str) -> str | None:
         return None
     if (at := text.find(_REPLACED)) >= 0:
         return f"U+FFFD in {_near(text, at)}"
-    if (control := _CONTROL.search(text)) is not None:
-        return f"U+{ord(control.group()):04X} in {_near(text, control.start())}"
-    for run in _HIGH.finditer(text):
-        meant = _redecoded(run.group())
-        if meant is not None:
-            around = _near(text, run.start())
-            return f"{quote(run.group(), 12)} stands for {quote(meant, 12)} in {around}"
+    if (misread := _misread(text)) is not None:
+        return misread
+    control = _CONTROL.search(text)
+    if control is None:
+        return None
+    return f"U+{ord(control.group()):04X} in {_near(text, control.start())}"
+
+
+def _misread(text: str) -> str | None:
+    """UTF-8 whose bytes were each read as a character of Latin-1 or Windows-1252."""
+    if (at := text.find(_QUOTE_BEGUN)) >= 0:
+        return f"{_QUOTE_BEGUN!r} stands for a quotation mark or dash in {_near(text, at)}"
+    for found in _SEQUENCE.finditer(text.translate(_AS_BYTE)):
+        at = found.start()
+        seen = text[at : found.end()]
+        if _may_be_meant(seen, before=text[at - 1] if at else ""):
+            continue
+        try:
+            meant = found.group().encode("latin-1").decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        return f"{seen!r} stands for {meant!r} in {_near(text, at)}"
     return None
 
 
-def _redecoded(run: str) -> str | None:
-    """What the characters were if they are UTF-8 bytes read one by one; None if they are not.
+def _may_be_meant(seen: str, *, before: str) -> bool:
+    """True if it may be a letter and closing punctuation, such as an accented e with a quote.
 
-    A run of letters that means itself is next to never valid UTF-8 when written in one byte each.
+    The two letters with which most misread ones begin end a word in capitals only.
     """
-    # Codecs leave five bytes of Windows-1252 undefined; decoders that don't mind keep their number.
-    by_bytes = "".join(_AS_BYTE.get(char, char) for char in run)
-    try:
-        meant = by_bytes.encode("latin-1").decode("utf-8")
-    except (UnicodeEncodeError, UnicodeDecodeError):
-        return None
-    return meant if len(meant) < len(run) and meant.isprintable() else None
-
-
-_AS_BYTE = {
-    bytes([byte]).decode("cp1252"): chr(byte)
-    for byte in range(0x80, 0xA0)
-    if byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
-}
-"""Characters that Windows-1252 has at 0x80 to 0x9F, to the character with that number."""
+    if not set(seen[1:]) <= _PUNCTUATION:
+        return False
+    return seen[0] not in "\u00c2\u00c3" or before.isupper()
 
 
 def _entity(text: str) -> str | None:
