@@ -16,7 +16,7 @@ from tiny import FAMILIES, tiny_folder
 from tunesmith.data.template import load_template
 from tunesmith.errors import RunError
 from tunesmith.export import DataEntry, ModelCard, TemplateChoice, read_choice, write_model
-from tunesmith.model.adapters import add_lora
+from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm, resolve_model, wrap_causal_lm
 
 IDS = torch.tensor([[5, 17, 40, 200, 33, 91, 7, 300, 12, 64]])
@@ -28,7 +28,7 @@ def trained(folder: Path, *, lora: bool = False, dtype: str = "float32"):
     source = resolve_model(str(folder))
     model = load_causal_lm(source, dtype=dtype, device="cpu")
     if lora:
-        add_lora(model, rank=2, alpha=4)
+        add_adapter(model, AdapterSpec(rank=2, alpha=4))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

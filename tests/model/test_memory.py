@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_config, tiny_folder
 from tunesmith.errors import ModelError
 from tunesmith.model import memory
-from tunesmith.model.adapters import add_lora
+from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.memory import (
     ModelSize,
@@ -34,7 +34,7 @@ def test_counts_are_those_of_the_real_model(family: str, tmp_path: Path) -> None
     size = measure(source)
     causal_lm = load_causal_lm(source, dtype="float32")
     assert size.parameters == sum(p.numel() for p in causal_lm.parameters())
-    report = add_lora(causal_lm, rank=5)
+    report = add_adapter(causal_lm, AdapterSpec(rank=5))
     needed = estimate(size, dtype=torch.float32, rank=5)
     assert (needed.trained, needed.parameters) == (report.trained, report.total)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunesmith.model.attention import NAME
 from tunesmith.model.logits import LogitTransform
+from tunesmith.model.output import head_weight
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
 
@@ -30,6 +31,8 @@ class CausalLM(nn.Module):
         self.native_attention = native_attention
         self.isolated = False
         self.notes: list[str] = []
+        self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
+        self.new_rows: tuple[int, ...] = ()  # of tokens that the tokenizer got for its template
 
     @property
     def base(self) -> Any:
@@ -72,11 +75,11 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
         """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""
-        head = self.head
+        weight, bias = head_weight(self.head)
         return head_loss(
             self.hidden(batch),
-            head.weight,
-            head.bias,
+            weight,
+            bias,
             source=batch.source,
             target=batch.target,
             target_weight=batch.weight,

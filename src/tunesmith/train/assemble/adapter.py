@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.model.adapters import AdapterReport, add_lora, full_report
+from tunesmith.model.adapters import AdapterReport, AdapterSpec, add_adapter, full_report
 from tunesmith.model.causal_lm import CausalLM
 
 
 def choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
     adapter = recipe.adapter
     if adapter.kind == "lora":
-        report = add_lora(
+        report = add_adapter(
             model,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
+            AdapterSpec(
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                dropout=adapter.dropout,
+                targets=adapter.targets,
+            ),
+            asked=("rank", "alpha"),
         )
     else:
         report = full_report(model)

@@ -1,0 +1,29 @@
+"""Adapters through peft: what they go on, their kinds, and what is trained."""
+
+from tunesmith.model.adapters.add import (
+    adapted_names,
+    adapter_fields,
+    add_adapter,
+    has_adapter,
+    load_adapter,
+)
+from tunesmith.model.adapters.initial import save_adapter
+from tunesmith.model.adapters.kinds import AdapterSpec
+from tunesmith.model.adapters.report import AdapterReport, freeze, full_report
+from tunesmith.model.adapters.targets import Candidates, candidates, expert_counts
+
+__all__ = [
+    "AdapterReport",
+    "AdapterSpec",
+    "Candidates",
+    "adapted_names",
+    "adapter_fields",
+    "add_adapter",
+    "candidates",
+    "expert_counts",
+    "freeze",
+    "full_report",
+    "has_adapter",
+    "load_adapter",
+    "save_adapter",
+]

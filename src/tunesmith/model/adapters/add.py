@@ -1,0 +1,207 @@
+"""Put an adapter on a model, go on with the one it came with, or load one onto it.
+
+The additions have the dtype of the model they go on, so that they cost no casts in each layer; the
+optimizer keeps float32 masters of them, so their updates are as accurate as float32 parameters'
+would be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters.initial import remember_start
+from tunesmith.model.adapters.kinds import (
+    AdapterSpec,
+    Places,
+    described,
+    kind_of,
+    peft_config,
+    unfit_places,
+)
+from tunesmith.model.adapters.report import AdapterReport, report
+from tunesmith.model.adapters.targets import Candidates, candidates, choose, expert_counts
+from tunesmith.model.causal_lm import CausalLM
+
+_FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def add_adapter(
+    causal_lm: CausalLM, spec: AdapterSpec, *, asked: Collection[str] = ()
+) -> AdapterReport:
+    """Freeze the model and put a trainable adapter on what `spec.targets` name.
+
+    A model that came with an adapter goes on with that one; `asked` names the fields of `spec` it
+    must then agree with.
+
+    Raises:
+        ModelError: a target matches nothing, or the family can't take this adapter.
+    """
+    if has_adapter(causal_lm):
+        return _go_on(causal_lm, spec, asked)
+    from peft import get_peft_model
+
+    chosen = choose(candidates(causal_lm), spec.targets)
+    _refuse_unfit(causal_lm, spec, chosen)
+    places = _places(causal_lm, spec, chosen)
+    name = getattr(causal_lm.config, "_name_or_path", None)
+    try:
+        causal_lm.model = get_peft_model(
+            causal_lm.base, peft_config(spec, places), autocast_adapter_dtype=False
+        )
+    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"peft refuses this adapter: {str(error).splitlines()[0]}", where=name
+        ) from error
+    names = adapted_names(causal_lm)
+    if set(names) != set(chosen.names):
+        wrong = sorted(set(names) ^ set(chosen.names))
+        raise ModelError(
+            f"peft adapts other parts than asked, {wrong[0]} among them",
+            where=name,
+            hint="adapter.targets names the parts to adapt",
+        )
+    remember_start(causal_lm, spec.kind)
+    return report(causal_lm, chosen.names)
+
+
+def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
+    """The peft model of `model` with the adapter in `folder`, trainable, in the model's dtype."""
+    from peft import PeftModel
+
+    try:
+        loaded = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the adapter can't be loaded: {str(error).splitlines()[0]}", where=str(folder)
+        ) from error
+    return loaded
+
+
+def has_adapter(causal_lm: CausalLM) -> bool:
+    """True for a model with an adapter on it."""
+    return hasattr(causal_lm.model, "peft_config")
+
+
+def adapter_config(causal_lm: CausalLM) -> Any:
+    """peft's configuration of the adapter in use."""
+    return causal_lm.model.peft_config[causal_lm.model.active_adapter]
+
+
+def adapter_fields(causal_lm: CausalLM) -> dict[str, Any]:
+    """Kind, rank and so on of the adapter on the model, named as in a recipe."""
+    return described(adapter_config(causal_lm))
+
+
+def adapted_names(causal_lm: CausalLM) -> list[str]:
+    """What the adapter really is on, by the names of `candidates`."""
+    tuner = causal_lm.model.base_model
+    names = (*tuner.targeted_module_names, *getattr(tuner, "targeted_parameter_names", ()))
+    return [name.removesuffix(".weight") for name in names]
+
+
+def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> None:
+    unfit = unfit_places(spec, chosen)
+    if unfit is not None:
+        kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in chosen.linear))
+        raise ModelError(
+            f"{spec.kind} can't go on {unfit[1]} ({unfit[0]})",
+            where="adapter.kind",
+            hint=f"adapter.kind=lora, or adapter.targets=[{', '.join(kinds)}]",
+        )
+    folded = chosen.experts[:1] or (chosen.head,)
+    if folded[0] and spec.dropout:
+        what = "expert tensors" if chosen.experts else "the head"
+        raise ModelError(
+            f"dropout can't be put before {what} ({folded[0]})",
+            where="adapter.dropout",
+            hint="adapter.dropout=0, or adapter.targets without them",
+        )
+    if spec.kind == "loftq" and not getattr(causal_lm.base, "is_quantized", False):
+        raise ModelError(
+            "loftq begins with what quantising the base took away, and this base is not quantised",
+            where="adapter.kind",
+            hint="adapter.kind=lora or pissa",
+        )
+    for where in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(spec, where):
+            _check_pattern(pattern, chosen.names, where=f"adapter.{where}")
+
+
+def _check_pattern(pattern: str, names: Collection[str], *, where: str) -> None:
+    try:
+        found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    except re.error as error:
+        raise ModelError(f"{pattern!r} is no regular expression: {error}", where=where) from error
+    if not found:
+        raise ModelError(
+            f"{pattern!r} matches none of the adapter's targets",
+            where=where,
+            hint="a name's ending, or a regular expression for it, as layers.0.self_attn.q_proj",
+        )
+
+
+def _places(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> Places:
+    """The chosen parts as peft's target_modules and target_parameters.
+
+    In families with experts peft reads the module names in `_FUSED` as the experts' own of older
+    checkpoints and would leave out dense and shared maps of these names; given as parameters they
+    keep their meaning.
+    """
+    taken = _FUSED if expert_counts(causal_lm.config) and spec.kind in ("lora", "rslora") else ()
+    dense = [name for name in chosen.linear if name.rsplit(".", 1)[-1] in taken]
+    modules = [name for name in chosen.modules if name not in dense]
+    return Places(
+        modules,
+        [*chosen.experts, *(f"{name}.weight" for name in dense)],
+        transposed=_transposed(causal_lm, chosen.linear),
+    )
+
+
+def _transposed(causal_lm: CausalLM, names: tuple[str, ...]) -> bool:
+    """True where the linear maps keep [in, out] weights, as GPT-2's do."""
+    return bool(names) and not isinstance(causal_lm.base.get_submodule(names[0]), nn.Linear)
+
+
+def _go_on(causal_lm: CausalLM, spec: AdapterSpec, asked: Collection[str]) -> AdapterReport:
+    there = adapter_fields(causal_lm)
+    for name in asked:
+        mine, found = getattr(spec, name), there.get(name)
+        if name in there and mine != found:
+            raise ModelError(
+                f"the model comes with an adapter of {name} {found}, not {mine}",
+                where=f"adapter.{name}",
+                hint=f"adapter.{name}={found}, or merge it first: tunesmith merge",
+            )
+    if "targets" in asked and spec.targets != "all-linear":
+        _refuse_other_targets(causal_lm, spec)
+    return report(causal_lm, adapted_names(causal_lm))
+
+
+def _refuse_other_targets(causal_lm: CausalLM, spec: AdapterSpec) -> None:
+    there = set(adapted_names(causal_lm))
+    names = Candidates(tuple(sorted(there)), ())
+    if set(choose(names, spec.targets).names) != there:
+        raise ModelError(
+            "the model comes with an adapter on other parts than these",
+            where="adapter.targets",
+            hint="take the key away, or merge it first: tunesmith merge",
+        )
+
+
+__all__ = [
+    "adapted_names",
+    "adapter_config",
+    "adapter_fields",
+    "add_adapter",
+    "has_adapter",
+    "kind_of",
+    "load_adapter",
+]
