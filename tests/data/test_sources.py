@@ -91,8 +91,13 @@ def test_a_datasets_object_is_an_iterable_of_rows():
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
     assert read(Source("m", rows=data)) == ROWS
-    with pytest.raises(DataError, match="`train`"):
-        Source("m", rows=datasets.DatasetDict({"train": data}))
+    assert read(Source("m", rows=data.to_iterable_dataset())) == ROWS
+    other = datasets.Dataset.from_list(ROWS[:1])
+    chosen = Source("m", rows=datasets.DatasetDict({"test": other, "train": data}))
+    assert (chosen.name, read(chosen)) == ("m/train", ROWS)
+    assert Source("m", rows=datasets.DatasetDict({"test": other})).name == "m/test"
+    with pytest.raises(DataError, match="`test`, `dev`"):
+        Source("m", rows=datasets.DatasetDict({"test": other, "dev": data}))
 
 
 def test_long_csv_fields_are_read(tmp_path):

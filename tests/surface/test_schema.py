@@ -18,16 +18,17 @@ from tunesmith.errors import RecipeError
 
 KEYS = {
     "model": "name dtype revision trust_remote_code",
-    "data": "train eval columns template template_kwargs train_on max_length too_long bad_rows "
+    "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length too_long bad_rows "
     "shuffle",
     "batch": "documents tokens",
     "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
     "warmup_epochs neftune router_aux scheduled_sampling",
-    "adapter": "kind rank alpha dropout targets",
+    "adapter": "kind rank alpha dropout targets rank_pattern alpha_pattern block_size "
+    "svd_iterations lr_ratio continue_from parameters top_layers",
     "optim": "name lr betas eps weight_decay schedule warmup max_grad_norm",
     "train": "epochs steps seed result",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing deterministic "
-    "threads",
+    "threads cache prepare_processes",
     "checkpoint": "every keep",
     "eval": "every samples max_new_tokens",
     "log": "to project",
@@ -36,7 +37,9 @@ KEYS = {
 
 def test_keys_are_frozen() -> None:
     assert {name: " ".join(keys) for name, keys in known_keys().items()} == KEYS
-    assert " ".join(SourceSection.model_fields) == "path format columns limit"
+    assert " ".join(SourceSection.model_fields) == (
+        "path subset split revision format columns weight epochs limit"
+    )
 
 
 def test_every_field_says_what_it_means() -> None:

@@ -31,8 +31,10 @@ class Source:
     """A file (`path`) or an iterable of dicts (`rows`); exactly one of the two is given.
 
     `name` is what the user calls it and what errors and the ledger say. `columns` maps our names to
-    the data's. `limit` keeps the first rows only. An iterator is kept as a list, since the hold-out
-    reads rows twice.
+    the data's. `limit` keeps the first rows only. `section` is its place in the recipe's list,
+    which the files of a folder share; `commit` that of the hub data set it is a file of. An
+    iterator is kept as a list, since rows are read more than once; of a `DatasetDict` it is the
+    split `train`, or the only one.
     """
 
     name: str
@@ -41,11 +43,15 @@ class Source:
     format: str = "auto"
     columns: Mapping[str, str] | None = None
     limit: int | None = None
+    section: int = 0
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.rows is None):
             raise ValueError("a source has either a path or rows")
         given: Iterable[Any] = () if self.rows is None else self.rows
+        if isinstance(given, Mapping) and (split := _split(given)) is not None:
+            self.name, self.rows = f"{self.name}/{split}", given[split]
         if isinstance(self.rows, Mapping):
             raise DataError(
                 f"the rows are one mapping with the keys {_names(list(given))}",
@@ -54,6 +60,13 @@ class Source:
             )
         if isinstance(self.rows, Iterator):
             self.rows = list(self.rows)
+
+
+def _split(splits: Mapping[Any, Any]) -> str | None:
+    """The split of a `DatasetDict` to read; None for any other mapping."""
+    if not splits or not all(hasattr(one, "column_names") for one in splits.values()):
+        return None
+    return "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
 
 
 def resolve_path(path: str | Path, recipe_folder: Path | None = None) -> Path:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.config.sections.base import Count, Section
-from tunesmith.config.sections.sources import Columns, EvalSource, Sources, SourceSection
+from tunesmith.config.sections.sources import (
+    Columns,
+    EvalSource,
+    Sources,
+    SourceSection,
+    check_held_out,
+    check_mixture,
+)
 
 
 class DataSection(Section):
@@ -15,6 +22,14 @@ class DataSection(Section):
 
     train: Sources = Field(
         default_factory=list[SourceSection], description="what is learned from, in this order"
+    )
+    mix_by: Literal["rows", "tokens"] = Field(
+        default="rows", description="whether weights share out documents or their tokens"
+    )
+    mix_stop: Literal["all_exhausted", "first_exhausted"] = Field(
+        default="all_exhausted",
+        description="with weights a pass ends when all sources have been seen, or before any "
+        "repeats",
     )
     eval: EvalSource | None = Field(
         default=None,
@@ -50,3 +65,10 @@ class DataSection(Section):
     shuffle: bool = Field(
         default=True, description="a new seeded order each epoch; false: the order of the data"
     )
+
+    @model_validator(mode="after")
+    def _mixture(self) -> DataSection:
+        check_mixture(self.train, mix_by=self.mix_by, mix_stop=self.mix_stop)
+        if isinstance(self.eval, dict):
+            check_held_out(self.eval)
+        return self
