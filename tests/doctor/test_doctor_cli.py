@@ -141,3 +141,8 @@ def test_a_terminal_gets_colours_and_lines_that_fit(
         plain = "".join(part.split("m", 1)[-1] for part in page.split("\x1b["))
         longest = max(len(line) for line in plain.splitlines())
         assert (longest <= 72) == terminal
+
+
+def test_every_check_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs/doctor.md").read_text(encoding="utf-8")
+    assert [name for name in CHECKS if f"| `{name}` |" not in text] == []
