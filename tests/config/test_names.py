@@ -53,6 +53,13 @@ def test_the_table_covers_the_trainers() -> None:
         "max_seq_length": "data.max_length",
         "micro_batch_size": "batch.documents",
         "lora_target": "adapter.targets",
+        "use_dora": "adapter.kind",
+        "init_lora_weights": "adapter.kind",
+        "loraplus_lr_ratio": "adapter.lr_ratio",
+        "pissa_iter": "adapter.svd_iterations",
+        "unfrozen_parameters": "adapter.parameters",
+        "freeze_trainable_layers": "adapter.top_layers",
+        "adapter_name_or_path": "adapter.continue_from",
         "report_to": "log.to",
         "enable_activation_checkpointing": "device.gradient_checkpointing",
     }

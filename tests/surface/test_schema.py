@@ -23,7 +23,7 @@ KEYS = {
     "batch": "documents tokens",
     "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
     "warmup_epochs neftune router_aux scheduled_sampling",
-    "adapter": "kind rank alpha dropout targets rank_pattern alpha_pattern block_size "
+    "adapter": "kind rank alpha dropout targets rank_pattern alpha_pattern rotation_size "
     "svd_iterations lr_ratio continue_from parameters top_layers",
     "optim": "name lr betas eps weight_decay schedule warmup max_grad_norm",
     "train": "epochs steps seed result",

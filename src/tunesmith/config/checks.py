@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from tunesmith.config.document import Document
+from tunesmith.config.sections.adapter import ALL, FITS, fits
 from tunesmith.config.sections.objective import BELONGS, unfit
 
 
@@ -17,16 +18,36 @@ def check_combinations(document: Document, *, held_out: bool = False) -> None:
             "best is chosen by the loss on held-out data, and data.eval names none",
             "hold out a share of the rows with data.eval=2%, or name a file",
         )
-    adapter = _section(document, "adapter")
-    if adapter.get("kind", "none") == "none":
-        for key in adapter:
-            if key in ("rank", "alpha", "dropout", "targets"):
-                document.complain(
-                    ("adapter", key),
-                    "has no effect while adapter.kind is none (all parameters are trained)",
-                    "add adapter.kind=lora, or take the key away",
-                )
+    _check_adapter(document)
     _check_objective(document)
+
+
+def _check_adapter(document: Document) -> None:
+    adapter = _section(document, "adapter")
+    kind = str(adapter.get("kind", "none"))
+    if kind == "none" and adapter.get("continue_from"):
+        return  # the kind is that of the adapter, and so is whatever else must agree with it
+    for key, value in adapter.items():
+        if value in (None, {}) or fits(key, kind):
+            continue
+        if kind == "none":
+            document.complain(
+                ("adapter", key),
+                "has no effect while adapter.kind is none (all parameters are trained)",
+                "add adapter.kind=lora, or take the key away",
+            )
+        elif kind in ALL:
+            document.complain(
+                ("adapter", key),
+                f"has no effect on {kind}",
+                f"it is for {', '.join(FITS[key])}",
+            )
+    if adapter.get("parameters") is not None and adapter.get("top_layers") is not None:
+        document.complain(
+            ("adapter", "top_layers"),
+            "says what is trained, and so does adapter.parameters",
+            "give one of the two",
+        )
 
 
 def _check_objective(document: Document) -> None:

@@ -8,6 +8,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from tunesmith.config.schema import SCIENCE, Duration, Holdout, Recipe
+from tunesmith.config.sections.adapter import fits
 
 
 class Difference(NamedTuple):
@@ -26,8 +27,12 @@ class Difference(NamedTuple):
 def to_plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON values; reads back as an equal recipe."""
     values = recipe.model_dump(mode="json")
-    if recipe.adapter.kind == "none":
-        values["adapter"] = {"kind": "none"}  # its other keys have no effect and would be refused
+    # keys that have no effect on this kind would be refused
+    values["adapter"] = {
+        key: value
+        for key, value in values["adapter"].items()
+        if value is not None and fits(key, recipe.adapter.kind)
+    }
     return values
 
 

@@ -17,6 +17,7 @@ from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
 from tunesmith.export.choice import FILE as CHOICE_FILE
+from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
@@ -99,16 +100,19 @@ def _fill(
         generation_path,
         readers.complete_generation_config(_read_json(generation_path), config, stop_ids),
     )
+    add_tokens(folder, template)
     _update_template(folder, template)
     if adapter:
         config_path.unlink(missing_ok=True)
         write_adapter(
-            model.model,
+            model,
             folder,
             base=base_name(model, source),
             revision=source.commit if source else None,
         )
         return
+    if template.added:
+        config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
     written = write_weights(model.base, folder, dtype=dtype)
     quantized = bool(getattr(model.base, "is_quantized", False))
     _update(config_path, readers.complete_config(config, dtype=written, quantized=quantized))

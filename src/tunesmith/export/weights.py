@@ -14,6 +14,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from tunesmith.model.adapters import save_adapter
+from tunesmith.model.causal_lm import CausalLM
+
 MAX_SHARD = "5GB"
 """Files above this size are split; readers on small machines map one at a time."""
 
@@ -32,12 +35,10 @@ def write_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None)
     return str(dtype or model.dtype).removeprefix("torch.")
 
 
-def write_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter of a peft model and its configuration, which names `base`."""
+def write_adapter(model: CausalLM, folder: Path, *, base: str, revision: str | None) -> None:
+    """Write the model's adapter and its configuration, which names `base`."""
     with _scratch(folder) as scratch:
-        # peft would look for the base model's vocabulary to decide about embeddings; they are not
-        # trained here.
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        save_adapter(model, scratch)
         config = json.loads((scratch / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base
         config["revision"] = revision

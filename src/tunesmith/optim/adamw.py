@@ -55,6 +55,7 @@ class Slot:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     decay: bool
+    lr_factor: float = 1.0
 
     @property
     def flat(self) -> Tensor:
@@ -74,6 +75,7 @@ class AdamW:
         eps: added to the root of the second moment.
         weight_decay: share of lr by which weights shrink each step.
         undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
+        lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         undecayed: Collection[str] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.betas = betas
         self.eps = eps
@@ -95,7 +98,9 @@ class AdamW:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 spared = no_decay(name, parameter) if undecayed is None else name in undecayed
-                self._slots[name] = _new_slot(parameter, decay=not spared)
+                slot = _new_slot(parameter, decay=not spared)
+                slot.lr_factor = (lr_factors or {}).get(name, 1.0)
+                self._slots[name] = slot
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,7 +210,7 @@ class AdamW:
                 [slot.exp_avg_sq[span]],
                 [],
                 [counter],
-                lr=lr,
+                lr=lr * slot.lr_factor,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=self.weight_decay if slot.decay else 0.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Recipe
+from tunesmith.data.store import longest_paths
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import resolve_model
@@ -19,11 +20,11 @@ from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import auto_lr, schedule, warmup_steps
 from tunesmith.train.announcement import start_lines
-from tunesmith.train.assemble.adapter import choose_trained
+from tunesmith.train.assemble.adapter import choose_trained, resolved_adapter
 from tunesmith.train.assemble.data import (
     data_sources,
-    make_order,
     open_template,
+    preparation,
     resolve_max_length,
 )
 from tunesmith.train.assemble.given import Given
@@ -35,6 +36,7 @@ from tunesmith.train.assemble.objective import (
     own_objective,
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
+from tunesmith.train.assemble.order import pin, plan_steps
 from tunesmith.train.device import (
     choose_device,
     fit_device,
@@ -76,12 +78,19 @@ def build(
     max_length = resolve_max_length(recipe, template)
     train, held_out = data_sources(recipe, given, folders)
     prepared, eval_sets = prepare_all(
-        train, held_out, template, recipe.data, max_length=max_length, faults_file=faults_file
+        train,
+        held_out,
+        template,
+        recipe.data,
+        max_length=max_length,
+        faults_file=faults_file,
+        **preparation(recipe),
     )
+    notes += prepared.notes
     room = free_memory(device)
-    model = load_model(recipe, source, given, device)
+    model = load_model(recipe, source, given, device, template=template)
     notes += model.notes
-    longest = max(document.longest_path for document in prepared.documents)
+    longest = int(longest_paths(prepared.documents).max())
     if recipe.device.attention == "isolated":
         model.isolate()
     tested = self_test(model, max_length=longest)
@@ -90,9 +99,14 @@ def build(
     micro_tokens, checkpointing = fit_device(
         recipe, model, device, longest=longest, room=room, held=size
     )
-    order = make_order(recipe, prepared)
-    total = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
-    resolved = resolve(recipe, model=model, source=source, trained=trained, max_length=max_length)
+    steps = plan_steps(recipe, prepared, train)
+    order, total = steps.order, steps.total
+    notes += steps.notes
+    resolved = pin(
+        resolve(recipe, model=model, source=source, trained=trained, max_length=max_length),
+        train,
+        held_out,
+    )
     assert isinstance(resolved.optim.lr, float)
     model.train()
     job = Job(
@@ -153,6 +167,7 @@ def resolve(
         "data": {"max_length": max_length},
         "optim": {"lr": lr},
         "objective": {"name": _objective_name(recipe)},
+        "adapter": resolved_adapter(recipe, model),
     }
     parts = {key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()}
     return recipe.model_copy(update=parts)

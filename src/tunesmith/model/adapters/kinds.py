@@ -33,7 +33,7 @@ class AdapterSpec:
     targets: str | Sequence[str] = "all-linear"
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-    block_size: int | None = None  # of oft and boft
+    rotation_size: int | None = None  # of oft and boft
     svd_iterations: int | None = None  # of pissa; None: the whole decomposition
 
 
@@ -92,14 +92,14 @@ def _vera(spec: AdapterSpec, places: Places) -> Any:
 def _oft(spec: AdapterSpec, places: Places) -> Any:
     from peft import OFTConfig
 
-    size = spec.block_size or OFT_BLOCK
+    size = spec.rotation_size or OFT_BLOCK
     return OFTConfig(r=0, oft_block_size=size, fan_in_fan_out=places.transposed, **_common(places))
 
 
 def _boft(spec: AdapterSpec, places: Places) -> Any:
     from peft import BOFTConfig
 
-    size = spec.block_size or BOFT_BLOCK
+    size = spec.rotation_size or BOFT_BLOCK
     return BOFTConfig(boft_block_size=size, fan_in_fan_out=places.transposed, **_common(places))
 
 
@@ -183,8 +183,8 @@ def described(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": kind}
     names = {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "lora_dropout": "dropout",
              "vera_dropout": "dropout", "rank_pattern": "rank_pattern",
-             "alpha_pattern": "alpha_pattern", "oft_block_size": "block_size",
-             "boft_block_size": "block_size"}  # fmt: skip
+             "alpha_pattern": "alpha_pattern", "oft_block_size": "rotation_size",
+             "boft_block_size": "rotation_size"}  # fmt: skip
     for theirs, ours in names.items():
         value = getattr(config, theirs, None)
         if value is not None and not (kind == "oft" and theirs == "r"):

@@ -50,9 +50,9 @@ def report(causal_lm: CausalLM, names: Sequence[str]) -> AdapterReport:
 
 
 def freeze(
-    causal_lm: CausalLM, *, train: str | None = None, top_layers: int | None = None
+    causal_lm: CausalLM, *, parameters: str | None = None, top_layers: int | None = None
 ) -> AdapterReport:
-    """Freeze all but the parameters whose whole name `train` matches, or all but the last
+    """Freeze all but the parameters whose whole name `parameters` matches, or all but the last
     `top_layers` layers and what comes after them: the final norm, and a head of its own.
 
     Raises:
@@ -60,13 +60,13 @@ def freeze(
     """
     base = causal_lm.base
     names = [name for name, _ in base.named_parameters()]
-    if train is not None:
-        pattern = compiled(train, where="adapter.train")
+    if parameters is not None:
+        pattern = compiled(parameters, where="adapter.parameters")
         chosen = {name for name in names if pattern.fullmatch(name)}
         if not chosen:
             raise ModelError(
-                f"{train!r} matches no parameter",
-                where="adapter.train",
+                f"{parameters!r} matches no parameter",
+                where="adapter.parameters",
                 hint=f"whole names are matched, as {names[0]} or {names[-1]}",
             )
     else:
@@ -107,5 +107,5 @@ def _layers(causal_lm: CausalLM) -> nn.ModuleList:
     raise ModelError(
         f"the layers of {causal_lm.config.model_type} can't be told apart",
         where="adapter.top_layers",
-        hint="adapter.train takes a regular expression on parameter names",
+        hint="adapter.parameters takes a regular expression on parameter names",
     )

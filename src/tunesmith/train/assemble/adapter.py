@@ -2,29 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.model.adapters import AdapterReport, AdapterSpec, add_adapter, full_report
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.adapters import (
+    AdapterReport,
+    AdapterSpec,
+    adapter_fields,
+    add_adapter,
+    freeze,
+    full_report,
+    has_adapter,
+    load_adapter,
+)
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.load import resolve_model
+from tunesmith.model.source import ModelSource
+
+SPEC = (
+    "kind", "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "rotation_size",
+    "svd_iterations",
+)  # fmt: skip
 
 
 def choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
+    """Put the recipe's adapter on the model, or freeze what it leaves out."""
     adapter = recipe.adapter
-    if adapter.kind == "lora":
+    start = adapter_source(recipe)
+    if start is not None:
+        _load(model, start)
+    if adapter.kind != "none" or start is not None:
+        spec = AdapterSpec(**{name: getattr(adapter, name) for name in SPEC})
+        asked = adapter.model_fields_set & set(SPEC)
         report = add_adapter(
-            model,
-            AdapterSpec(
-                rank=adapter.rank,
-                alpha=adapter.alpha,
-                dropout=adapter.dropout,
-                targets=adapter.targets,
-            ),
-            asked=("rank", "alpha"),
+            model, spec, asked=asked - ({"kind"} if spec.kind == "none" else set())
         )
+    elif adapter.parameters is not None or adapter.top_layers is not None:
+        _refuse_adapted(model)
+        report = freeze(model, parameters=adapter.parameters, top_layers=adapter.top_layers)
     else:
         report = full_report(model)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.grad_dtype = torch.float32  # micro-batches are added up in float32
     return report
+
+
+def adapter_source(recipe: Recipe) -> ModelSource | None:
+    """The adapter that the recipe goes on with.
+
+    Raises:
+        RecipeError: it is none, or belongs to another base than the recipe's.
+    """
+    name = recipe.adapter.continue_from
+    if name is None:
+        return None
+    where = "adapter.continue_from"
+    try:
+        source = resolve_model(name)
+        base = resolve_model(recipe.model.name, revision=recipe.model.revision)
+    except ModelError as error:
+        raise RecipeError(
+            error.message, where=f"{where}: {error.where}", hint=error.hint
+        ) from error
+    if source.adapter_folder is None:
+        raise RecipeError(
+            f"{name} is a whole model, no adapter", where=where, hint=f"model.name={name}"
+        )
+    if base.adapter_folder is not None or base.folder != source.folder:
+        raise RecipeError(
+            f"{name} is an adapter for {source.folder}, and model.name is {recipe.model.name}",
+            where=where,
+            hint=f"model.name={source.folder}",
+        )
+    return source
+
+
+def resolved_adapter(recipe: Recipe, model: CausalLM) -> Mapping[str, Any]:
+    """What of the section is now known: the fields of an adapter that was gone on with."""
+    start = adapter_source(recipe)
+    if start is None:
+        return {}
+    known = set(type(recipe.adapter).model_fields)
+    fields = {key: value for key, value in adapter_fields(model).items() if key in known}
+    return {
+        **fields,
+        "continue_from": str(Path(recipe.adapter.continue_from or "").expanduser().resolve()),
+    }
+
+
+def _load(model: CausalLM, start: ModelSource) -> None:
+    _refuse_adapted(model)
+    assert start.adapter_folder is not None
+    model.model = load_adapter(model.base, start.adapter_folder)
+
+
+def _refuse_adapted(model: CausalLM) -> None:
+    if has_adapter(model):
+        raise RecipeError(
+            "the model comes with an adapter already",
+            where="model.name",
+            hint="name its base, or merge it first: tunesmith merge",
+        )

@@ -1,0 +1,192 @@
+"""Every kind of adapter trains, goes on to the bit, and is exported as plain peft loads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tunesmith
+from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.errors import InputError
+
+KINDS = (
+    "lora", "rslora", "dora", "pissa", "olora", "vera", "oft", "boft", "ia3", "loha", "lokr",
+    "hra", "miss",
+)  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ON_EXPERTS = ("lora", "rslora")
+SIZES = {"rank": 4, "alpha": 8}
+WITHOUT_ALPHA = ("vera", "hra", "miss")
+IDS = torch.tensor([[5, 17, 40, 200, 33, 91, 7, 300, 12, 64, 8, 9, 10]])
+
+
+def section(kind: str, family: str = "llama", **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": kind, **more}
+    if kind in ("oft", "boft"):
+        found["rotation_size"] = 4
+    elif kind in WITHOUT_ALPHA:
+        found["rank"] = 4
+    elif kind != "ia3":
+        found |= SIZES
+    if family == "qwen3_moe" and kind not in ON_EXPERTS:
+        found["targets"] = ATTENTION
+    return found
+
+
+def train(
+    base: Path, out: Path, adapter: dict[str, Any], *, data: Path | None = None, **more: Any
+) -> tunesmith.Run:
+    options = {
+        "model": {"name": str(base), "dtype": "float32"},
+        "batch": 4,
+        "optim": {"lr": 1e-2, "warmup": 0},
+        "train": {"steps": 3},
+        "adapter": adapter,
+        **more,
+    }
+    rows = chat_rows() if data is None else str(data)
+    return tunesmith.train(options, data=rows, out=out, progress=False)
+
+
+def logits(model: Any) -> torch.Tensor:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def plain(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "llama": tiny_folder(folder / "llama"),
+        "qwen3_moe": tiny_folder(folder / "moe", "qwen3_moe", **MOE),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_trains_and_loads_in_plain_peft_on_the_original_base(
+    kind: str, family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases[family]
+    run = train(base, tmp_path / "R", section(kind, family))
+    before, trained = logits(plain(base)), logits(run.model)
+    assert (trained - before).abs().max() > 1e-3, "nothing was learned, so nothing is shown"
+    again = logits(PeftModel.from_pretrained(plain(base), str(run.model_folder)))
+    torch.testing.assert_close(again, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_kind_ends_to_the_bit_the_same(
+    kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    family = "qwen3_moe" if kind in ON_EXPERTS else "llama"
+    whole = train(bases[family], tmp_path / "whole", section(kind, family))
+    often = {"checkpoint": {"every": 1, "keep": 5}}
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows())
+    parted = train(bases[family], tmp_path / "parted", section(kind, family), data=rows, **often)
+    newest = parted.folder / "checkpoints"
+    saved = load_file(newest / "step-1" / "optimizer.safetensors")
+    names = {name.split(".", 1)[1] for name in saved if name != "steps"}
+    trained = {n for n, p in parted.model.named_parameters() if p.requires_grad}
+    assert {name.removeprefix("model.") for name in names} == trained
+    for path in [newest / "step-2", newest / "step-3", parted.folder / "model"]:
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.unlink()
+        path.rmdir()
+    resumed = tunesmith.resume(parted.folder, progress=False)
+    for (name, one), (_, two) in zip(
+        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, two), name
+
+
+def test_kinds_that_expert_tensors_cannot_take_say_so(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="expert tensors") as caught:
+        train(bases["qwen3_moe"], tmp_path / "R", {"kind": "dora"})
+    assert "q_proj" in str(caught.value.hint)
+
+
+def test_an_adapter_is_gone_on_with(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    first = train(base, tmp_path / "one", section("lora", targets=["q_proj", "v_proj"]))
+    second = train(base, tmp_path / "two", {"continue_from": str(first.folder)})
+    records = [json.loads(line) for line in (second.folder / "metrics.jsonl").open()]
+    ours = [r["loss"] for r in records if r["kind"] == "train"]
+    theirs = [
+        r["loss"]
+        for r in map(json.loads, (first.folder / "metrics.jsonl").open())
+        if r["kind"] == "train"
+    ]
+    assert ours[0] < theirs[0]
+    config = json.loads((second.model_folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert {name.rsplit(".", 1)[-1] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    kept = (second.folder / "recipe.yaml").read_text()
+    assert "kind: lora" in kept
+    assert "rank: 4" in kept
+    for wrong, what in (({"rank": 8}, "rank 4"), ({"kind": "dora"}, "kind lora")):
+        with pytest.raises(InputError, match=what):
+            train(base, tmp_path / "three", {"continue_from": str(first.folder), **wrong})
+    with pytest.raises(InputError, match="is an adapter for"):
+        train(bases["qwen3_moe"], tmp_path / "four", {"continue_from": str(first.folder)})
+    with pytest.raises(InputError, match="whole model"):
+        train(base, tmp_path / "five", {"continue_from": str(base)})
+
+
+def test_only_chosen_parameters_are_trained(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    before = dict(plain(base).named_parameters())
+    for number, (adapter, expected) in enumerate(
+        [
+            ({"top_layers": 1}, {"layers.3", "model.norm", "lm_head"}),
+            ({"parameters": r".*layers\.[01]\.mlp\..*"}, {"layers.0.mlp", "layers.1.mlp"}),
+        ]
+    ):
+        run = train(base, tmp_path / f"R{number}", adapter)
+        for name, parameter in run.model.named_parameters():
+            moved = not torch.equal(parameter, before[name])
+            assert moved == any(part in name for part in expected), name
+        saved = load_file(next((run.folder / "checkpoints").iterdir()) / "optimizer.safetensors")
+        assert not any("embed_tokens" in name for name in saved)
+        torch.testing.assert_close(logits(plain(run.model_folder)), logits(run.model))
+    for wrong, what in (({"parameters": "no_such"}, "matches no"), ({"top_layers": 9}, "4 layers")):
+        with pytest.raises(InputError, match=what):
+            train(base, tmp_path / "wrong", wrong)
+
+
+def test_lora_plus_lets_b_learn_faster(bases: dict[str, Path], tmp_path: Path) -> None:
+    # One step of AdamW moves every weight by the learning rate.
+    runs = {
+        ratio: train(
+            bases["llama"],
+            tmp_path / str(ratio),
+            section("lora", lr_ratio=ratio),
+            train={"steps": 1},
+        )
+        for ratio in (1.0, 16.0)
+    }
+    moved = {
+        ratio: max(p.abs().max() for n, p in run.model.named_parameters() if ".lora_B." in n)
+        for ratio, run in runs.items()
+    }
+    torch.testing.assert_close(moved[16.0] / moved[1.0], torch.tensor(16.0), rtol=1e-3, atol=0)
+    down = [
+        {n: p for n, p in run.model.named_parameters() if ".lora_A." in n} for run in runs.values()
+    ]
+    assert all(torch.equal(down[0][name], down[1][name]) for name in down[0])
