@@ -137,3 +137,20 @@ def test_repeated_sources_give_the_same_bits_each_time() -> None:
 
     first = gradient()
     assert all(torch.equal(gradient(), first) for _ in range(10))
+
+
+def test_without_gradients_none_are_computed():
+    seen: list[bool] = []
+
+    def watching(chunk):
+        seen.append(chunk.logits.requires_grad)
+        return -chunk.logprob
+
+    weight = torch.randn(11, 4, requires_grad=True)
+    places = torch.arange(3)
+    with torch.no_grad():
+        head_loss(
+            torch.randn(5, 4), weight, torch.zeros(11, requires_grad=True), source=places,
+            target=places, target_weight=torch.ones(3), objective=watching,
+        )  # fmt: skip
+    assert seen == [False]

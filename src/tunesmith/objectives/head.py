@@ -1,8 +1,8 @@
 """The loss head: hidden states in, sums of losses out, logits of a few targets at a time.
 
 Invariant: loss and gradients equal those of `objective(logits(hidden[source] @ W.T + b))` summed
-with the weights, while no more than `CHUNK_BYTES` of logits exist at once and positions without a
-target cost nothing. Each chunk's gradients are taken while its logits are there, so the vocabulary
+with the weights, while no more than a chunk of logits exists at once and positions without a target
+cost nothing. Each chunk's gradients are taken while its logits are there, so the vocabulary
 is gone through once: three matrix products in all.
 
 Letters: T packed tokens, N targets, n targets of a chunk, D hidden size, V vocabulary.
@@ -24,6 +24,8 @@ Transform = Callable[[Tensor], Tensor]
 """What a model does to its raw logits (soft cap, scale), elementwise."""
 
 CHUNK_BYTES = 64 * 2**20
+CHUNK_ROWS = 256
+"""A chunk holds so many bytes of logits, but these rows at least: the products of fewer are slow."""
 
 
 class Base(NamedTuple):
@@ -108,13 +110,17 @@ def head_loss(
     objective: Objective,
     transform: Transform | None = None,
     sides: Sides | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> LossOutput:
     """Sum of weight * loss over the targets, with stats, never holding [N, V].
 
     Shapes: hidden [T, D], weight [V, D], bias [V], source, target and target_weight [N].
+    `chunk_bytes` bounds the float32 logits held at once, in place of the usual choice.
     """
     sides = sides or Sides()
+    if not torch.is_grad_enabled():
+        # a custom function would else be asked for gradients of parameters that could have some
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     # index_select and not hidden[source]: its backward adds repeated sources in a fixed order
     gathered = hidden.index_select(0, source)
     base = sides.base and sides.base._replace(hidden=sides.base.hidden.index_select(0, source))
@@ -124,7 +130,7 @@ def head_loss(
         target_weight=target_weight.to(dtype),
         objective=objective,
         transform=transform,
-        rows=max(1, chunk_bytes // (4 * weight.shape[0])),
+        rows=_chunk_rows(len(weight), chunk_bytes),
         progress=sides.progress,
         old_logprob=sides.old_logprob,
         base=base,
@@ -154,9 +160,7 @@ class _HeadLoss(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = work.token_loss.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        )
+        grad_weight: Tensor | None = None
         grad_bias = (
             torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None
         )
@@ -169,10 +173,12 @@ class _HeadLoss(torch.autograd.Function):
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad, hidden[part])
+            if need_weight:
+                grad_weight = _plus_product(grad_weight, grad, hidden[part], dtype)
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=dtype)
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return (work.token_loss * work.target_weight).sum()
 
@@ -201,12 +207,20 @@ def _through(raw: Tensor, part: slice, work: _Work, *, differentiate: bool) -> T
     return grad
 
 
-def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden, in the precision of `total`."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.T, hidden)
-    else:
-        total += grad.T @ hidden
+def _plus_product(total: Tensor | None, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + grad.T @ hidden in `dtype`, in place."""
+    if total is None:
+        return (grad.T @ hidden).to(dtype)
+    if grad.dtype == dtype:
+        return total.addmm_(grad.T, hidden)
+    total += grad.T @ hidden
+    return total
+
+
+def _chunk_rows(vocabulary: int, chunk_bytes: int | None) -> int:
+    if chunk_bytes is None:
+        return max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
+    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 @torch.no_grad()
@@ -217,15 +231,14 @@ def likeliest_tokens(
     *,
     source: Tensor,
     transform: Transform | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
     **_: Any,
 ) -> Tensor:
     """The id [N] that the model itself would go on with after each source."""
     gathered = hidden.index_select(0, source)
-    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    rows = _chunk_rows(len(weight), None)
     found: list[Tensor] = []
-    for part in gathered.split(rows):
-        raw = part @ weight.T
+    for start in range(0, len(gathered), rows):
+        raw = gathered[start : start + rows] @ weight.T
         raw = raw if bias is None else raw + bias
         found.append((raw if transform is None else transform(raw.float())).argmax(-1))
     return torch.cat(found) if found else source
