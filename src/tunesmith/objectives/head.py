@@ -25,7 +25,7 @@ Transform = Callable[[Tensor], Tensor]
 
 CHUNK_BYTES = 64 * 2**20
 CHUNK_ROWS = 256
-"""A chunk holds so many bytes of logits, but these rows at least: the products of fewer are slow."""
+"""A chunk holds so many bytes of logits, but these rows at least: products of fewer are slow."""
 
 
 class Base(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.objectives import Objective
@@ -51,7 +52,7 @@ def load_objective(name: str, folders: Sequence[Path]) -> OwnObjective:
     path, _, function_name = name.rpartition(":")
     file = _find(path, folders)
     contents = file.read_bytes()
-    function = getattr(_module(file), function_name, None)
+    function: Any = getattr(_module(file), function_name, None)
     if not callable(function):
         raise RecipeError(
             f"there is no function {function_name}",

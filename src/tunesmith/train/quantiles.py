@@ -20,7 +20,7 @@ def log_histogram(
     bins = (HIGHEST - LOWEST) * PER_UNIT
     bounded = np.clip(values, LOWEST, HIGHEST)
     places = np.minimum(((bounded - LOWEST) * PER_UNIT).astype(np.int64), bins - 1)
-    return np.bincount(places, weights=weight, minlength=bins)
+    return np.bincount(places, weights=weight, minlength=bins).astype(np.float64)
 
 
 def quantiles(

@@ -76,7 +76,9 @@ class ObjectiveSection(Section):
         default=None, description="eaft: power of the entropy; 1 where not given"
     )
     eps_low: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="psft: fall of the ratio from which a target counts as fallen; 0.2 where not given"
+        default=None,
+        description="psft: fall of the ratio from which a target counts as fallen; 0.2 where not "
+        "given",
     )
     eps_high: Annotated[Number, Field(ge=0)] | None = Field(
         default=None, description="psft: how far the ratio may rise; 0.28 where not given"

@@ -62,7 +62,8 @@ def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]
     parts = [f"objective: {section.name}", *(f"{key} {value:g}" for key, value in given.items())]
     text = ", ".join(parts)
     if loss.base is not None:
-        text += f"; the base is the model {'as it came, a frozen copy' if loss.base.frozen else 'without its adapter'}"
+        base = "a frozen copy" if loss.base.frozen else "the model without its adapter"
+        text += f"; the base is {base}"
     if noisy_objective(recipe):
         state = "shared, as asked" if shared else "not shared"
         text += f"; with noise layouts agree in expectation only, prefixes are {state}"
