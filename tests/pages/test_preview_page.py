@@ -7,6 +7,8 @@ import hashlib
 import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -123,3 +125,183 @@ def test_tokens_are_those_of_the_json_form(model: Path, tmp_path: Path, capsys):
         learned = [re.sub(r"<s .*?</s>", "", piece) for piece in learned]
         ids = [target["id"] for target in row["targets"]]
         assert html.unescape("".join(learned)) == tokenizer.decode(ids)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+    "loop.last %}thinking {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_branches_are_a_nested_list_and_turns_are_named(model: Path, tmp_path: Path):
+    tiny_tokenizer(THINKING).save_pretrained(model)
+    text = written(model, chat_rows(3)[2:], tmp_path)
+    page = Page(text)
+    depths = [
+        path.count("ul") for tag, a, path in page.elements if tag == "div" and a.get("data-ids")
+    ]
+    assert max(depths) > min(depths) >= 1
+    edges = re.findall(r'class="edge">([^<]*)<', text)
+    assert edges[0].startswith("segment 0: a root")
+    assert any("continues segment 0" in edge for edge in edges)
+    labels = re.findall(r'<span class="turn">([^<]*)</span>', text.split('id="rows"')[1])
+    for label in ("system · 0", "user · 1", "assistant · 2", "user · 3", "assistant · 4"):
+        assert label in labels
+
+
+def test_weights_are_shades_with_their_number(model: Path, tmp_path: Path):
+    turns = [{"role": "user", "content": "say yes"}]
+    for weight in (0.2, 0.5, 0.9, 1.0, 2.0):
+        turns.append({"role": "assistant", "content": "yes", "weight": weight})
+    text = written(model, [{"messages": turns}], tmp_path).split('id="rows"')[1]
+    cells = set(
+        re.findall(
+            r'<b(?: class="([^"]*)")?(?: data-weight="([^"]*)")?>', text.split("</summary>")[1]
+        )
+    )
+    shades = {(kind.replace("sp ", "").replace("sp", ""), weight) for kind, weight in cells}
+    assert shades == {("w1", "0.2"), ("w2", "0.5"), ("w3", "0.9"), ("", ""), ("w5", "2")}
+
+
+def test_ledger_and_reasons_are_on_top(model: Path, tmp_path: Path):
+    rows = chat_rows(4)
+    rows[1] = {"messages": "no list"}
+    rows[3] = {"messages": [{"role": "user", "content": "nobody answers"}]}
+    text = written(model, rows, tmp_path, "data.bad_rows=drop")
+    page = Page(text)
+    numbers = [data for tag, data in page.texts if tag == "td"]
+    assert numbers[:5] == ["4", "2", "0", "2", "0"]
+    head, listed = text.split('id="rows"')
+    assert "wrong-type" in head
+    assert "no-targets" in head
+    assert [li["data-status"] for li in page.tags("li") if "data-row" in li] == [
+        "trained", "dropped", "trained", "dropped",
+    ]  # fmt: skip
+    assert "must be a list of messages" in listed
+
+
+def test_rows_that_stop_a_run_are_shown_and_end_with_2(model: Path, tmp_path: Path, capsys):
+    rows = chat_rows(4)
+    rows[1] = rows[2] = {"messages": "no list"}
+    text = written(model, rows, tmp_path, code=2)
+    assert re.findall(r'data-status="(\w+)"', text) == ["trained", "refused", "refused", "trained"]
+    error = capsys.readouterr().err
+    assert "data.jsonl:1" in error
+    assert "2 such rows" in error
+
+
+def test_number_of_rows_is_bounded_and_said(model: Path, tmp_path: Path):
+    text = written(model, chat_rows(5), tmp_path, "--rows", "2")
+    assert text.count('<li id="row-') == 2
+    assert "The first 2 rows" in text
+    assert "The first" not in written(model, chat_rows(5), tmp_path, "--rows", "5")
+
+
+def test_two_outputs_at_once_or_no_folder_are_refused(model: Path, chats: Path, tmp_path: Path):
+    words = ["preview", "--model", str(model), "--data", str(chats), "--html"]
+    assert run([*words, str(tmp_path / "a.html"), "--json"]) == 2
+    assert run([*words, str(tmp_path / "none" / "a.html")]) == 2
+
+
+def test_a_runs_own_template_choice_holds(model: Path, tmp_path: Path, capsys):
+    rows = [{"prompt": "say yes", "completion": "yes"}]
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+
+    def ids(*more: str) -> list[int]:
+        assert run(["preview", "--model", str(model), "--data", data, "--json", *more]) == 0
+        return [i for s in json.loads(capsys.readouterr().out)["segments"] for i in s["ids"]]
+
+    tokenizer = tiny_tokenizer()
+    raw = [*tokenizer("say yes")["input_ids"], *tokenizer("yes")["input_ids"], 2]
+    chat = ids()
+    assert chat != raw
+    choice = model / "tunesmith.json"
+    choice.write_text(json.dumps({"template": "none", "template_kwargs": {}}))
+    assert ids() == raw
+    tiny_tokenizer("{{ mood }}" + THINKING).save_pretrained(model)
+    choice.write_text(json.dumps({"template": "own", "template_kwargs": {"mood": "yes"}}))
+    assert tokenizer.decode(ids()).startswith("yes<|im_start|>")
+    assert tokenizer.decode(ids("data.template_kwargs={mood: add}")).startswith("add<|im_start|>")
+
+
+def test_characters_of_several_tokens_are_one_cell(model: Path, tmp_path: Path):
+    text = written(model, evil_rows()[2:], tmp_path)
+    learned = re.findall(r"<b\b[^>]*>(.*?)</b>", text.split("</summary>")[1], re.S)
+    assert {"é", "😀", "中"} <= set(learned)
+    assert "\ufffd" not in text
+    sizes = re.search(r'data-ids="([^"]*)" data-sizes="([^"]*)"', text)
+    assert sizes is not None
+    assert len(sizes[1].split()) == sum(map(int, sizes[2].split()))
+
+
+BROWSER = """
+const fs = require('fs');
+const given = JSON.parse(fs.readFileSync(0, 'utf8'));
+const heard = {};
+function element(more) {
+  return Object.assign({
+    addEventListener(kind, call) { (this.heard = this.heard || {})[kind] = call; }, focus() {},
+  }, more);
+}
+const rows = given.rows.map((row) => {
+  const details = element({open: false, querySelector: () => element({})});
+  return element({dataset: row.dataset, textContent: row.text, hidden: false,
+    firstElementChild: details, querySelector: () => details, scrollIntoView() {}, details});
+});
+const ticks = given.statuses.map((value) => element({value, checked: true}));
+const named = {find: element({value: ''}), shown: element({}), search: element({hidden: true}),
+  token: element({})};
+global.document = {
+  querySelectorAll: (what) => (what.startsWith('#rows') ? rows : ticks),
+  getElementById: (id) => named[id] || null,
+  addEventListener(kind, call) { heard[kind] = call; },
+};
+global.window = {addEventListener() {}};
+global.location = {hash: ''};
+eval(given.script);
+const seen = given.asked.map((text) => {
+  named.find.value = text;
+  named.search.heard.submit({preventDefault() {}});
+  return rows.filter((row) => !row.hidden).map((row) => row.dataset.row);
+});
+named.find.value = '';
+ticks[0].checked = false;
+ticks[0].heard.change();
+seen.push(rows.filter((row) => !row.hidden).map((row) => row.dataset.row));
+seen.push([String(named.search.hidden), named.shown.textContent]);
+console.log(JSON.stringify(seen));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script in node")
+def test_search_finds_rows_by_number_place_and_text(model: Path, tmp_path: Path):
+    rows = [*chat_rows(12), {"messages": "Nothing like it"}]
+    page = Page(written(model, rows, tmp_path, "data.bad_rows=drop"))
+    listed = [li for li in page.tags("li") if "data-row" in li]
+    given = {
+        "rows": [
+            {
+                "dataset": {
+                    name[5:]: value for name, value in li.items() if name.startswith("data-")
+                },
+                "text": json.dumps(row),
+            }
+            for li, row in zip(listed, rows, strict=True)
+        ],
+        "statuses": [box["value"] for box in page.tags("input") if box["type"] == "checkbox"],
+        "script": page.text_in("script"),
+        "asked": ["1", "007", "jsonl:11", "NOTHING like", "no such text", ""],
+    }
+    done = subprocess.run(
+        ["node", "-e", BROWSER],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    everything = [str(row) for row in range(13)]
+    assert json.loads(done.stdout) == [
+        ["1"], ["7"], ["11"], ["12"], [], everything, ["12"], ["false", "1 of 13 rows"],
+    ]  # fmt: skip

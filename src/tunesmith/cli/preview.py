@@ -157,7 +157,9 @@ def _write_page(
         assert result is not None
         shown.append(ShownRow(row.origin, row.values, result, stops, turns_of(row.values)))
     more = next(prepared, None) is not None
-    text = preview_page(shown, template, ledger=ledger, settings=_settings(recipe), more=more)
+    text = preview_page(
+        shown, template, ledger=ledger, settings=_settings(recipe, template), more=more
+    )
     write_text(path, text)
     first = "the first " if more else ""
     print(f"{first}{len(shown):,} rows are shown in {path}", file=sys.stderr)
@@ -166,12 +168,12 @@ def _write_page(
         raise refusal
 
 
-def _settings(recipe: Recipe) -> dict[str, str]:
+def _settings(recipe: Recipe, template: Template) -> dict[str, str]:
     section = recipe.data
     return {
         "model": recipe.model.name,
         "data": ", ".join(source.path for source in section.train),
-        "template": section.template or "the model's own",
+        "template": " ".join([template.name, *(f"{k}={v}" for k, v in template.kwargs.items())]),
         "train_on": str(section.train_on),
         "max_length": str(section.max_length),
         "too_long": section.too_long,

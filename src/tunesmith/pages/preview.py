@@ -56,7 +56,10 @@ def preview_page(
         items.append(_row(row, number, texts))
     body = "".join(_head(ledger, settings, seen, more=more))
     listed = f'<main><ol id="rows" aria-label="rows">{"".join(items)}</ol></main>'
-    status = '<div id="token" role="status" aria-live="off">Point at a token to see its id.</div>'
+    status = (
+        '<div id="token" role="status" aria-live="polite">'
+        "Point at a token, or go to it with the arrow keys, to see its id.</div>"
+    )
     return page("What will be learned", body + listed + status, style=STYLE, script=SCRIPT)
 
 

@@ -30,6 +30,8 @@ line-height:1.5}
 .tokens .w2{background:rgb(var(--learn)/.18)}
 .tokens .w3{background:rgb(var(--learn)/.28)}
 .tokens .w5{background:rgb(var(--heavy)/.42)}
+.tokens .at{outline:2px solid var(--mark)}
+body{padding-bottom:3rem}
 .tokens .sp{text-decoration:underline dotted}
 .tokens s{text-decoration:none;opacity:.5}
 .tokens b[data-weight]::before{content:"×" attr(data-weight) " ";font-size:.7em;opacity:.8}
@@ -96,18 +98,37 @@ SCRIPT = """
     }
   });
   const line = document.getElementById('token');
-  document.addEventListener('mouseover', function (event) {
-    const cell = event.target.closest && event.target.closest('.tokens[data-ids] > i, .tokens > b');
-    if (!cell || !cell.parentNode.dataset.ids) return;
-    const home = cell.parentNode;
-    const cells = Array.from(home.children).filter((item) => item.tagName !== 'SPAN');
-    const number = cells.indexOf(cell);
+  function cellsOf(home) {
+    return Array.from(home.children).filter((item) => item.tagName !== 'SPAN');
+  }
+  function tell(home, number) {
+    const cell = cellsOf(home)[number];
     const sizes = home.dataset.sizes ? home.dataset.sizes.split(' ').map(Number) : null;
     const first = sizes ? sizes.slice(0, number).reduce((a, b) => a + b, 0) : number;
     const ids = home.dataset.ids.split(' ').slice(first, first + (sizes ? sizes[number] : 1));
     const learned = cell.tagName === 'B';
     const weight = learned ? 'learned, weight ' + (cell.dataset.weight || '1') : 'context';
-    line.textContent = 'token ' + first + ' of its segment, id ' + ids.join(' ') + ', ' + weight;
+    const shown = cell.textContent === ' ' ? 'space' : cell.textContent;
+    line.textContent =
+      'token ' + first + ' of its segment: ' + shown + ' (id ' + ids.join(' ') + '), ' + weight;
+  }
+  document.addEventListener('mouseover', function (event) {
+    const cell = event.target.closest && event.target.closest('.tokens > i, .tokens > b');
+    if (cell && cell.parentNode.dataset.ids) {
+      tell(cell.parentNode, cellsOf(cell.parentNode).indexOf(cell));
+    }
+  });
+  document.addEventListener('keydown', function (event) {
+    const home = document.activeElement;
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (!step || !home || !home.dataset || !home.dataset.ids) return;
+    event.preventDefault();
+    const cells = cellsOf(home);
+    const old = cells.findIndex((cell) => cell.classList.contains('at'));
+    const number = Math.min(Math.max(old + step, 0), cells.length - 1);
+    if (old >= 0) cells[old].classList.remove('at');
+    cells[number].classList.add('at');
+    tell(home, number);
   });
   function openTarget() {
     const row = location.hash && document.getElementById(location.hash.slice(1));

@@ -130,7 +130,10 @@ def _segment(
     ids = " ".join(str(token) for token in segment.ids.tolist())
     sizes = " ".join(str(size) for size, _ in cells) if len(cells) < len(segment.ids) else ""
     sizes = f' data-sizes="{sizes}"' if sizes else ""
-    return f'<div class="tokens" data-ids="{ids}"{sizes}>{"".join(parts)}</div>', spoken
+    return (
+        f'<div class="tokens" tabindex="0" data-ids="{ids}"{sizes}>{"".join(parts)}</div>',
+        spoken,
+    )
 
 
 def _cell(shown: str, weight: float | None, special: bool) -> str:
