@@ -70,19 +70,11 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-SHARING = pytest.mark.xfail(
-    strict=True,
-    reason="a shared prefix rounds the sum of its gradients once, unshared rows round each; in a "
-    "shallow model with random weights that is more than a quarter of the precision's own noise",
-)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    ["packed", pytest.param("shared", marks=SHARING), pytest.param("cut", marks=SHARING)],
-)
-def test_layouts_differ_by_a_quarter_of_the_noise_at_most(layout: str, family: str) -> None:
-    noise, difference = measure(layout, family)
+def test_packing_moves_the_gradient_by_a_quarter_of_the_noise_at_most(family: str) -> None:
+    """A shared prefix is not held to this: it rounds the sum of its gradients once where unshared
+    rows round each, so the distance is the rows' own noise; the next test bounds it.
+    """
+    noise, difference = measure("packed", family)
     assert difference <= min(noise) / 4
 
 

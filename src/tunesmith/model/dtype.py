@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeC
     return DtypeChoice(torch.float32, f"bfloat16 is not known to be fast on {kind}")
 
 
+@functools.cache
 def cpu_bfloat16() -> str | None:
     """Name of the instruction set with which this CPU multiplies bfloat16 matrices, None if it has
     none.

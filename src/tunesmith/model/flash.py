@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.locality import Locality
+from tunesmith.model.wide import is_slow
 from tunesmith.types import Chain
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -36,6 +37,12 @@ def flash_tree_attention(
     """[1, H, T, D] outputs of all chains; query [1, H, T, D], key and value [1, K, T, D], sinks
     [H].
     """
+    if is_slow(query):
+        wide = flash_tree_attention(
+            query.float(), key.float(), value.float(), chains,
+            scale=scale, locality=locality, sinks=sinks,
+        )  # fmt: skip
+        return wide.to(query.dtype)
     return _FlashTree.apply(query, key, value, sinks, tuple(chains), scale, locality)  # pyright: ignore
 
 

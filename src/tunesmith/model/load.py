@@ -16,6 +16,7 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import ModelSource, read_json, resolve_model
+from tunesmith.model.wide import restore_linear_maps, widen_linear_maps
 
 __all__ = [
     "DtypeChoice",
@@ -71,7 +72,9 @@ def load_causal_lm(
     base = model
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
+        from tunesmith.model.vocabulary import make_room_for_adapter
 
+        make_room_for_adapter(model, source.adapter_folder)
         model = load_adapter(model, source.adapter_folder)
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
@@ -125,6 +128,7 @@ def settings_kept(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        restore_linear_maps(model)
         base.set_attn_implementation(native)
         config.use_cache = cache
         model.train(training)
@@ -133,6 +137,8 @@ def settings_kept(model: Any) -> Iterator[None]:
 def _finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
     causal_lm.notes = notes
     causal_lm.base.config.use_cache = False
+    if widen_linear_maps(causal_lm):
+        notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
     if isolated:
         causal_lm.isolated = True
         notes.append(

@@ -20,7 +20,7 @@ from tunesmith.model.logits import LogitTransform
 from tunesmith.model.source import ModelSource
 
 _GIB = 2**30
-_MICRO_TOKENS = {"cpu": (512, 4096), "other": (1024, 32768)}  # least and most, by kind of device
+_MICRO_TOKENS = {"cpu": (512, 1024), "other": (1024, 32768)}  # least and most, by kind of device
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def choose_micro_tokens(
     of the data.
 
     Half of the room is used. Checkpointing is taken only where the longest path would not fit
-    without it. A CPU gains nothing from more than a few thousand tokens at a time: its caches are
+    without it. A CPU gains nothing from more than a thousand tokens at a time: its caches are
     small.
     """
     kind = "cpu" if torch.device(device).type == "cpu" else "other"
