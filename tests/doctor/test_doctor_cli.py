@@ -146,3 +146,14 @@ def test_a_terminal_gets_colours_and_lines_that_fit(
 def test_every_check_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs/doctor.md").read_text(encoding="utf-8")
     assert [name for name in CHECKS if f"| `{name}` |" not in text] == []
+
+
+def test_steps_are_those_of_the_mixture(model: str, tmp_path: Path, capsys: Capture) -> None:
+    paths = [str(write_jsonl(tmp_path / f"{name}.jsonl", rows())) for name in "ab"]
+    recipe = tmp_path / "recipe.yaml"
+    train = [{"path": paths[0], "epochs": 3}, {"path": paths[1]}]
+    recipe.write_text(json.dumps({"model": model, "data": {"train": train}}))
+    assert run(["doctor", str(recipe), "batch.documents=10", "train.epochs=1", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    assert summary["sources"] == dict.fromkeys(paths, 60)
+    assert (summary["steps_per_epoch"], summary["total_steps"]) == (24, 24)

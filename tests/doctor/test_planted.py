@@ -13,7 +13,7 @@ from tunesmith.config.read import read_recipe
 from tunesmith.data.template import load_template
 from tunesmith.doctor.catalogue import CHECKS
 from tunesmith.doctor.corpus import Corpus, Setup
-from tunesmith.doctor.examine import read_corpus, read_setup, step_order
+from tunesmith.doctor.examine import plan_order, read_corpus, read_setup
 
 ELSEWHERE = {
     "common-opening", "generation-stops", "no-chat-template", "other-faults", "outside-vocabulary",
@@ -42,7 +42,7 @@ def patient(folder: Path, rows: Planted) -> Patient:
     recipe = read_recipe({"model": str(model), "data": data})
     template = load_template(model)
     corpus = read_corpus(recipe, template)
-    return Patient(corpus, read_setup(recipe, template, step_order(recipe, corpus)), folder)
+    return Patient(corpus, read_setup(recipe, template, plan_order(recipe, corpus)), folder)
 
 
 @pytest.fixture(scope="module")

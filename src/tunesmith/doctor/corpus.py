@@ -22,6 +22,7 @@ class Case:
 
     `example` is None where the row has no readable shape; `fault` says why it can't be learned.
     `length` counts the tokens of its longest path, without a limit; 0 where there is a fault.
+    `section` numbers its source in the recipe.
     """
 
     origin: Origin
@@ -31,6 +32,7 @@ class Case:
     fault: Fault | None = None
     length: int = 0
     over_long: bool = False
+    section: int = 0
 
     @property
     def messages(self) -> tuple[Message, ...]:

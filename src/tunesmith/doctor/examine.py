@@ -22,6 +22,7 @@ from tunesmith.doctor.outcome import Finding
 from tunesmith.doctor.summary import summarize
 from tunesmith.errors import ModelError
 from tunesmith.model.source import resolve_model
+from tunesmith.train.assemble.order import step_order
 from tunesmith.train.sources import choose_held_out, make_sources
 
 
@@ -46,7 +47,7 @@ def diagnose(
         InputError: the recipe's data or model can't be read at all.
     """
     corpus = read_corpus(recipe, template, folders=folders, rows=rows)
-    order = step_order(recipe, corpus)
+    order = plan_order(recipe, corpus)
     setup = read_setup(recipe, template, order)
     return Diagnosis(summarize(corpus, setup, order), run_checks(corpus, setup))
 
@@ -83,15 +84,18 @@ def read_cases(
     """Every row as a case, with its values; rendered without a limit, then within the recipe's."""
     data = recipe.data
     limit = template.context_length if data.max_length == "auto" else data.max_length
-    formats = {source.name: source.format for source in sources}
+    given = {source.name: source for source in sources}
     for row in iter_prepared(sources, template, train_on=data.train_on, max_length=None):
-        example = _example(row, formats[row.origin.source], template)
+        source = given[row.origin.source]
+        example = _example(row, source.format, template)
         if isinstance(row.result, Fault) or row.result is None:
-            yield Case(row.origin, example, fault=row.result), row.values
+            yield Case(row.origin, example, fault=row.result, section=source.section), row.values
             continue
         document = row.result.document
         length = document.longest_path if document is not None else row.result.tokens
-        case = Case(row.origin, example, document, row.result, length=length)
+        case = Case(
+            row.origin, example, document, row.result, length=length, section=source.section
+        )
         if document is not None and limit is not None and length > limit and example is not None:
             case = _within(case, example, template, recipe, limit)
         yield case, row.values
@@ -113,22 +117,21 @@ def _within(case: Case, example: Example, template: Template, recipe: Recipe, li
     return replace(case, rendered=kept, over_long=True)
 
 
-def step_order(recipe: Recipe, corpus: Corpus) -> StepOrder | None:
-    """The order of the steps over what is trained on; None where nothing is."""
-    lengths = [
-        case.rendered.document.tokens
+def plan_order(recipe: Recipe, corpus: Corpus) -> StepOrder | None:
+    """The order of the steps over what is trained on; None where nothing is.
+
+    Raises:
+        DataError: the sources can't be mixed as asked.
+    """
+    kept = [
+        (case.rendered.document.tokens, case.section)
         for case in corpus.train
         if case.rendered is not None and case.rendered.document is not None
     ]
-    if not lengths:
+    if not kept:
         return None
-    return StepOrder(
-        lengths,
-        documents=None if recipe.batch.tokens else recipe.batch.documents,
-        tokens=recipe.batch.tokens,
-        seed=recipe.train.seed,
-        shuffle=recipe.data.shuffle,
-    )
+    lengths, sections = zip(*kept, strict=True)
+    return step_order(recipe, recipe.data.train, lengths=lengths, sections=sections)
 
 
 def _example(row: PreparedRow, format: str, template: Template) -> Example | None:
@@ -183,11 +186,16 @@ def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> S
         max_length=template.context_length if data.max_length == "auto" else data.max_length,
         too_long=data.too_long,
         bad_rows=data.bad_rows,
-        vocabulary=size if isinstance(size, int) else None,
+        vocabulary=_with_added(size, template) if isinstance(size, int) else None,
         stops_named=_stops(_object(folder / "generation_config.json"), config),
         own_jinja=own.jinja if own.has_chat_template else None,
         total_steps=steps,
     )
+
+
+def _with_added(size: int, template: Template) -> int:
+    """Embeddings of the model once it has those of the tokens its template adds."""
+    return max([size, *(token.id + 1 for token in template.added)])
 
 
 def _stops(generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int] | None:
