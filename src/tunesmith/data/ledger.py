@@ -71,6 +71,7 @@ class Ledger:
         self.sources: dict[str, Totals] = {}
         self.reasons: dict[str, dict[str, Reason]] = {}
         self.holdout: dict[str, Any] | None = None
+        self.plan: dict[str, Any] | None = None  # how often the run sees each source
 
     @property
     def totals(self) -> Totals:
@@ -148,9 +149,10 @@ class Ledger:
                 raise LedgerError(f"ledger of {name}: {reasons} reasons are too few for its rows")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`."""
+        """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`, `plan`."""
         return {
             "holdout": self.holdout,
+            "plan": self.plan,
             "totals": asdict(self.totals),
             "sources": {name: asdict(counts) for name, counts in self.sources.items()},
             "reasons": {
@@ -164,6 +166,7 @@ class Ledger:
         """The ledger that `to_dict` wrote."""
         ledger = cls()
         ledger.holdout = values["holdout"]
+        ledger.plan = values.get("plan")
         ledger.sources = {name: Totals(**counts) for name, counts in values["sources"].items()}
         ledger.reasons = {
             name: {reason: Reason(**entry) for reason, entry in reasons.items()}

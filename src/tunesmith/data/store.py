@@ -104,6 +104,11 @@ class Documents(Sequence[Document]):
         return self._columns.names
 
     @property
+    def sources(self) -> IntArray:
+        """For each document the place of its source in `names`."""
+        return self._columns.documents["source"]
+
+    @property
     def tokens(self) -> IntArray:
         """Tokens of each document."""
         return self._columns.documents["tokens"]
@@ -227,6 +232,15 @@ def _mapped(path: Path, kind: np.dtype[Any]) -> Records:
         if path.stat().st_size == 0:
             return np.empty(0, kind)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kind)
+
+
+def source_numbers(documents: Sequence[Document]) -> tuple[tuple[str, ...], IntArray]:
+    """Names of the sources, and for each document the place of its own among them."""
+    if isinstance(documents, Documents):
+        return documents.names, documents.sources
+    names: dict[str, int] = {}
+    numbers = [names.setdefault(one.origin.source, len(names)) for one in documents]
+    return tuple(names), np.array(numbers, np.int32)
 
 
 def token_counts(documents: Sequence[Document]) -> IntArray:

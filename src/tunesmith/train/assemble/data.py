@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.cache import default_cache_folder
 from tunesmith.data.sources import Source
 from tunesmith.data.template import Template, load_template, wrap_tokenizer
 from tunesmith.errors import InputError, ModelError
@@ -53,15 +52,14 @@ def resolve_max_length(recipe: Recipe, template: Template) -> int:
     return template.context_length
 
 
-def make_order(recipe: Recipe, prepared: Prepared) -> StepOrder:
-    """Which documents each step learns from."""
-    return StepOrder(
-        [document.tokens for document in prepared.documents],
-        documents=None if recipe.batch.tokens else recipe.batch.documents,
-        tokens=recipe.batch.tokens,
-        seed=recipe.train.seed,
-        shuffle=recipe.data.shuffle,
-    )
+def preparation(recipe: Recipe) -> dict[str, Any]:
+    """Where prepared documents are kept, and how many processes prepare them."""
+    cache, processes = recipe.device.cache, recipe.device.prepare_processes
+    folder = default_cache_folder() if cache is True else cache
+    return {
+        "cache": Path(folder).expanduser() if folder else None,
+        "processes": None if processes == "auto" else processes,
+    }
 
 
 def data_sources(

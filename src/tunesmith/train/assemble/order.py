@@ -1,0 +1,168 @@
+"""The order of the documents, and how often that shows the run each source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.config.schema import Holdout, Recipe, SourceSection
+from tunesmith.data.loader import StepOrder
+from tunesmith.data.mixture import Portion, mix
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.sources import Source
+from tunesmith.data.store import source_numbers, token_counts
+from tunesmith.train.sources import is_mixture
+from tunesmith.types import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Which documents each step learns from, how many steps there are, and what to say of them."""
+
+    order: StepOrder
+    total: int
+    notes: list[str]
+
+
+def plan_steps(recipe: Recipe, prepared: Prepared, sources: Sequence[Source]) -> Steps:
+    """The steps of a run over prepared documents; the plan is entered in their ledger."""
+    lengths = token_counts(prepared.documents)
+    names, numbers = source_numbers(prepared.documents)
+    section_of = {source.name: source.section for source in sources}
+    sections = np.array([section_of[name] for name in names], np.int32)[numbers]
+    written = recipe.data.train if any(source.path for source in sources) else []
+    order = step_order(recipe, written, lengths=lengths, sections=sections)
+    total = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
+    plan = _plan(written, order.visits(total), lengths=lengths, sections=sections)
+    if any(section.weight is not None for section in written):
+        plan.update(mix_by=recipe.data.mix_by, mix_stop=recipe.data.mix_stop)
+    plan["steps"] = total
+    for entry, number in zip(plan["sources"], np.unique(sections), strict=True):
+        inside = [source for source in sources if source.section == number]
+        entry["files"] = len(inside)
+        entry["commit"] = inside[0].commit
+        if entry["source"] is None:
+            entry["source"] = inside[0].name
+    prepared.ledger.plan = plan
+    return Steps(order, total, [plan_line(plan)] if is_mixture(written) else [])
+
+
+def step_order(
+    recipe: Recipe,
+    written: Sequence[SourceSection],
+    *,
+    lengths: Sequence[int] | IntArray,
+    sections: Sequence[int] | IntArray,
+) -> StepOrder:
+    """The order of documents with `lengths` tokens, each from the source of `written` that
+    `sections` numbers.
+
+    Raises:
+        DataError: the sources can't be mixed as asked.
+    """
+    seed, shuffle = recipe.train.seed, recipe.data.shuffle
+    mixture = None
+    if is_mixture(written):
+        tokens = np.asarray(lengths, np.int64)
+        portions: list[Portion] = []
+        for number, section in enumerate(written):
+            documents = np.flatnonzero(np.asarray(sections) == number).astype(np.int32)
+            portions.append(
+                Portion(
+                    label(section),
+                    documents,
+                    tokens=int(tokens[documents].sum()),
+                    weight=section.weight,
+                    epochs=section.epochs or 1.0,
+                )
+            )
+        data = recipe.data
+        mixture = mix(portions, by=data.mix_by, stop=data.mix_stop, seed=seed, shuffle=shuffle)
+    return StepOrder(
+        lengths,
+        documents=None if recipe.batch.tokens else recipe.batch.documents,
+        tokens=recipe.batch.tokens,
+        seed=seed,
+        shuffle=shuffle,
+        mixture=mixture,
+    )
+
+
+def label(section: SourceSection) -> str:
+    """A source as the user knows it: its path, with subset and split where they are given."""
+    chosen = [part for part in (section.subset, section.split) if part is not None]
+    return f"{section.path} ({', '.join(chosen)})" if chosen else section.path
+
+
+def _plan(
+    written: Sequence[SourceSection],
+    visits: NDArray[np.int64],
+    *,
+    lengths: IntArray,
+    sections: IntArray,
+) -> dict[str, Any]:
+    """How often the run sees each source of the recipe, in documents and tokens."""
+    tokens = np.asarray(lengths, np.int64)
+    entries: list[dict[str, Any]] = []
+    for number in np.unique(sections).tolist():
+        mine = np.flatnonzero(np.asarray(sections) == number)
+        section = written[number] if written else None
+        seen = visits[mine]
+        entries.append(
+            {
+                "source": label(section) if section else None,
+                "weight": section.weight if section else None,
+                "documents": len(mine),
+                "tokens": int(tokens[mine].sum()),
+                "visits": int(seen.sum()),
+                "passes": round(int(seen.sum()) / len(mine), 6),
+                "never_seen": int((seen == 0).sum()),
+                "share_of_documents": round(int(seen.sum()) / max(1, int(visits.sum())), 6),
+                "share_of_tokens": round(
+                    int((seen * tokens[mine]).sum()) / max(1, int((visits * tokens).sum())), 6
+                ),
+            }
+        )
+    return {"sources": entries}
+
+
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """The mixture in one line: for each source its share, its passes, and what is left out."""
+    what = "tokens" if plan.get("mix_by") == "tokens" else "documents"
+    parts: list[str] = []
+    for entry in plan["sources"]:
+        missing = f", {entry['never_seen']:,} never" if entry["never_seen"] else ""
+        parts.append(
+            f"{entry['source']} {entry[f'share_of_{what}']:.1%} of {what}, "
+            f"seen {entry['passes']:.3g} times{missing}"
+        )
+    return f"mix: {'; '.join(parts)}"
+
+
+def pin(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    held_out: Mapping[str, Sequence[Source]] | Holdout | None,
+) -> Recipe:
+    """The recipe with the commit of each hub data set as its revision."""
+    changes: dict[str, Any] = {}
+    if any(source.commit for source in sources):
+        changes["train"] = _pinned(recipe.data.train, sources)
+    if isinstance(held_out, Mapping) and isinstance(recipe.data.eval, dict):
+        changes["eval"] = {
+            name: _pinned(sections, held_out[name]) for name, sections in recipe.data.eval.items()
+        }
+    data = recipe.data.model_copy(update=changes)
+    return recipe.model_copy(update={"data": data})
+
+
+def _pinned(sections: Sequence[SourceSection], sources: Sequence[Source]) -> list[SourceSection]:
+    commits = {source.section: source.commit for source in sources if source.commit is not None}
+    return [
+        section.model_copy(update={"revision": commits[number]}) if number in commits else section
+        for number, section in enumerate(sections)
+    ]
