@@ -211,7 +211,10 @@ def _run(
         check_data(path, job)
     else:
         _write_start(path, asked, job)
-    return _train_and_export(folder, job, progress=progress)
+    try:
+        return _train_and_export(folder, job, progress=progress)
+    finally:
+        job.loss.close()  # the model may be the caller's own
 
 
 def _needed(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> list[Path]:

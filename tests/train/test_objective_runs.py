@@ -214,6 +214,33 @@ def test_router_loss_changes_experts_and_is_refused_elsewhere(start) -> None:
         start("objective.router_aux=0.5")
 
 
+def test_a_given_model_is_given_back_without_hooks(given: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(given / "mixtral")
+    train(
+        model=model, tokenizer=AutoTokenizer.from_pretrained(given / "mixtral"),
+        data=str(given / "rows.jsonl"), out=tmp_path / "run", progress=False,
+        overrides=[*BASE, "train.steps=1", "objective.neftune=1", "objective.router_aux=0.1"],
+    )  # fmt: skip
+    hooked = [m for m in model.modules() if m._forward_hooks and "Router" in type(m).__name__]
+    assert not model.get_input_embeddings()._forward_hooks
+    assert not [m for m in hooked if any("_keep" in str(h) for h in m._forward_hooks.values())]
+
+
+def test_an_adapter_that_changed_its_base_is_refused_an_anchor(start) -> None:
+    with pytest.raises(RecipeError, match="changes the weights below it"):
+        start("adapter=pissa", "objective.kl=0.1")
+
+
+def test_an_anchor_under_checkpointing_and_in_bfloat16(start) -> None:
+    plain = start("objective=asft")
+    again = start("objective=asft", "device.gradient_checkpointing=true")
+    assert distance(again, plain) < 1e-5
+    low = start("objective=asft", "model.dtype=bfloat16")
+    assert low.column("kl")[0] == pytest.approx(0, abs=1e-4)
+
+
 OWN = '''
 import torch
 

@@ -21,7 +21,12 @@ class EmbeddingNoise:
     def __init__(self, causal_lm: CausalLM, alpha: float) -> None:
         self.alpha = alpha
         self._lengths: Tensor | None = None
-        causal_lm.base.get_input_embeddings().register_forward_hook(self._add)
+        embeddings = causal_lm.base.get_input_embeddings()
+        self._hook = embeddings.register_forward_hook(self._add)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
 
     @contextmanager
     def over(self, lengths: Tensor) -> Iterator[None]:

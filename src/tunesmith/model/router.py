@@ -42,8 +42,12 @@ class Routers:
         self.top_k = next(int(value) for value in names if value)
         self._index = int(getattr(recorder, "index", 0) or 0)
         self._logits: list[Tensor] | None = None
-        for module in found:
-            module.register_forward_hook(self._keep)
+        self._hooks = [module.register_forward_hook(self._keep) for module in found]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:

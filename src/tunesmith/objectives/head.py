@@ -177,6 +177,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_weight = _plus_product(grad_weight, grad, hidden[part], dtype)
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=dtype)
+            del raw, grad  # before the next chunk's are made
         if need_weight and grad_weight is None:
             grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -154,6 +154,13 @@ class StepLoss:
         if self.outer is not None:
             self.outer.restore(tensors)
 
+    def close(self) -> None:
+        """Leave the model as it was; nothing is asked for after this."""
+        if self.noise is not None:
+            self.noise.remove()
+        if self.balance is not None:
+            self.balance.routers.remove()
+
     def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
         if self.outer is None or self.outer.empty or self.step < self.outer.first:
             return None

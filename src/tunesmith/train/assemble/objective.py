@@ -62,7 +62,10 @@ def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]
     parts = [f"objective: {section.name}", *(f"{key} {value:g}" for key, value in given.items())]
     text = ", ".join(parts)
     if loss.base is not None:
-        base = "a frozen copy" if loss.base.frozen else "the model without its adapter"
+        base = "the model without its adapter"
+        if loss.base.frozen is not None:
+            held = sum(p.numel() * p.element_size() for p in loss.base.frozen.parameters())
+            base = f"a frozen copy of the model, {held / 2**30:.2f} GiB"
         text += f"; the base is {base}"
     if noisy_objective(recipe):
         state = "shared, as asked" if shared else "not shared"
