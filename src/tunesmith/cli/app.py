@@ -43,6 +43,7 @@ COMMANDS = {
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),
     "chat": Command("chat", "chat", AFTER, "Talk with a model or the result of a run."),
     "generate": Command("generate", "generate", AFTER, "Answer prompts of a file in batches."),
+    "merge": Command("merge", "merge", AFTER, "Merge adapters into their base."),
     "schema": Command("schema", "schema", TOOLS, "Print the JSON schema of the recipe."),
 }
 

@@ -114,6 +114,8 @@ def _fill(
     if template.added:
         config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
     written = write_weights(model.base, folder, dtype=dtype)
+    if model.untied:
+        config = {**config, "tie_word_embeddings": False}
     quantized = bool(getattr(model.base, "is_quantized", False))
     _update(config_path, readers.complete_config(config, dtype=written, quantized=quantized))
 

@@ -32,6 +32,7 @@ class CausalLM(nn.Module):
         self.native_attention = native_attention
         self.isolated = False
         self.notes: list[str] = []
+        self.untied = False  # head and embedding differ since an adapter of one was merged
         self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
         self.new_rows: tuple[int, ...] = ()  # of tokens that the tokenizer got for its template
 
