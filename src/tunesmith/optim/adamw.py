@@ -138,13 +138,10 @@ class AdamW:
             self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
 
     def zero_grad(self) -> None:
-        """Set gradients to zero in the memory they have: fresh buffers would cost a page fault for
-        every page.
-        """
+        """Give the gradients' memory to the next forward pass, which runs before there are any."""
         self._clip = 1.0
         for slot in self._slots.values():
-            if slot.parameter.grad is not None:
-                slot.parameter.grad.detach_().zero_()
+            slot.parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as float32 tensors `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and
