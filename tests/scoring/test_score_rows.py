@@ -45,15 +45,15 @@ class Oracle:
         logits = self.model(torch.tensor([before + after])).logits[0].double()
         return torch.log_softmax(logits[len(before) - 1 : -1], -1)
 
-    def answers(self, messages: list[dict]) -> list[tuple[list[int], list[int]]]:
-        """(prompt, answer with its stop token) of each assistant turn."""
+    def answers(self, messages: list[dict], thought: str = "") -> list[tuple[list[int], list[int]]]:
+        """(prompt, `thought` and answer with its stop token) of each assistant turn."""
         found = []
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self.tokenizer.apply_chat_template(
                     messages[:at], tokenize=False, add_generation_prompt=True
                 )
-                answer = [*self.ids(message["content"]), self.tokenizer.eos_token_id]
+                answer = [*self.ids(thought + message["content"]), self.tokenizer.eos_token_id]
                 found.append((self.ids(prompt), answer))
         return found
 
@@ -87,7 +87,10 @@ class Oracle:
 
 def check(row: dict, expected: dict[str, float]) -> None:
     for name, value in expected.items():
-        assert row[name] == pytest.approx(value, rel=1e-5), name
+        rel = 1e-5
+        if name == "perplexity" or name.startswith("inverse_p"):
+            rel *= max(1.0, math.log(value))  # what 1e-5 of the loss makes of its exponential
+        assert row[name] == pytest.approx(value, rel=rel), name
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -196,3 +199,54 @@ def test_wrong_use_is_refused(llama_folder, chats, tmp_path, capsys):
     assert run([*words, "--out", str(there)]) == 2
     assert there.read_text() == "mine"
     assert capsys.readouterr().err.count("error:") == 4
+
+
+def test_history_that_the_template_rewrites(tmp_path: Path):
+    thinking = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+        "loop.last %}add {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = tiny_folder(tmp_path / "model", template=thinking)
+    rows = chat_rows(3)
+    oracle = Oracle(model)
+    for row, given in zip(scored(model, rows, tmp_path), rows, strict=True):
+        answers = oracle.answers(given["messages"], "add ")
+        check(row, oracle.expected(answers, oracle.ids(HEADER)))
+
+
+def test_a_recipe_and_a_run_bring_their_settings(llama_folder, tmp_path, capsys):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    rows = [{"q": "What is 1 plus 2?", "a": "three"}, {"q": "Say yes.", "a": "yes"}]
+    write_jsonl(folder / "data.jsonl", rows)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: {llama_folder}, dtype: float32}}\n"
+        "data: {train: data.jsonl, columns: {prompt: q, completion: a}}\n"
+    )
+    out = tmp_path / "scores.parquet"
+    assert run(["score", str(recipe), "--out", str(out), "--json", "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1
+    (row,) = pyarrow.parquet.read_table(out).to_pylist()
+    oracle = Oracle(llama_folder)
+    turns = [{"role": "user", "content": rows[0]["q"]}, {"role": "assistant", "content": "three"}]
+    check(row, oracle.expected(oracle.answers(turns), oracle.ids(HEADER)))
+    (llama_folder / "tunesmith.json").write_text('{"template": "none", "template_kwargs": {}}')
+    assert run(["score", str(recipe), "--out", str(out), "--overwrite"]) == 0
+    first = pyarrow.parquet.read_table(out).to_pylist()[0]
+    raw = [*oracle.ids("three"), oracle.tokenizer.eos_token_id]
+    assert first["target_tokens"] == len(raw)
+    logp = oracle.logprobs(oracle.ids(rows[0]["q"]), raw).gather(1, torch.tensor(raw)[:, None])
+    assert first["loss"] == pytest.approx(float(-logp.mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_smollm2_scores_as_in_plain_transformers(smollm2, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in [("What is the capital of France?", "Paris."), ("Add 2 and 3.", "2 + 3 = 5")]
+    ]
+    oracle = Oracle(smollm2)
+    for row, given in zip(scored(smollm2, rows, tmp_path), rows, strict=True):
+        check(row, oracle.expected(oracle.answers(given["messages"]), oracle.ids(HEADER)))

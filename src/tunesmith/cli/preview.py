@@ -155,7 +155,8 @@ def _write_page(
             refused += stops
             result = _dropped(result)
         assert result is not None
-        shown.append(ShownRow(row.origin, row.values, result, stops, turns_of(row.values)))
+        turns = turns_of(row.values, templated=template.has_chat_template)
+        shown.append(ShownRow(row.origin, row.values, result, stops, turns))
     more = next(prepared, None) is not None
     text = preview_page(
         shown, template, ledger=ledger, settings=_settings(recipe, template), more=more

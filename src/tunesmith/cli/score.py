@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from tunesmith.data.prepare import Prepared
     from tunesmith.data.sources import Source
     from tunesmith.scoring.table import ScoredSource
+
+SECONDS = 10
+"""Between two words on how far the scoring is."""
 
 
 def score(
@@ -172,13 +175,15 @@ def _about(session: Session) -> dict[str, Any]:
     }
 
 
-def _counter(total: int) -> Any:
-    done = 0
+def _counter(total: int) -> Callable[[int], None]:
+    """Says how far the scoring is, now and then."""
+    done, told = 0, time.monotonic()
 
     def note(rows: int) -> None:
-        nonlocal done
+        nonlocal done, told
         done += rows
-        if total > rows or sys.stderr.isatty():
+        if time.monotonic() - told >= SECONDS:
+            told = time.monotonic()
             tell(f"scored {done:,} of {total:,} rows")
 
     return note

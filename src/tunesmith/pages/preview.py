@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.conversation import Chat, detect_format, to_example
+from tunesmith.data.faults import RowError
 from tunesmith.data.ledger import Ledger
 from tunesmith.pages.html import page, table, text
 from tunesmith.pages.preview_style import SCRIPT, STYLE
@@ -49,7 +51,7 @@ def preview_page(
     `more`: the data has rows that are not shown.
     """
     texts = TokenTexts(template)
-    seen = dict.fromkeys(STATUSES, 0)
+    seen: dict[str, int] = dict.fromkeys(STATUSES, 0)
     items: list[str] = []
     for number, row in enumerate(rows):
         seen[row.status] += 1
@@ -63,27 +65,18 @@ def preview_page(
     return page("What will be learned", body + listed + status, style=STYLE, script=SCRIPT)
 
 
-def turns_of(values: Mapping[str, Any] | None) -> list[TurnText]:
-    """Role and text of each message of a row of messages, or of prompt and completion."""
-    if values is None:
+def turns_of(values: Mapping[str, Any] | None, *, templated: bool) -> list[TurnText]:
+    """Role and text of each message of a row that is a chat, or becomes one."""
+    kind = None if values is None else detect_format(values)
+    if values is None or kind is None:
         return []
-    prompt, completion = values.get("prompt"), values.get("completion")
-    if values.get("messages") is not None:
-        messages: Any = values["messages"]
-    elif isinstance(prompt, str) and isinstance(completion, str):
-        return [TurnText("user", prompt.strip()), TurnText("assistant", completion.strip())]
-    else:
-        messages = [*(prompt or []), *(completion or [])] if isinstance(prompt, list) else []
-    if not isinstance(messages, list | tuple):
+    try:
+        example = to_example(values, format=kind, templated=templated)
+    except RowError:
         return []
-    return [_turn(message) for message in messages]
-
-
-def _turn(message: Any) -> TurnText:
-    given: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
-    content = given.get("content")
-    said = content.strip() if isinstance(content, str) else ""
-    return TurnText(str(given.get("role", "?")), said)
+    if not isinstance(example, Chat):
+        return []
+    return [TurnText(turn.role, (turn.content or "").strip()) for turn in example.messages]
 
 
 def _head(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,13 +71,12 @@ def score_rows(
     `everything`: whole texts are learned (`train_on: all`), so no row has a prompt.
     """
     headers = answer_headers(template)
-    scored: dict[tuple[str, int], tuple[Document, Targets, float | None, float | None]] = {}
+    outcomes = _outcomes(prepared)
+    scored: dict[tuple[str, int], RowScore] = {}
     documents = prepared.documents
     options: dict[str, Any] = {"micro_tokens": micro_tokens, "device": device}
     for start in range(0, len(documents), _TOGETHER):
-        group = [
-            documents[number] for number in range(start, min(start + _TOGETHER, len(documents)))
-        ]
+        group = [documents[at] for at in range(start, min(start + _TOGETHER, len(documents)))]
         alone = [
             None
             if everything or prepared.formats.get(document.origin.source) == "text"
@@ -86,17 +85,16 @@ def score_rows(
         ]
         roots = [found.document for found in alone if found is not None]
         apart = measure_targets(model, roots, **options)
-        for document, without, targets in zip(
-            group, alone, measure_targets(model, group, **options), strict=True
-        ):
+        together = measure_targets(model, group, **options)
+        for document, without, targets in zip(group, alone, together, strict=True):
             key = (document.origin.source, document.origin.row)
-            difficulty = (None, None) if without is None else _ifd(targets, without, next(apart))
-            scored[key] = (document, targets, *difficulty)
-        if tell is not None:
-            tell(len(group))
+            loss, ifd = (None, None) if without is None else _ifd(targets, without, next(apart))
+            found = _score(document, outcomes.get(key), targets)
+            scored[key] = replace(found, loss_alone=loss, ifd=ifd)
+            if tell is not None:
+                tell(1)
     return [
-        _score(source, row, reason, scored.get((source, row)))
-        for source, row, reason in _outcomes(prepared)
+        scored.get(key) or RowScore(*key, "dropped", reason, 0) for key, reason in outcomes.items()
     ]
 
 
@@ -112,33 +110,25 @@ def _ifd(targets: Targets, without: Alone, alone: Targets) -> tuple[float, float
     return loss_alone, same.mean(same.nll) / loss_alone if loss_alone > 0 else None
 
 
-def _outcomes(prepared: Prepared) -> list[tuple[str, int, str | None]]:
-    """Source, row and the reason why it isn't trained on in full, of all rows in input order."""
+def _outcomes(prepared: Prepared) -> dict[tuple[str, int], str | None]:
+    """Why each row isn't trained on in full, by source and row, of all rows in input order."""
     ledger = prepared.ledger
-    outcomes: list[tuple[str, int, str | None]] = []
+    outcomes: dict[tuple[str, int], str | None] = {}
     for source, counts in ledger.sources.items():
         reasons: dict[int, str] = {}
         for reason, entry in ledger.reasons.get(source, {}).items():
             if reason != UNUSED:
                 reasons.update(dict.fromkeys(entry.rows, reason))
-        outcomes += [(source, row, reasons.get(row)) for row in range(counts.rows)]
+        outcomes.update({(source, row): reasons.get(row) for row in range(counts.rows)})
     return outcomes
 
 
-def _score(
-    source: str,
-    row: int,
-    reason: str | None,
-    found: tuple[Document, Targets, float | None, float | None] | None,
-) -> RowScore:
-    if found is None:
-        return RowScore(source, row, "dropped", reason, 0)
-    document, targets, loss_alone, ifd = found
+def _score(document: Document, reason: str | None, targets: Targets) -> RowScore:
     loss = targets.mean(targets.nll)
     inverse = np.exp(np.minimum(targets.nll, _LARGEST))
     return RowScore(
-        source,
-        row,
+        document.origin.source,
+        document.origin.row,
         "truncated" if reason else "trained",
         reason,
         document.target_tokens,
@@ -147,8 +137,6 @@ def _score(
         perplexity=math.exp(min(loss, _LARGEST)),
         accuracy=targets.mean(targets.correct),
         entropy=targets.mean(targets.entropy),
-        loss_alone=loss_alone,
-        ifd=ifd,
         inverse_p_mean=float(inverse.mean()),
         inverse_p_max=float(inverse.max()),
         **{name: float(np.quantile(inverse, share)) for name, share in QUANTILES.items()},
