@@ -1,0 +1,71 @@
+"""An adapter folded into the weights it goes on."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters.add import adapted_names
+from tunesmith.model.causal_lm import CausalLM
+
+
+def fold(causal_lm: CausalLM) -> None:
+    """Put the adapter into the weights and take peft's layers away; in float32 it changes nothing
+    but rounding.
+
+    A head tied to the embedding becomes a weight of its own where the adapter is on one of the
+    two, since they differ from then on.
+
+    Raises:
+        ModelError: a merged weight is not finite.
+    """
+    if adapts_output(causal_lm):
+        untie(causal_lm)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tied weights, which are not tied any more
+            causal_lm.model = causal_lm.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter can't be merged: {str(error).splitlines()[0]}") from error
+    causal_lm.adapter_start = None
+
+
+def adapts_output(causal_lm: CausalLM) -> bool:
+    """True where an adapter is on the embedding or the head."""
+    base = causal_lm.base
+    outer = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return any(base.get_submodule(name) in outer for name in _modules(causal_lm))
+
+
+def untie(causal_lm: CausalLM) -> None:
+    """Give the head a weight of its own, if it shares that of the embedding."""
+    base = causal_lm.base
+    head = _inner(base.get_output_embeddings())
+    if head.weight is not _inner(base.get_input_embeddings()).weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+    causal_lm.untied = True
+
+
+@torch.no_grad()
+def add_difference(
+    total: dict[str, Tensor], merged: dict[str, Tensor], base: dict[str, Tensor], *, weight: float
+) -> None:
+    """total += weight * (merged - base), name by name and in place."""
+    for name, tensor in total.items():
+        tensor.add_(merged[name] - base[name], alpha=weight)
+
+
+def _modules(causal_lm: CausalLM) -> list[str]:
+    there = dict(causal_lm.base.named_modules())
+    return [name for name in adapted_names(causal_lm) if name in there]
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # pyright: ignore[reportCallIssue]
