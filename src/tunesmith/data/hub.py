@@ -119,23 +119,17 @@ def _asked(name: str, revision: str | None, ask: Callable[[], _T]) -> _T:
             where=name,
             hint=f"a private one needs: hf auth login; the current folder is {Path.cwd()}",
         ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _UnreachableError(_first_line(error)) from error
     except errors.EntryNotFoundError as error:
         raise DataError(f"is not whole: {_first_line(error)}", where=name) from error
     except errors.HfHubHTTPError as error:
         if error.response is None or error.response.status_code >= 500:
             raise _UnreachableError(str(error)) from error
         raise DataError(f"the hub refuses it: {_first_line(error)}", where=name) from error
-    except (OSError, _connection_error()) as error:
+    # The base class is that of the HTTP library underneath, which depends on the hub's version.
+    except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
         raise _UnreachableError(str(error)) from error
-
-
-def _connection_error() -> type[Exception]:
-    """What the hub's own library raises where there is no connection; it depends on its age."""
-    try:
-        import httpx
-    except ImportError:
-        return OSError
-    return httpx.HTTPError
 
 
 def _download(name: str, file: str, commit: str, *, online: bool) -> Path:
