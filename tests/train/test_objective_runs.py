@@ -158,6 +158,12 @@ def test_psft_warms_up_with_nll(start, plain: Left) -> None:
     assert run.column("loss")[2] == pytest.approx(-1)
 
 
+def test_terms_stay_on_during_the_warmup(start) -> None:
+    options = ["batch.documents=4", "objective.entropy=0.5"]
+    run = start("objective=psft", "objective.warmup_epochs=1", *options)
+    assert run.column("loss")[:2] == pytest.approx(start(*options).column("loss")[:2], rel=1e-6)
+
+
 def test_an_anchor_holds_the_model_near_its_base(start, plain: Left) -> None:
     free = start("objective.kl=1e-9")
     held = start("objective.kl=10")

@@ -87,6 +87,7 @@ class StepLoss:
 
     objective: Objective
     steps: int  # of the whole run
+    warmup: Objective = nll  # before the outer batches begin
     base: BaseModel | None = None
     outer: OuterBatch | None = None
     sampling: float = 0.0  # probability of a guess at the last step
@@ -130,7 +131,7 @@ class StepLoss:
         )
         warming = self.outer is not None and self.step < self.outer.first
         head = functools.partial(
-            head_loss, objective=nll if warming else self.objective, sides=sides
+            head_loss, objective=self.warmup if warming else self.objective, sides=sides
         )
         with ExitStack() as stack:
             if self.noise is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.objectives import Objective
@@ -52,13 +52,14 @@ def load_objective(name: str, folders: Sequence[Path]) -> OwnObjective:
     path, _, function_name = name.rpartition(":")
     file = _find(path, folders)
     contents = file.read_bytes()
-    function: Any = getattr(_module(file), function_name, None)
-    if not callable(function):
+    found: Any = getattr(_module(file), function_name, None)
+    if not callable(found):
         raise RecipeError(
             f"there is no function {function_name}",
             where=f"{file} ({WHERE})",
             hint="def my_loss(chunk): return -chunk.logprob",
         )
+    function = cast("Objective", found)
     try:
         fault = find_fault(function)
     except Exception as error:

@@ -12,7 +12,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.model.router import Routers
-from tunesmith.objectives import Objective, named_objective, with_terms
+from tunesmith.objectives import Objective, named_objective, nll, with_terms
 from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
 from tunesmith.train.outer import OuterBatch
 from tunesmith.train.own_objective import OwnObjective, is_own, load_objective
@@ -39,8 +39,9 @@ def make_loss(
     """The loss of the recipe; `total_steps` of the whole run."""
     section = recipe.objective
     return StepLoss(
-        objective=_objective(recipe, own),
+        objective=_with_terms(recipe, _own_loss(recipe, own)),
         steps=total_steps,
+        warmup=_with_terms(recipe, nll),
         base=_base(recipe, model) if section.kl else None,
         outer=_outer(recipe, order),
         sampling=section.scheduled_sampling,
@@ -73,15 +74,16 @@ def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]
     return [text]
 
 
-def _objective(recipe: Recipe, own: OwnObjective | None) -> Objective:
-    section = recipe.objective
+def _own_loss(recipe: Recipe, own: OwnObjective | None) -> Objective:
     if own is not None:
-        loss = own.function
-    else:
-        options = {
-            key: value for key in OWN_OPTIONS if (value := getattr(section, key)) is not None
-        }
-        loss = named_objective(section.name, smoothing=section.label_smoothing or 0.0, **options)
+        return own.function
+    section = recipe.objective
+    options = {key: value for key in OWN_OPTIONS if (value := getattr(section, key)) is not None}
+    return named_objective(section.name, smoothing=section.label_smoothing or 0.0, **options)
+
+
+def _with_terms(recipe: Recipe, loss: Objective) -> Objective:
+    section = recipe.objective
     return with_terms(loss, z_weight=section.z_loss, entropy=section.entropy, kl=section.kl or 0.0)
 
 
