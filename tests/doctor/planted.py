@@ -189,6 +189,9 @@ def _misrendered(corpus: Planted, writer: Writer) -> None:
 def _answers(corpus: Planted, writer: Writer) -> None:
     corpus.add(writer.row(answer=""), "empty-answers")
     corpus.add(writer.row(answer="NaN"), "empty-answers")
+    corpus.add(writer.row(answer=f"{writer.words(20)} and the"), "cut-off-answers")
+    corpus.add(writer.row(answer=f"{writer.text()}\n```\nprint(1)"), "cut-off-answers")
+    corpus.add(writer.row(answer='{"name": "fox", "tags": ["quick", "bro'), "cut-off-answers")
     same = writer.text()
     for _ in range(3):
         corpus.add(writer.row(answer=same), "repeated-answers")

@@ -90,3 +90,10 @@ def test_the_corpus_is_the_same_for_a_seed() -> None:
 def test_clean_rows_are_json_without_planted_words() -> None:
     text = json.dumps(clean_rows(50, 1))
     assert "lighthouse" not in text.lower()
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_other_corpora_give_the_same(seed: int, tmp_path: Path) -> None:
+    rows = planted(seed=seed)
+    examined = patient(tmp_path, rows)
+    assert {check: examined.hits(check) for check in rows.expected} == rows.expected

@@ -151,6 +151,38 @@ def test_talk_about_turns_passes(answer: str) -> None:
     assert found("turn-markers", answer) == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "This is the way in which one goes to the",
+        "There are three of them: the first, the second,",
+        "Write it so:\n```python\nprint(1)\n",
+        '[1, 2, {"a": "b"',
+        '{"a": 1, "b":',
+    ],
+)
+def test_answers_that_break_off(answer: str) -> None:
+    assert len(found("cut-off-answers", answer)) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "the",
+        "one, two,",
+        "This is the way in which it is done now",
+        "Write it so:\n```python\nprint(1)\n```",
+        '{"a": [1, 2]}',
+        "[1] is the first reference of a list of them",
+        "{not json} at all, but a sentence of its own here",
+        "#### 72",
+        "The simplest way is this:\n```cout << string```",
+    ],
+)
+def test_answers_that_end(answer: str) -> None:
+    assert found("cut-off-answers", answer) == []
+
+
 def test_words_and_plain_text() -> None:
     assert words_of("It's 3.5 km, snake_case!") == ["it", "s", "3", "5", "km", "snake", "case"]
     assert words_of("日本 abc カナ") == ["日", "本", "abc", "カ", "ナ"]
