@@ -37,8 +37,11 @@ HERE = Path(__file__).resolve().parent
 TUNESMITH = "tunesmith"
 
 
-def write_rows(data: Path | None, count: int, out: Path) -> str:
-    """Write `count` rows of chats with a prompt and a completion; return the name of the data."""
+def write_rows(data: Path | None, count: int, out: Path, *, answers: int) -> str:
+    """Write `count` rows of chats with a prompt and a completion; return the name of the data.
+
+    Of `answers` rows in a row, all have the first one's prompt: many answers to one question.
+    """
     if data is None:
         found = [row for row, _ in calendar_rows(count, seed=7)]
     else:
@@ -47,15 +50,17 @@ def write_rows(data: Path | None, count: int, out: Path) -> str:
     if len(found) < count:
         raise SystemExit(f"error: {data} has {len(found)} rows, {count} are needed")
     with out.open("w", encoding="utf-8") as file:
-        for row in found:
-            prompt = row.get("prompt", row.get("question"))
+        for number, row in enumerate(found):
+            asked = found[number - number % answers]
+            prompt = asked.get("prompt", asked.get("question"))
             answer = row.get("completion", row.get("answer"))
             chat = {
                 "prompt": [{"role": "user", "content": prompt}],
                 "completion": [{"role": "assistant", "content": answer}],
             }
             file.write(json.dumps(chat) + "\n")
-    return "calendar example" if data is None else data.name
+    name = "calendar example" if data is None else data.name
+    return name if answers == 1 else f"{name}, {answers} answers a prompt"
 
 
 def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +116,7 @@ def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
     """The summary as Markdown."""
     lines = [
         f"{facts['data']}: {facts['rows']} rows, {facts['documents']} a step, lr {facts['lr']:g};"
+        f" Tunesmith's dtype {facts['dtype']};"
         f" {facts['processor']}, {facts['threads']} threads; {facts['rounds']} rounds.",
         "",
         "| run | real tokens/s, min-median-max | peak memory | Tunesmith is faster by |"
@@ -188,7 +194,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         facts = {
-            "data": write_rows(arguments.data, count, rows),
+            "data": write_rows(arguments.data, count, rows, answers=arguments.answers),
+            "dtype": arguments.dtype,
             "rows": count,
             "documents": arguments.documents,
             "lr": arguments.lr,
@@ -200,6 +207,7 @@ def main() -> None:
         job = {
             "model": str(arguments.model),
             "rows": str(rows),
+            "dtype": arguments.dtype,
             "documents": arguments.documents,
             "lr": arguments.lr,
             "warmup": 1,
@@ -217,7 +225,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name in names:
                 runs[name].append(run_peer(name, job))
-    write_report(arguments.out / "vs_trl", facts, runs)
+    write_report(arguments.out / arguments.report, facts, runs)
 
 
 def parse() -> argparse.Namespace:
@@ -232,6 +240,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--lr", type=float, default=1e-4, help="constant rate (default 1e-4)")
     parser.add_argument("--trl", action="append", choices=SETTINGS, help="TRL settings to run")
+    parser.add_argument("--dtype", default="auto", help="Tunesmith's model.dtype (default auto)")
+    parser.add_argument("--answers", type=int, default=1, help="rows that share a prompt (1)")
+    parser.add_argument("--report", default="vs_trl", help="name of the result files (vs_trl)")
     parser.add_argument("--search", action="store_true", help="rank the TRL settings, alone")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     return parser.parse_args()
