@@ -17,6 +17,7 @@ from tunesmith.data.packing import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter, candidates, full_report
 from tunesmith.model.load import load_causal_lm, wrap_causal_lm
+from tunesmith.model.output import head_weight
 from tunesmith.model.source import resolve_model
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Document, Origin, Segment
@@ -163,6 +164,116 @@ def test_gradients_of_packed_batches_equal_those_of_plain_transformers(
         if parameter.requires_grad:
             difference = (parameter.grad - expected[name]).norm()
             assert difference <= 1e-5 * expected[name].norm() + 1e-12, name
+
+
+OUTER = [
+    ("lora", ["lm_head"]),
+    ("lora", ["embed_tokens"]),
+    ("rslora", ["embed_tokens", "lm_head", "q_proj", "down_proj"]),
+    ("pissa", ["lm_head", "q_proj"]),
+    ("dora", ["lm_head", "q_proj"]),
+    ("oft", ["lm_head", "v_proj"]),
+    ("vera", ["lm_head"]),
+    ("ia3", ["lm_head"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "targets"), OUTER)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_adapted_head_or_embedding_has_the_gradients_of_plain_peft(
+    family: str, kind: str, targets: list[str]
+) -> None:
+    causal_lm = make(family)
+    spec = AdapterSpec(kind=kind, rank=4, alpha=8, targets=targets, rotation_size=4)
+    if kind == "pissa" and family == "gemma2":  # it would take from the tied embedding as well
+        with pytest.raises(ModelError, match="the embedding too"):
+            add_adapter(causal_lm, spec)
+        return
+    report = add_adapter(causal_lm, spec)
+    assert set(report.kinds) == set(targets)
+    torch.manual_seed(1)
+    trained = {n: p for n, p in causal_lm.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    rows = [document(i, np.arange(5, 25), 6 + 3 * i) for i in range(3)]
+    loss = torch.zeros(())
+    with causal_lm.generation() as model:
+        for row in rows:
+            ids = torch.tensor(row.segments[0].ids).long()
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, -5:-1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, ids[-4:], reduction="sum")
+        loss.backward()
+    expected = {name: parameter.grad for name, parameter in trained.items()}
+    causal_lm.zero_grad(set_to_none=True)
+    causal_lm.train()
+    ours = torch.zeros(())
+    for plan in plan_step(rows, micro_tokens=10**6):
+        output = causal_lm(collate(plan), functools.partial(head_loss, objective=nll))
+        output.loss_sum.backward()
+        ours = ours + output.loss_sum.detach()
+    torch.testing.assert_close(ours, loss.detach(), rtol=1e-5, atol=0)
+    for name, parameter in trained.items():
+        assert expected[name].norm() > 0, name
+        difference = (parameter.grad - expected[name]).norm()
+        assert difference <= 2e-5 * expected[name].norm(), name
+
+
+def test_without_its_adapter_the_head_is_the_base(tmp_path: Path) -> None:
+    causal_lm = make("llama")
+    base = causal_lm.head.weight.detach().clone()
+    add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8, targets=["lm_head"]))
+    randomise(causal_lm)
+    assert not torch.equal(head_weight(causal_lm.head)[0], base)
+    with causal_lm.model.disable_adapter():
+        assert torch.equal(head_weight(causal_lm.head)[0], base)
+
+
+def test_dropout_before_the_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="the head"):
+        add_adapter(make("llama"), AdapterSpec(targets=["lm_head"], dropout=0.1))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_patterns_give_their_maps_other_ranks_and_alphas(family: str) -> None:
+    causal_lm = make(family)
+    experts = {"experts.down_proj": 3} if family == "mixtral" else {"down_proj": 3}
+    ranks = {r"layers\.0\.self_attn\.q_proj": 2, **experts}
+    add_adapter(
+        causal_lm,
+        AdapterSpec(rank=4, alpha=8, rank_pattern=ranks, alpha_pattern={"v_proj": 16.0}),
+    )
+    found = {
+        (name.replace(".parametrizations", ""), getattr(module, "parameter_name", "")): (
+            module.r["default"],
+            module.lora_alpha["default"],
+        )
+        for name, module in causal_lm.base.named_modules()
+        if hasattr(module, "lora_alpha")
+    }
+    for (name, parameter), (rank, alpha) in found.items():
+        last = parameter or name.rsplit(".", 1)[-1]
+        expected = 3 if last == "down_proj" else 2 if name.endswith("0.self_attn.q_proj") else 4
+        assert (rank, alpha) == (expected, 16 if last == "v_proj" else 8), (name, parameter)
+    for wrong in ({"rank_pattern": {"qq_proj": 2}}, {"alpha_pattern": {"lm_head": 2.0}}):
+        with pytest.raises(ModelError, match="matches none"):
+            add_adapter(make(family), AdapterSpec(**wrong))
+
+
+def test_loftq_needs_a_quantised_base() -> None:
+    with pytest.raises(ModelError, match="not quantised"):
+        add_adapter(make("llama"), AdapterSpec(kind="loftq"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "vera", "oft", "boft", "ia3", "hra"])
+def test_kinds_on_a_bfloat16_model_begin_as_the_model(kind: str) -> None:
+    ids = torch.arange(3, 40)[None]
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    with torch.no_grad(), causal_lm.generation() as model:
+        before = model(input_ids=ids).logits.float()
+    add_adapter(causal_lm, AdapterSpec(kind=kind, rank=4, alpha=8, rotation_size=4))
+    with torch.no_grad(), causal_lm.generation() as model:
+        after = model(input_ids=ids).logits.float()
+    assert (after - before).norm() < 0.03 * before.norm()
 
 
 def test_additions_have_the_models_dtype() -> None:

@@ -39,6 +39,21 @@ def test_counts_are_those_of_the_real_model(family: str, tmp_path: Path) -> None
     assert (needed.trained, needed.parameters) == (report.trained, report.total)
 
 
+@pytest.mark.parametrize(
+    ("kind", "slack"),
+    [("rslora", 0), ("dora", 0), ("pissa", 0), ("vera", 0), ("oft", 0), ("hra", 0), ("miss", 0),
+     ("loha", 0), ("boft", 0), ("ia3", 0.2), ("lokr", 0.95)],
+)  # fmt: skip
+def test_counts_of_the_kinds(kind: str, slack: float, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_folder(tmp_path / "m")))
+    size = measure(source)
+    report = add_adapter(
+        load_causal_lm(source, dtype="float32"), AdapterSpec(kind=kind, rank=4, rotation_size=4)
+    )
+    needed = estimate(size, dtype=torch.float32, rank=4, kind=kind, rotation_size=4)
+    assert abs(needed.trained - report.trained) <= slack * needed.trained
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_bytes_are_the_optimizers(dtype: torch.dtype, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m")))

@@ -216,7 +216,7 @@ def _silence_modules(model: Any) -> list[str]:
     """
     changed = 0
     for name, module in model.named_modules():
-        if "lora_" in name:
+        if any(part in name for part in ("lora_", "vera_", "oft_", "boft_")):
             continue
         if isinstance(module, torch.nn.Dropout) and module.p:
             module.p, changed = 0.0, changed + 1

@@ -15,6 +15,7 @@ import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import candidates
+from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logits import LogitTransform
 from tunesmith.model.source import ModelSource
@@ -54,11 +55,15 @@ class MemoryEstimate:
 @dataclass(frozen=True, slots=True)
 class ModelSize:
     """Counts from the config alone. `per_rank`: parameters that one rank of an all-linear LoRA
-    adds.
+    adds. Of the linear maps without experts: how many, and the widths of all their inputs and
+    outputs.
     """
 
     parameters: int
     per_rank: int
+    maps: int = 0
+    inputs: int = 0
+    outputs: int = 0
 
 
 def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
@@ -80,18 +85,49 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         ) from error
     model.tie_weights()
     found = candidates(CausalLM(model, logits=LogitTransform()))
-    per_rank = 0
-    for name in found.linear:
-        per_rank += sum(model.get_submodule(name).weight.shape)
+    shapes = [_widths(model.get_submodule(name)) for name in found.linear]
+    inputs, outputs = (sum(side) for side in zip(*shapes, strict=True)) if shapes else (0, 0)
+    per_rank = inputs + outputs
     for name in found.experts:
         experts, rows, columns = model.get_parameter(name).shape
         per_rank += experts * (rows + columns)
-    return ModelSize(sum(p.numel() for p in model.parameters()), per_rank)
+    total = sum(p.numel() for p in model.parameters())
+    return ModelSize(total, per_rank, maps=len(shapes), inputs=inputs, outputs=outputs)
 
 
-def estimate(size: ModelSize, *, dtype: torch.dtype, rank: int | None) -> MemoryEstimate:
-    """Bytes for training all parameters (`rank` None) or an all-linear LoRA of this rank."""
-    added = 0 if rank is None else rank * size.per_rank
+def adapter_parameters(
+    size: ModelSize, kind: str, *, rank: int, rotation_size: int | None = None
+) -> int:
+    """Parameters of an adapter on all it can go on; loha, lokr, boft and ia3 about, others exactly.
+
+    Ranks of single maps, chosen targets and the embedding are not looked at.
+    """
+    counts = {
+        "dora": rank * (size.inputs + size.outputs) + size.outputs,
+        "vera": rank * size.maps + size.outputs,
+        "oft": size.inputs * ((rotation_size or OFT_BLOCK) - 1) // 2,
+        "boft": size.inputs * (rotation_size or BOFT_BLOCK) + size.outputs,
+        "ia3": size.outputs,
+        "loha": 2 * rank * (size.inputs + size.outputs),
+        "lokr": rank * (size.inputs + size.outputs),  # at most
+        "hra": rank * size.inputs,
+        "miss": rank * size.outputs,
+    }
+    return counts.get(kind, rank * size.per_rank)
+
+
+def estimate(
+    size: ModelSize,
+    *,
+    dtype: torch.dtype,
+    rank: int | None,
+    kind: str = "lora",
+    rotation_size: int | None = None,
+) -> MemoryEstimate:
+    """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank."""
+    added = 0
+    if rank is not None:
+        added = adapter_parameters(size, kind, rank=rank, rotation_size=rotation_size)
     parameters = size.parameters + added
     trained = parameters if rank is None else added
     rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
@@ -121,28 +157,36 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def check_fits(
-    size: ModelSize, *, dtype: torch.dtype, rank: int | None, free: int, name: str
+    size: ModelSize,
+    *,
+    dtype: torch.dtype,
+    rank: int | None,
+    free: int,
+    name: str,
+    kind: str = "lora",
+    rotation_size: int | None = None,
 ) -> MemoryEstimate:
     """The estimate, if it leaves room.
 
     Raises:
         ModelError: more is needed than is free; with the numbers, and what would fit.
     """
-    needed = estimate(size, dtype=dtype, rank=rank)
+    same: dict[str, Any] = {"kind": kind, "rotation_size": rotation_size}
+    needed = estimate(size, dtype=dtype, rank=rank, **same)
     if needed.total <= free:
         return needed
     options: list[tuple[str, MemoryEstimate]] = []
     lines = [] if dtype != torch.float32 else ["model.dtype=bfloat16"]
     if lines:
-        options.append((lines[0], estimate(size, dtype=torch.bfloat16, rank=rank)))
+        options.append((lines[0], estimate(size, dtype=torch.bfloat16, rank=rank, **same)))
     if rank is None:
         options.append(("adapter=lora", estimate(size, dtype=dtype, rank=16)))
         if lines:
             options.append(
                 (f"adapter=lora {lines[0]}", estimate(size, dtype=torch.bfloat16, rank=16))
             )
-    elif rank > 8:
-        options.append(("adapter.rank=8", estimate(size, dtype=dtype, rank=8)))
+    elif rank > 8 and kind not in ("oft", "boft", "ia3"):
+        options.append(("adapter.rank=8", estimate(size, dtype=dtype, rank=8, **same)))
     fitting = [
         f"{line} needs {_show(option.total)}" for line, option in options if option.total <= free
     ]
@@ -206,6 +250,12 @@ def choose_micro_tokens(
     tokens = 2 ** (tokens.bit_length() - 1)
     text = f"{_show(per_token * tokens)} of activations, {_show(room)} are left for them"
     return MicroChoice(tokens, checkpointing, text + (", recomputed" if checkpointing else ""))
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """Widths of a linear map's input and output; GPT-2's maps keep them the other way round."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
 
 
 def _available() -> int:

@@ -15,7 +15,7 @@ def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     makes of the unit vectors: as much work as D tokens. Gradients reach the adapter either way.
     """
     if not hasattr(head, "base_layer"):
-        return head.weight, head.bias
+        return head.weight, getattr(head, "bias", None)  # a wrapper of trained rows hides it
     base = head.get_base_layer()
     if head.disable_adapters or head.merged:
         return base.weight, base.bias

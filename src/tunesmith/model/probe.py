@@ -14,6 +14,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import NAME
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.output import head_weight
 from tunesmith.types import Batch, Chain, Layout, Shares
 
 _LARGEST_WINDOW = 512
@@ -127,11 +128,11 @@ class Probe:
     def head(self) -> float:
         ids = self.documents[1]
         theirs = self.causal_lm.base(input_ids=ids[None], use_cache=False).logits[0].float()
-        head = self.causal_lm.head
+        weight, bias = head_weight(self.causal_lm.head)
         hidden = self.reference["document 1"]
         some = slice(0, _SOME_LOGITS)
-        bias = None if head.bias is None else head.bias[some].to(hidden.dtype)
-        ours = torch.nn.functional.linear(hidden, head.weight[some].to(hidden.dtype), bias).float()
+        bias = None if bias is None else bias[some].to(hidden.dtype)
+        ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()
         return self._compare(self.causal_lm.logits.apply(ours), theirs[:, some])
 
     def causal(self) -> float:

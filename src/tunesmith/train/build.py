@@ -153,8 +153,9 @@ def resolve(
     """
     dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
     lr = recipe.optim.lr
+    adapter = resolved_adapter(recipe, model, source)
     if lr == "auto":
-        lr = auto_lr(recipe.adapter.kind, trained.total)
+        lr = auto_lr(adapter.get("kind", recipe.adapter.kind), trained.total)
     name = recipe.model.name
     if source is not None and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
@@ -167,7 +168,7 @@ def resolve(
         "data": {"max_length": max_length},
         "optim": {"lr": lr},
         "objective": {"name": _objective_name(recipe)},
-        "adapter": resolved_adapter(recipe, model),
+        "adapter": adapter,
     }
     parts = {key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()}
     return recipe.model_copy(update=parts)

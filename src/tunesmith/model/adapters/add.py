@@ -17,16 +17,18 @@ from torch import nn
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.initial import remember_start
 from tunesmith.model.adapters.kinds import (
+    CHANGE_BASE,
+    WITH_ROWS,
     AdapterSpec,
     Places,
     described,
-    kind_of,
     peft_config,
     unfit_places,
 )
 from tunesmith.model.adapters.report import AdapterReport, report
 from tunesmith.model.adapters.targets import Candidates, candidates, choose, expert_counts
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.vocabulary import trained_rows
 
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
@@ -130,9 +132,29 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             where="adapter.kind",
             hint="adapter.kind=lora or pissa",
         )
+    _refuse_rows(causal_lm, spec, chosen)
     for where in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(spec, where):
             _check_pattern(pattern, chosen.names, where=f"adapter.{where}")
+
+
+def _refuse_rows(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> None:
+    """What an adapter can't do to the embedding and the head."""
+    base = causal_lm.base
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    if spec.kind in CHANGE_BASE and chosen.head and tied:
+        raise ModelError(
+            f"{spec.kind} takes its beginning out of the head, which is the embedding too",
+            where="adapter.targets",
+            hint=f"adapter.kind=lora, or adapter.targets without {chosen.head}",
+        )
+    if causal_lm.new_rows and (spec.kind not in WITH_ROWS or chosen.outer):
+        what = f"{spec.kind} can't go" if not chosen.outer else "an adapter can't be on them"
+        raise ModelError(
+            f"the template's new tokens train rows of embedding and head, and {what} beside that",
+            where="adapter.targets" if chosen.outer else "adapter.kind",
+            hint="adapter.kind=lora on the decoder's maps, as adapter.targets=all-linear",
+        )
 
 
 def _check_pattern(pattern: str, names: Collection[str], *, where: str) -> None:
@@ -162,6 +184,7 @@ def _places(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> Place
         modules,
         [*chosen.experts, *(f"{name}.weight" for name in dense)],
         transposed=_transposed(causal_lm, chosen.linear),
+        rows=trained_rows(causal_lm),
     )
 
 
@@ -194,14 +217,3 @@ def _refuse_other_targets(causal_lm: CausalLM, spec: AdapterSpec) -> None:
             where="adapter.targets",
             hint="take the key away, or merge it first: tunesmith merge",
         )
-
-
-__all__ = [
-    "adapted_names",
-    "adapter_config",
-    "adapter_fields",
-    "add_adapter",
-    "has_adapter",
-    "kind_of",
-    "load_adapter",
-]

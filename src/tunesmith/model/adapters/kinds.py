@@ -18,6 +18,8 @@ CHANGE_BASE = ("pissa", "olora")
 """Take their beginning out of the weights they go on, so that the model starts as it was."""
 ON_EXPERTS = ("lora", "rslora")
 ON_EMBEDDING = ("lora", "rslora")
+WITH_ROWS = ("lora", "rslora", "dora")
+"""Can train new rows of the vocabulary beside them."""
 OFT_BLOCK, BOFT_BLOCK = 32, 4
 _DOWN = ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "ff_out", "mlp.c_proj")
 
@@ -44,6 +46,7 @@ class Places:
     modules: list[str]
     parameters: list[str]
     transposed: bool  # weights are [in, out]
+    rows: Mapping[str, list[int]] | None = None  # of the vocabulary, trained beside it
 
 
 Maker = Callable[[AdapterSpec, Places], Any]
@@ -67,6 +70,7 @@ def _lora(spec: AdapterSpec, places: Places, **more: Any) -> Any:
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),  # pyright: ignore[reportArgumentType]
         fan_in_fan_out=places.transposed,
+        trainable_token_indices=None if places.rows is None else dict(places.rows),
         **more,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +82,20 @@ def adapter_source(recipe: Recipe) -> ModelSource | None:
     return source
 
 
-def resolved_adapter(recipe: Recipe, model: CausalLM) -> Mapping[str, Any]:
-    """What of the section is now known: the fields of an adapter that was gone on with."""
-    start = adapter_source(recipe)
-    if start is None:
+def resolved_adapter(recipe: Recipe, model: CausalLM, source: ModelSource | None) -> dict[str, Any]:
+    """What of the section is now known: the fields of an adapter that the model came with."""
+    start = recipe.adapter.continue_from
+    came = start is not None or (source is not None and source.adapter_folder is not None)
+    if not came or (start is None and recipe.adapter.kind == "none"):
         return {}
     known = set(type(recipe.adapter).model_fields)
     fields = {key: value for key, value in adapter_fields(model).items() if key in known}
-    return {
-        **fields,
-        "continue_from": str(Path(recipe.adapter.continue_from or "").expanduser().resolve()),
-    }
+    return fields if start is None else {**fields, "continue_from": _absolute(start)}
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _load(model: CausalLM, start: ModelSource) -> None:

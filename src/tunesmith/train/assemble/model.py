@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from tunesmith.config.schema import Recipe
+from tunesmith.data.template import Template
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm
 from tunesmith.model.memory import MemoryEstimate, check_fits, free_memory, measure
 from tunesmith.model.source import ModelSource
+from tunesmith.model.vocabulary import add_rows
 from tunesmith.train.assemble.given import Given
 
 
@@ -20,13 +22,36 @@ def check_memory(
     return check_fits(
         measure(source, trust_remote_code=recipe.model.trust_remote_code),
         dtype=choose_dtype(recipe.model.dtype, device).dtype,
-        rank=recipe.adapter.rank if recipe.adapter.kind == "lora" else None,
+        rank=_rank(recipe),
+        kind=recipe.adapter.kind,
+        rotation_size=recipe.adapter.rotation_size,
         free=free_memory(device),
         name=recipe.model.name,
     )
 
 
+def _rank(recipe: Recipe) -> int | None:
+    """None where the model's own parameters are trained."""
+    whole = recipe.adapter.kind == "none" and recipe.adapter.continue_from is None
+    return None if whole else recipe.adapter.rank
+
+
 def load_model(
+    recipe: Recipe,
+    source: ModelSource | None,
+    given: Given,
+    device: torch.device,
+    *,
+    template: Template,
+) -> CausalLM:
+    """The model, with rows for the tokens that its template added to the tokenizer."""
+    model = _load(recipe, source, given, device)
+    padded = recipe.adapter.kind == "none"  # who loads an adapter counts the tokenizer's tokens
+    model.notes += add_rows(model, [token.id for token in template.added], padded=padded)
+    return model
+
+
+def _load(
     recipe: Recipe, source: ModelSource | None, given: Given, device: torch.device
 ) -> CausalLM:
     if source is None:
