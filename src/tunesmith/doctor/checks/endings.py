@@ -12,8 +12,7 @@ LEAST = 8
 """Words from which an answer is a sentence and not a label."""
 _ENGLISH = """
 a an the and or but nor of to with from into onto upon than because although whereas if
-unless while my your his its our their is are was were be been being will would shall should
-may might must can could
+unless while my your his its our their
 """
 _OPEN_WORDS = frozenset(_ENGLISH.split())
 """Words that hardly ever end a sentence; without a mark after them something is missing."""
