@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from tunesmith.data.cache import default_cache_folder
 from tunesmith.data.splits import card_of, holds_rows, pick_files
@@ -124,11 +124,11 @@ def _asked(name: str, revision: str | None, ask: Callable[[], _T]) -> _T:
     except errors.EntryNotFoundError as error:
         raise DataError(f"is not whole: {_first_line(error)}", where=name) from error
     except errors.HfHubHTTPError as error:
-        if error.response is None or error.response.status_code >= 500:
+        if error.response.status_code >= 500:
             raise _UnreachableError(str(error)) from error
         raise DataError(f"the hub refuses it: {_first_line(error)}", where=name) from error
     # The base class is that of the HTTP library underneath, which depends on the hub's version.
-    except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
+    except (OSError, cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])) as error:
         raise _UnreachableError(str(error)) from error
 
 
@@ -141,7 +141,7 @@ def _download(name: str, file: str, commit: str, *, online: bool) -> Path:
             _asked(
                 name,
                 commit,
-                lambda: huggingface_hub.hf_hub_download(
+                lambda: cast("Any", huggingface_hub).hf_hub_download(
                     name, file, repo_type="dataset", revision=commit, local_files_only=not online
                 ),
             )

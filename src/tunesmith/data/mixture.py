@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +194,7 @@ def mix(
                 hint="take it out of data.train, or see why its rows were dropped",
             )
     exhausted = [portion.epochs * len(portion.documents) for portion in portions]
-    options = {"seed": seed, "shuffle": shuffle}
+    options: dict[str, Any] = {"seed": seed, "shuffle": shuffle}
     if all(portion.weight is None for portion in portions):
         counts = [max(1, round(count)) for count in exhausted]
         length = _checked(sum(counts))

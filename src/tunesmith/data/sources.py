@@ -49,20 +49,23 @@ class Source:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.rows is None):
             raise ValueError("a source has either a path or rows")
-        given: Iterable[Any] = () if self.rows is None else self.rows
-        if isinstance(given, Mapping) and (split := _split(given)) is not None:
-            self.name, self.rows = f"{self.name}/{split}", given[split]
-        if isinstance(self.rows, Mapping):
-            raise DataError(
-                f"the rows are one mapping with the keys {_names(list(given))}",
-                where=self.name,
-                hint="give an iterable of dicts, such as one split: data['train']",
-            )
-        if isinstance(self.rows, Iterator):
-            self.rows = list(self.rows)
+        given: Any = self.rows
+        if isinstance(given, Mapping):
+            splits = cast("Mapping[str, Any]", given)
+            split = _split(splits)
+            if split is None:
+                raise DataError(
+                    f"the rows are one mapping with the keys {_names(list(splits))}",
+                    where=self.name,
+                    hint="give an iterable of dicts, such as one split: data['train']",
+                )
+            self.name, self.rows = f"{self.name}/{split}", cast("Iterable[Any]", splits[split])
+        rows = self.rows
+        if isinstance(rows, Iterator):
+            self.rows = list(rows)
 
 
-def _split(splits: Mapping[Any, Any]) -> str | None:
+def _split(splits: Mapping[str, Any]) -> str | None:
     """The split of a `DatasetDict` to read; None for any other mapping."""
     if not splits or not all(hasattr(one, "column_names") for one in splits.values()):
         return None
