@@ -275,3 +275,41 @@ def test_a_score_file_reads_back_as_it_was_written(tmp_path: Path):
     assert read.about == {"model": "M"}
     expected = [np.nan if loss is None else loss for loss, _, _ in VALUES]
     assert np.array_equal(read.numbers["loss"], expected, equal_nan=True)
+
+
+def test_a_column_of_ones_own_can_be_used(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = data_file(tmp_path / "data.jsonl", 3)
+    scores = score_file(tmp_path / "s.parquet", data, [(1.0, 1.0, 1)] * 3)
+    table = parquet.read_table(scores)
+    parquet.write_table(table.append_column("taste", pa.array([1, 3, 2])), scores)
+    assert selected(tmp_path, [scores], [data], "top 2 by taste")[0] == [1, 2]
+
+
+def test_rows_of_other_kinds_of_file_are_written_as_json_lines(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = tmp_path / "data.parquet"
+    rows = [{"id": n, "prompt": "?", "completion": f"{n} é"} for n in range(3)]
+    parquet.write_table(pa.Table.from_pylist(rows), data)
+    scores = score_file(tmp_path / "s.parquet", data, [(3.0, 1.0, 1), (1.0, 1.0, 1), (2.0, 1.0, 1)])
+    selected(tmp_path, [scores], [data], "top 2 by loss")
+    written = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert written == [rows[0], rows[2]]
+
+
+def test_what_score_writes_select_reads(llama_folder: Path, chats: Path, tmp_path: Path):
+    scores, out = tmp_path / "s.parquet", tmp_path / "new.jsonl"
+    words = ["score", "--model", str(llama_folder), "--data", str(chats), "--out", str(scores)]
+    assert run(words) == 0
+    words = ["select", str(scores), "--data", str(chats), "--out", str(out)]
+    assert run([*words, "--keep", "bottom 5 by loss"]) == 0
+    read = read_scores(scores)
+    best = sorted(np.argsort(read.numbers["loss"], kind="stable")[:5].tolist())
+    lines = chats.read_text().splitlines()
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        json.loads(lines[row]) for row in best
+    ]
