@@ -315,6 +315,15 @@ def test_routers_are_no_targets() -> None:
         add_adapter(causal_lm, AdapterSpec(targets=["gate"]))
 
 
+def test_experts_that_cannot_be_told_are_an_error() -> None:
+    causal_lm = make("mixtral")
+    causal_lm.config.num_local_experts = 5
+    with pytest.raises(ModelError, match="weights of experts") as caught:
+        add_adapter(causal_lm, AdapterSpec())
+    assert "experts" in str(caught.value)
+    assert add_adapter(causal_lm, AdapterSpec(targets=["q_proj"])).kinds == {"q_proj": 4}
+
+
 def test_broken_regular_expression_is_refused() -> None:
     with pytest.raises(ModelError, match="regular expression"):
         add_adapter(make("llama"), AdapterSpec(targets="(q_proj"))

@@ -42,7 +42,13 @@ def section(kind: str, family: str = "llama", **more: Any) -> dict[str, Any]:
 
 
 def train(
-    base: Path, out: Path, adapter: dict[str, Any], *, data: Path | None = None, **more: Any
+    base: Path,
+    out: Path,
+    adapter: dict[str, Any],
+    *,
+    data: Path | None = None,
+    progress: bool = False,
+    **more: Any,
 ) -> tunesmith.Run:
     options = {
         "model": {"name": str(base), "dtype": "float32"},
@@ -53,7 +59,7 @@ def train(
         **more,
     }
     rows = chat_rows() if data is None else str(data)
-    return tunesmith.train(options, data=rows, out=out, progress=False)
+    return tunesmith.train(options, data=rows, out=out, progress=progress)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -61,6 +67,10 @@ def logits(model: Any) -> torch.Tensor:
     base.set_attn_implementation("eager")
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def machine(run: tunesmith.Run) -> Any:
+    return json.loads((run.folder / "machine.json").read_text())
 
 
 def plain(base: Path) -> Any:
@@ -190,3 +200,21 @@ def test_lora_plus_lets_b_learn_faster(bases: dict[str, Path], tmp_path: Path) -
         {n: p for n, p in run.model.named_parameters() if ".lora_A." in n} for run in runs.values()
     ]
     assert all(torch.equal(down[0][name], down[1][name]) for name in down[0])
+
+
+@pytest.mark.parametrize("asked", ["auto", True])
+def test_dropout_turns_sharing_off_and_the_start_says_so(
+    asked: Any, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = section("lora", dropout=0.1, lr_ratio=4)
+    options = {"device": {"share_prefixes": asked}, "train": {"steps": 1}}
+    run = train(bases["llama"], tmp_path / "R", adapter, progress=True, **options)
+    assert machine(run)["chosen"]["share_prefixes"] is (asked is True)
+    said = capsys.readouterr().err
+    state = "shared, as asked" if asked is True else "not shared"
+    assert f"with dropout layouts agree in expectation only, prefixes are {state}" in said
+    assert "adapter: lora, rank 4, alpha 8" in said
+    assert "B matrices learn at 4 times the rate" in said
+    assert "q_proj x4" in said
+    again = train(bases["llama"], tmp_path / "S", {"continue_from": str(run.folder)}, **options)
+    assert machine(again)["chosen"]["share_prefixes"] is (asked is True)

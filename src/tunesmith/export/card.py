@@ -61,14 +61,14 @@ def _front_matter(card: ModelCard, adapter: bool) -> str:
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tunesmith", "sft", *(["lora"] if adapter else [])],
+        "tags": ["tunesmith", "sft", *(["adapter"] if adapter else [])],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def _origin(card: ModelCard, adapter: bool) -> str:
     at = f" at commit `{card.base_commit}`" if card.base_commit else ""
-    what = "A low-rank adapter for" if adapter else "A fine-tuned version of"
+    what = "An adapter for" if adapter else "A fine-tuned version of"
     how = f"made by supervised fine-tuning with Tunesmith {__version__}"
     return f"{what} `{card.base_model}`{at}, {how}."
 

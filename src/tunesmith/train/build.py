@@ -20,7 +20,12 @@ from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import auto_lr, schedule, warmup_steps
 from tunesmith.train.announcement import start_lines
-from tunesmith.train.assemble.adapter import choose_trained, resolved_adapter
+from tunesmith.train.assemble.adapter import (
+    adapter_lines,
+    choose_trained,
+    noisy_adapter,
+    resolved_adapter,
+)
 from tunesmith.train.assemble.data import (
     data_sources,
     open_template,
@@ -128,7 +133,7 @@ def build(
         loss=make_loss(recipe, model, order, total, own),
         device=device,
         micro_tokens=micro_tokens,
-        share=_share(recipe, tested),
+        share=_share(recipe, tested, model),
         trained_parameters=trained.trained,
         chosen={},
         own_objective=own,
@@ -136,6 +141,7 @@ def build(
     )
     job.chosen = _chosen(job, tested, checkpointing)
     said = objective_line(recipe, job.loss, shared=job.share)
+    said += adapter_lines(recipe, model, shared=job.share)
     job.notes = [*said, *start_lines(job, trained), *notes]
     return job
 
@@ -180,10 +186,10 @@ def _objective_name(recipe: Recipe) -> str:
     return f"{COPY}:{name.rpartition(':')[2]}" if is_own(name) else name
 
 
-def _share(recipe: Recipe, tested: SelfTest) -> bool:
+def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
     if recipe.device.share_prefixes != "auto":
         return recipe.device.share_prefixes
-    return not tested.noisy and recipe.adapter.dropout == 0 and not noisy_objective(recipe)
+    return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
 
 
 def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from tunesmith.model.adapters.kinds import (
     unfit_places,
 )
 from tunesmith.model.adapters.report import AdapterReport, report
-from tunesmith.model.adapters.targets import Candidates, candidates, choose, expert_counts
+from tunesmith.model.adapters.targets import (
+    Candidates,
+    candidates,
+    choose,
+    expert_counts,
+    missed_experts,
+)
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.vocabulary import trained_rows
 
@@ -48,7 +54,15 @@ def add_adapter(
         return _go_on(causal_lm, spec, asked)
     from peft import get_peft_model
 
-    chosen = choose(candidates(causal_lm), spec.targets)
+    found = candidates(causal_lm)
+    chosen = choose(found, spec.targets)
+    missed = missed_experts(causal_lm, found) if spec.targets == "all-linear" else []
+    if missed:
+        raise ModelError(
+            f"{len(missed)} weights of experts have an unknown form, {missed[0]} for one",
+            where="adapter.targets",
+            hint="a list of name endings leaves them out",
+        )
     _refuse_unfit(causal_lm, spec, chosen)
     places = _places(causal_lm, spec, chosen)
     name = getattr(causal_lm.config, "_name_or_path", None)

@@ -90,6 +90,23 @@ def expert_counts(config: Any) -> set[int]:
     return {value for value in values if isinstance(value, int) and value > 1}
 
 
+def missed_experts(causal_lm: CausalLM, found: Candidates) -> list[str]:
+    """Weights of experts, by parameter name, that are not among the candidates."""
+    base = causal_lm.base
+    covered = {*found.experts, *(f"{name}.weight" for name in found.linear)}
+    convolutions = tuple(
+        name for name, module in base.named_modules() if type(module).__name__.startswith("Conv")
+    )
+    return [
+        name
+        for name, parameter in base.named_parameters()
+        if (parameter.ndim == 3 or (parameter.ndim == 2 and "experts" in name.split(".")))
+        and not name.endswith("bias")
+        and name not in covered
+        and name.rsplit(".", 1)[0] not in convolutions
+    ]
+
+
 def choose(found: Candidates, targets: str | Sequence[str]) -> Candidates:
     """What of `found` the recipe's `targets` name.
 

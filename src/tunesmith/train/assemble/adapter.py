@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import ModelError, RecipeError
@@ -91,6 +92,28 @@ def resolved_adapter(recipe: Recipe, model: CausalLM, source: ModelSource | None
     known = set(type(recipe.adapter).model_fields)
     fields = {key: value for key, value in adapter_fields(model).items() if key in known}
     return fields if start is None else {**fields, "continue_from": _absolute(start)}
+
+
+def noisy_adapter(model: CausalLM) -> bool:
+    """True where dropout is on, so that layouts agree in expectation only."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def adapter_lines(recipe: Recipe, model: CausalLM, *, shared: bool) -> list[str]:
+    """What a start says about the adapter, in a line or two; nothing about full fine-tuning."""
+    lines: list[str] = []
+    if has_adapter(model):
+        fields = {k: v for k, v in adapter_fields(model).items() if v not in ({}, None, 0)}
+        parts = [f"adapter: {fields.pop('kind')}", *(f"{k} {v}" for k, v in fields.items())]
+        if recipe.adapter.lr_ratio is not None:
+            parts.append(f"B matrices learn at {recipe.adapter.lr_ratio:g} times the rate")
+        if recipe.adapter.continue_from is not None:
+            parts.append(f"goes on with {recipe.adapter.continue_from}")
+        lines.append(", ".join(parts))
+    if noisy_adapter(model):
+        state = "shared, as asked" if shared else "not shared"
+        lines.append(f"with dropout layouts agree in expectation only, prefixes are {state}")
+    return lines
 
 
 def _absolute(name: str) -> str:
