@@ -135,7 +135,9 @@ def test_reports_of_each_objective(start, plain: Left) -> None:
     common = {"accuracy", "entropy", "logprob", "effective_weight_p50", "effective_weight_p99"}
     assert common <= plain.records[0].keys()
     assert "mean_weight" not in plain.records[0]
-    assert "mean_weight" in start("objective=dft").records[0]
+    dft = start("objective=dft").records[0]
+    assert 0 < dft["mean_weight"] < 1
+    assert dft["effective_weight_p99"] == pytest.approx(1, rel=1e-5)
     assert "kl" in start("objective=asft").records[0]
     psft = start("objective=psft", "optim.lr=5e-2")
     assert psft.column("clipped")[0] == 0 < max(psft.column("clipped"))

@@ -16,24 +16,25 @@ SHOWN = (0.5, 0.9, 0.99)
 def log_histogram(
     values: NDArray[np.floating], weight: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weight by logarithm; what lies outside the range is in the first or last bin."""
+    """[2, bins] by logarithm: the weight, and the sum of weight * value; what lies outside the
+    range counts as its bound.
+    """
     bins = (HIGHEST - LOWEST) * PER_UNIT
     bounded = np.clip(values, LOWEST, HIGHEST)
     places = np.minimum(((bounded - LOWEST) * PER_UNIT).astype(np.int64), bins - 1)
-    return np.bincount(places, weights=weight, minlength=bins).astype(np.float64)
+    sums = [np.bincount(places, weights=w, minlength=bins) for w in (weight, weight * bounded)]
+    return np.stack(sums).astype(np.float64)
 
 
 def quantiles(
     histogram: NDArray[np.float64], shares: Sequence[float] = SHOWN
 ) -> dict[float, float]:
-    """The values (no longer logarithms) below which the shares of the weight lie."""
-    reached = np.cumsum(histogram)
+    """The values (no longer logarithms) below which the shares of the weight lie: the mean of the
+    bin that each falls in.
+    """
+    weight, summed = histogram
+    reached = np.cumsum(weight)
     if reached[-1] == 0:
         return {}
-    found: dict[float, float] = {}
-    for share in shares:
-        place = int(np.searchsorted(reached, share * reached[-1]))
-        before = float(reached[place - 1]) if place else 0.0
-        inside = (share * float(reached[-1]) - before) / max(float(histogram[place]), 1e-300)
-        found[share] = float(np.exp(LOWEST + (place + min(inside, 1.0)) / PER_UNIT))
-    return found
+    places = {share: int(np.searchsorted(reached, share * reached[-1])) for share in shares}
+    return {share: float(np.exp(summed[place] / weight[place])) for share, place in places.items()}
