@@ -85,10 +85,11 @@ def folder_files(
     if subset is not None or split is not None or "configs" in card:
         readable = pick_files(listed, card, subset=subset, split=split, where=name)
     elif len(splits := by_split(readable)) > 1:
+        split = "train" if "train" in splits else next(iter(splits))
         raise DataError(
             f"the folder has several splits: {', '.join(splits)}",
             where=name,
-            hint=f"name one: {{path: {name}, split: {next(iter(splits))}}}, or a pattern of files",
+            hint=f"name one: {{path: {name}, split: {split}}}, or a pattern of files",
         )
     return [(f"{name.rstrip('/')}/{file}", folder / file) for file in readable]
 
