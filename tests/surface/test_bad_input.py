@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -151,6 +152,27 @@ def unknown_columns(place: Place) -> list[str]:
     return []
 
 
+def pattern_without_a_match(place: Place) -> list[str]:
+    return [f"data.train={place.folder}/part-*.jsonl"]
+
+
+def folder_of_two_splits(place: Place) -> list[str]:
+    (place.folder / "d").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(place.data, place.folder / "d" / f"{split}.jsonl")
+    return [f"data.train={place.folder}/d"]
+
+
+def file_cut_off(place: Place) -> list[str]:
+    packed = gzip.compress(place.data.read_bytes())
+    (place.folder / "cut.jsonl.gz").write_bytes(packed[:-20])
+    return [f"data.train={place.folder}/cut.jsonl.gz"]
+
+
+def weight_of_one_source_only(place: Place) -> list[str]:
+    return [f"data.train=[{{path: {place.data}, weight: 2}}, other.jsonl]"]
+
+
 CASES: dict[Callable[[Place], list[str]], list[str]] = {
     unknown_key: ["optim.learnrate", "optim.lr"],
     unknown_key_in_file: ["recipe.yaml:3", "optim.schedul", "schedule"],
@@ -170,8 +192,14 @@ CASES: dict[Callable[[Place], list[str]], list[str]] = {
     no_such_model: ["llama", "hint: "],
     foreign_flag: ["--learning_rate", "optim.lr=1e-4"],
     value_of_wrong_type: ["batch.documents", "many"],
+    pattern_without_a_match: ["part-*.jsonl", "no file matches"],
+    folder_of_two_splits: ["/d", "test, train", "split: train"],
+    file_cut_off: ["cut.jsonl.gz", "damaged or cut off", "gzip -t"],
+    weight_of_one_source_only: ["data", "other.jsonl has no weight"],
     unknown_columns: ["rows.jsonl", "`question`", "data.columns"],
 }  # fmt: skip
+WITHOUT_HINT = (value_of_wrong_type, weight_of_one_source_only)
+"""Cases whose message says itself what to do."""
 OF_ROWS = (
     broken_line, wrong_column_type, wrong_content_type, empty_answer, roles_out_of_order,
     special_token_in_content,
@@ -208,7 +236,7 @@ def test_wrong_input_is_one_clear_error(
     assert captured.err.startswith("error: ")
     assert captured.err.count("error: ") == 1
     assert "Traceback" not in captured.err
-    assert "hint: " in captured.err or case is value_of_wrong_type, captured.err
+    assert "hint: " in captured.err or case in WITHOUT_HINT, captured.err
     for part in CASES[case]:
         assert part in captured.err, captured.err
     after = listed(tmp_path)
