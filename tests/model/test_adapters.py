@@ -17,9 +17,10 @@ from tunesmith.data.packing import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter, candidates, full_report
 from tunesmith.model.load import load_causal_lm, wrap_causal_lm
-from tunesmith.model.output import head_weight
+from tunesmith.model.output import head_inputs
 from tunesmith.model.source import resolve_model
 from tunesmith.objectives import head_loss, nll
+from tunesmith.optim import undecayed
 from tunesmith.types import Document, Origin, Segment
 
 ATTENTION = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4}
@@ -218,14 +219,44 @@ def test_an_adapted_head_or_embedding_has_the_gradients_of_plain_peft(
         assert difference <= 2e-5 * expected[name].norm(), name
 
 
-def test_without_its_adapter_the_head_is_the_base(tmp_path: Path) -> None:
+def test_without_its_adapter_the_head_is_the_base() -> None:
     causal_lm = make("llama")
     base = causal_lm.head.weight.detach().clone()
     add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8, targets=["lm_head"]))
-    randomise(causal_lm)
-    assert not torch.equal(head_weight(causal_lm.head)[0], base)
+    hidden = torch.randn(5, 64)
+    assert head_inputs(causal_lm.head, hidden)[1].shape[1] == 64 + 4
     with causal_lm.model.disable_adapter():
-        assert torch.equal(head_weight(causal_lm.head)[0], base)
+        assert torch.equal(head_inputs(causal_lm.head, hidden)[1], base)
+
+
+def test_small_additions_to_a_bfloat16_head_are_not_rounded_away() -> None:
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8, targets=["lm_head"]))
+    head = causal_lm.head
+    torch.manual_seed(1)
+    with torch.no_grad():
+        head.lora_B["default"].weight.normal_(std=1e-6)
+    plain = torch.randn(5, 64, dtype=torch.bfloat16)
+    hidden, weight, _ = head_inputs(head, plain)
+    base = head.get_base_layer().weight.double()
+    found = hidden.double() @ weight.double().T - plain.double() @ base.T
+    down, up = head.lora_A["default"].weight.double(), head.lora_B["default"].weight.double()
+    expected = 2 * plain.double() @ down.T @ up.T
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    other = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    with pytest.raises(ModelError, match="rounded away"):
+        add_adapter(other, AdapterSpec(kind="dora", targets=["lm_head"]))
+
+
+@pytest.mark.parametrize("kind", ["ia3", "boft", "dora", "vera"])
+def test_factors_that_begin_at_one_do_not_decay(kind: str) -> None:
+    causal_lm = make("llama")
+    add_adapter(causal_lm, AdapterSpec(kind=kind, rank=4, rotation_size=4))
+    spared = undecayed(causal_lm)
+    ones = {n for n, p in causal_lm.named_parameters() if p.requires_grad and (p == 1).all()}
+    scales = {n for n, _ in causal_lm.named_parameters() if "magnitude" in n or "vera_" in n}
+    assert ones | scales
+    assert ones | scales <= spared
 
 
 def test_dropout_before_the_head_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunesmith.model.attention import NAME
 from tunesmith.model.logits import LogitTransform
-from tunesmith.model.output import head_weight
+from tunesmith.model.output import head_inputs
 from tunesmith.model.wide import is_slow, widen
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
@@ -77,8 +77,7 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
         """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""
-        weight, bias = head_weight(self.head)
-        hidden = self.hidden(batch)
+        hidden, weight, bias = head_inputs(self.head, self.hidden(batch))
         if is_slow(weight):
             hidden, weight = widen(hidden), widen(weight)
         return head_loss(

@@ -1,4 +1,4 @@
-"""The head's weight as the loss needs it, whatever peft put around the head."""
+"""What the loss multiplies to get the logits, whatever peft put around the head."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ import torch
 from torch import Tensor
 
 
-def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias [V] that turn hidden states into logits, with the head's adapter in.
+def head_inputs(head: Any, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states [T, E], weight [V, E] and bias [V] whose products are the logits, the head's
+    adapter among them.
 
-    A low-rank adapter gives W + s B A. Any other is a linear map too, and is read off as what it
-    makes of the unit vectors: as much work as D tokens. Gradients reach the adapter either way.
+    A low-rank adapter adds its rank to the width: [h, s h A'] [W, B]', so that small additions are
+    not rounded away in 16-bit weights. Any other is a linear map too, and its weight is read off as
+    what it makes of the unit vectors: as much work as D tokens. Gradients reach the adapter.
     """
     if not hasattr(head, "base_layer"):
-        return head.weight, getattr(head, "bias", None)  # a wrapper of trained rows hides it
+        # a wrapper of trained rows hides the bias
+        return hidden_TD, head.weight, getattr(head, "bias", None)
     base = head.get_base_layer()
     if head.disable_adapters or head.merged:
-        return base.weight, base.bias
+        return hidden_TD, base.weight, base.bias
     active = [name for name in head.active_adapters if name in getattr(head, "lora_A", ())]
-    if active and not any(name in head.lora_variant for name in active):
-        weight = base.weight
-        for name in active:
-            down, up = head.lora_A[name].weight, head.lora_B[name].weight
-            weight = weight + head.scaling[name] * (up @ down)
-        return weight, base.bias
+    if not active or any(name in head.lora_variant for name in active):
+        return hidden_TD, _read_off(head, base), base.bias
+    hidden, weight = [hidden_TD], [base.weight]
+    for name in active:
+        down, up = head.lora_A[name].weight, head.lora_B[name].weight
+        added = hidden_TD.to(down.dtype) @ down.T * head.scaling[name]
+        hidden.append(added.to(hidden_TD.dtype))
+        weight.append(up.to(base.weight.dtype))
+    return torch.cat(hidden, dim=1), torch.cat(weight, dim=1), base.bias
+
+
+def _read_off(head: Any, base: Any) -> Tensor:
     unit = torch.eye(base.in_features, dtype=base.weight.dtype, device=base.weight.device)
     mapped = head(unit)
     if base.bias is not None:
         mapped = mapped - base.bias
-    return mapped.T, base.bias
+    return mapped.T

@@ -14,7 +14,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import NAME
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.output import head_weight
+from tunesmith.model.output import head_inputs
 from tunesmith.types import Batch, Chain, Layout, Shares
 
 _LARGEST_WINDOW = 512
@@ -128,8 +128,8 @@ class Probe:
     def head(self) -> float:
         ids = self.documents[1]
         theirs = self.causal_lm.base(input_ids=ids[None], use_cache=False).logits[0].float()
-        weight, bias = head_weight(self.causal_lm.head)
-        hidden = self.reference["document 1"]
+        reference = self.reference["document 1"]
+        hidden, weight, bias = head_inputs(self.causal_lm.head, reference)
         some = slice(0, _SOME_LOGITS)
         bias = None if bias is None else bias[some].to(hidden.dtype)
         ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+_FACTORS = (".ia3_l.", ".boft_s.")
+"""Adapters' factors, kept as matrices of one column; they change nothing at 1, not at 0."""
+
 
 def no_decay(name: str, parameter: Tensor, module: nn.Module | None = None) -> bool:
     """True for norms, biases, embeddings, and whatever else is not a matrix or a stack of matrices.
@@ -15,8 +18,12 @@ def no_decay(name: str, parameter: Tensor, module: nn.Module | None = None) -> b
     """
     if parameter.ndim < 2 or name.endswith("bias"):
         return True
+    if any(part in name for part in _FACTORS):
+        return True
     if module is None:
         return False
+    if "trainable_tokens" in name:  # rows of an embedding that peft keeps apart
+        return True
     return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
 
 

@@ -12,12 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.initial import remember_start
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
+    ON_ANY_HEAD,
     WITH_ROWS,
     AdapterSpec,
     Places,
@@ -161,6 +163,13 @@ def _refuse_rows(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> 
             f"{spec.kind} takes its beginning out of the head, which is the embedding too",
             where="adapter.targets",
             hint=f"adapter.kind=lora, or adapter.targets without {chosen.head}",
+        )
+    rounded = base.get_output_embeddings().weight.dtype != torch.float32
+    if chosen.head and rounded and spec.kind not in ON_ANY_HEAD:
+        raise ModelError(
+            f"small changes that {spec.kind} makes to a 16-bit head would be rounded away",
+            where="adapter.targets",
+            hint=f"adapter.kind=lora, model.dtype=float32, or targets without {chosen.head}",
         )
     if causal_lm.new_rows and (spec.kind not in WITH_ROWS or chosen.outer):
         what = f"{spec.kind} can't go" if not chosen.outer else "an adapter can't be on them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,5 +68,5 @@ def _modules(causal_lm: CausalLM) -> list[str]:
     return [name for name in adapted_names(causal_lm) if name in there]
 
 
-def _inner(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # pyright: ignore[reportCallIssue]
+def _inner(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
