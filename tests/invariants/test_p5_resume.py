@@ -28,6 +28,7 @@ OPTIONS = [
     "optim.lr=0.01",
 ]
 LORA = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2"]
+PSFT = ["objective=psft", "objective.outer_steps=3", "objective.neftune=1"]
 UNLIKE = ("seconds", "tokens_per_second", "peak_memory")
 
 DRIVER = """
@@ -138,7 +139,7 @@ def test_killed_in_every_part_of_a_save(inputs, tmp_path: Path, extra: list[str]
     assert_same_run(tmp_path / "run", wanted)
 
 
-@pytest.mark.parametrize("extra", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("extra", [[], LORA, PSFT], ids=["full", "lora", "psft"])
 def test_killed_at_random_moments(inputs, tmp_path: Path, extra: list[str]) -> None:
     import random
 

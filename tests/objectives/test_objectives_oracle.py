@@ -156,6 +156,7 @@ def test_no_chunk_mixes_targets_or_uses_more_than_it_should() -> None:
     output, found = run(made, CASES["all terms"][0], None, torch.float32)
     assert output.loss_sum.item() == 0
     assert all(not grad.any() for grad in found)
+    assert {"accuracy", "entropy", "logprob"} <= output.stats.keys()
 
 
 def test_statistics_are_what_their_names_say() -> None:

@@ -11,7 +11,7 @@ Letters: T packed tokens, N targets, n targets of a chunk, D hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +26,9 @@ Transform = Callable[[Tensor], Tensor]
 CHUNK_BYTES = 64 * 2**20
 CHUNK_ROWS = 256
 """A chunk holds so many bytes of logits, but these rows at least: products of fewer are slow."""
+
+STATS = ("accuracy", "entropy", "logprob")
+"""What is reported whatever the objective."""
 
 
 class Base(NamedTuple):
@@ -59,7 +62,7 @@ class _Work:
     base: Base | None  # its hidden states gathered: [N, D]
     token_loss: Tensor
     effective: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    stats: dict[str, Tensor]
 
     def logits(self, part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Raw products of the head, [n, V] in float32 (float64 stays)."""
@@ -96,7 +99,7 @@ class _Work:
         }
         for name, value in values.items():
             added = (weight * value).sum()
-            self.stats[name] = self.stats[name] + added if name in self.stats else added
+            self.stats[name] = self.stats.get(name, 0.0) + added
 
 
 def head_loss(
@@ -136,6 +139,7 @@ def head_loss(
         base=base,
         token_loss=torch.empty(len(target), dtype=dtype, device=hidden.device),
         effective=torch.empty(len(target), dtype=dtype, device=hidden.device),
+        stats={name: torch.zeros((), dtype=dtype, device=hidden.device) for name in STATS},
     )
     loss_sum = cast(
         Tensor,
