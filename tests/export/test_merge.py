@@ -21,6 +21,7 @@ from tunesmith.export.merge import find_part, merge_adapters
 from tunesmith.model.adapters import AdapterSpec, add_adapter, save_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
+from tunesmith.model.vocabulary import add_rows
 
 KINDS = (
     "lora", "rslora", "dora", "pissa", "olora", "vera", "oft", "boft", "ia3", "loha", "lokr",
@@ -135,6 +136,31 @@ def test_a_weighted_sum_of_adapters(tied: bool, tmp_path: Path) -> None:
         sizes = {"A": 0.7, "B": -0.3, "C": 1.0}
         expected = start[name] + sum(w * (alone[a][name] - start[name]) for a, w in sizes.items())
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_with_tokens_of_its_own(tied: bool, tmp_path: Path) -> None:
+    size = len(tiny_tokenizer())
+    base = tiny_folder(tmp_path / "base", vocab_size=size, tie_word_embeddings=tied)
+    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32")
+    add_rows(causal_lm, [size, size + 1], padded=False)
+    add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in causal_lm.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    (tmp_path / "A").mkdir()
+    save_adapter(causal_lm, tmp_path / "A")
+    config = json.loads((tmp_path / "A/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (tmp_path / "A/adapter_config.json").write_text(json.dumps(config))
+    merge_adapters([find_part(str(tmp_path / "A"))], tmp_path / "M")
+    assert json.loads((tmp_path / "M/config.json").read_text())["vocab_size"] == size + 2
+    found, expected = logits(plain(tmp_path / "M")), logits(causal_lm.model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(merging.ModelError, match="tokens of its own"):
+        merge_adapters([find_part(str(tmp_path / "A"), weight=0.5)], tmp_path / "N")
 
 
 def test_a_merge_that_changes_the_model_is_refused(

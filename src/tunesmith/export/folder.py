@@ -111,7 +111,8 @@ def _fill(
             revision=source.commit if source else None,
         )
         return
-    if template.added:
+    stated = config.get("text_config") or config
+    if template.added or stated.get("vocab_size") != model.config.get_text_config().vocab_size:
         config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
     written = write_weights(model.base, folder, dtype=dtype)
     if model.untied:

@@ -180,6 +180,13 @@ def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> tuple[C
         if merged.untied or total.untied:
             for model in (merged, total, base):
                 untie(model)
+        grown = merged.base.get_input_embeddings().weight.shape[0]
+        if grown != base.base.get_input_embeddings().weight.shape[0]:
+            raise ModelError(
+                "the adapter brings tokens of its own, which can't be weighed or added up",
+                where=str(part.adapter),
+                hint="merge it alone, without a weight",
+            )
         add_difference(_weights(total), _weights(merged), _weights(base), weight=part.weight)
     return total, worst
 
