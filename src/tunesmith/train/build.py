@@ -130,7 +130,7 @@ def build(
             total_steps=total,
         ),
         optimizer=make_optimizer(resolved, model),
-        loss=make_loss(recipe, model, order, total, own),
+        loss=make_loss(recipe, model, order, total_steps=total, own=own),
         device=device,
         micro_tokens=micro_tokens,
         share=_share(recipe, tested, model),

@@ -34,7 +34,7 @@ def noisy_objective(recipe: Recipe) -> bool:
 
 
 def make_loss(
-    recipe: Recipe, model: CausalLM, order: StepOrder, total_steps: int, own: OwnObjective | None
+    recipe: Recipe, model: CausalLM, order: StepOrder, *, total_steps: int, own: OwnObjective | None
 ) -> StepLoss:
     """The loss of the recipe; `total_steps` of the whole run."""
     section = recipe.objective
