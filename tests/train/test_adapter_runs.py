@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tunesmith
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.cli.app import run as command
 from tunesmith.errors import InputError
 
 KINDS = (
@@ -97,6 +98,23 @@ def test_a_kind_trains_and_loads_in_plain_peft_on_the_original_base(
     assert (trained - before).abs().max() > 1e-3, "nothing was learned, so nothing is shown"
     again = logits(PeftModel.from_pretrained(plain(base), str(run.model_folder)))
     torch.testing.assert_close(again, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("pissa", "llama"), ("lora", "qwen3_moe")])
+def test_a_run_is_merged_from_the_command_line(
+    kind: str, family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    run = train(bases[family], tmp_path / "R", section(kind, family))
+    out = tmp_path / "M"
+    assert command(["merge", str(run.folder), "--out", str(out)]) == 0
+    torch.testing.assert_close(logits(plain(out)), logits(run.model), rtol=1e-4, atol=1e-4)
+    stops = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert (
+        stops
+        == json.loads((run.model_folder / "generation_config.json").read_text())["eos_token_id"]
+    )
+    assert "Tunesmith" in (out / "README.md").read_text()
+    assert command(["merge", str(out), "--out", str(tmp_path / "N")]) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

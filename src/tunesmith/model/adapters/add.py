@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters.initial import remember_start
+from tunesmith.model.adapters.initial import begin_with_loftq, remember_start
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
@@ -85,6 +85,8 @@ def add_adapter(
             hint="adapter.targets names the parts to adapt",
         )
     remember_start(causal_lm, spec.kind)
+    if spec.kind == "loftq":
+        begin_with_loftq(causal_lm)
     return report(causal_lm, chosen.names)
 
 

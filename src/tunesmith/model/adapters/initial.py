@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 
+from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.causal_lm import CausalLM
 
@@ -27,6 +28,32 @@ def remember_start(causal_lm: CausalLM, kind: str) -> None:
         causal_lm.adapter_start = {
             name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()
         }
+
+
+@torch.no_grad()
+def begin_with_loftq(causal_lm: CausalLM) -> None:
+    """Let A and B begin as the best low-rank form of what 4-bit quantising took from the base's
+    files; B over the adapter's scale, which the product is multiplied by.
+
+    Raises:
+        ModelError: the base's layers are not 4-bit ones of bitsandbytes, or its files aren't there.
+    """
+    import peft
+
+    model, folder = causal_lm.model, str(causal_lm.config._name_or_path)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        peft.replace_lora_weights_loftq(model, model_path=folder)
+    except (ValueError, OSError, TypeError) as error:
+        raise ModelError(
+            f"loftq can't begin here: {str(error).splitlines()[0]}", where="adapter.kind"
+        ) from error
+    for module in model.modules():
+        for name, up in getattr(module, "lora_B", {}).items():
+            up.weight.div_(module.scaling[name])
+    for name, parameter in model.named_parameters():
+        if name in dtypes and parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def save_adapter(causal_lm: CausalLM, folder: Path) -> None:
