@@ -236,3 +236,19 @@ def test_dropout_turns_sharing_off_and_the_start_says_so(
     assert "q_proj x4" in said
     again = train(bases["llama"], tmp_path / "S", {"continue_from": str(run.folder)}, **options)
     assert machine(again)["chosen"]["share_prefixes"] is (asked is True)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_in_bfloat16_the_plain_lora_agrees_to_the_rounding_of_the_base(
+    kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases["llama"]
+    model = {"name": str(base), "dtype": "bfloat16"}
+    run = train(base, tmp_path / "R", section(kind), model=model)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    before = logits(start).float()
+    again = logits(PeftModel.from_pretrained(start, str(run.model_folder))).float()
+    trained = logits(run.model).float()
+    rounding = (before - logits(plain(base))).norm()
+    assert (trained - before).norm() > 10 * rounding
+    assert (again - trained).norm() < 4 * rounding
