@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.ledger import Ledger
+from tunesmith.data.store import target_counts, token_counts
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.train.job import EvalSet, Job
 
@@ -18,8 +19,8 @@ SHOWN_CHARACTERS = 240
 def start_lines(job: Job, trained: AdapterReport) -> list[str]:
     """What was decided, in a few lines, before the first step."""
     recipe, prepared = job.recipe, job.prepared
-    tokens = sum(document.tokens for document in prepared.documents)
-    targets = sum(document.target_tokens for document in prepared.documents)
+    tokens = int(token_counts(prepared.documents).sum())
+    targets = int(target_counts(prepared.documents).sum())
     formats = ", ".join(f"{name}: {kind}" for name, kind in prepared.formats.items())
     lines = [
         f"data: {len(prepared.documents):,} documents, {tokens:,} tokens, "
@@ -77,5 +78,5 @@ def _batch(recipe: Recipe) -> str:
 
 
 def _eval_line(held: EvalSet) -> str:
-    targets = sum(document.target_tokens for document in held.documents)
+    targets = int(target_counts(held.documents).sum())
     return f"eval: {held.name}, {len(held.documents):,} documents, {targets:,} targets"

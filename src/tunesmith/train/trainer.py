@@ -18,6 +18,7 @@ import torch
 from tunesmith.config.dump import science_dict
 from tunesmith.config.values import Duration
 from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.store import longest_paths
 from tunesmith.errors import InterruptedRun, NonFiniteError, RunError
 from tunesmith.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from tunesmith.train.evaluate import evaluate
@@ -234,7 +235,7 @@ class Trainer:
         an hour.
         """
         job = self.job
-        longest = max(job.documents, key=lambda document: document.longest_path)
+        longest = job.documents[int(longest_paths(job.documents).argmax())]
         plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
         with _random_state_kept():
             try:

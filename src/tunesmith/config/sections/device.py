@@ -35,3 +35,12 @@ class DeviceSection(Section):
     threads: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
         default="auto", description="CPU threads"
     )
+    cache: bool | str = Field(
+        default=True,
+        description="keep prepared documents for the next run: true, false or a folder; true is "
+        "TUNESMITH_CACHE, else the user's cache folder",
+    )
+    prepare_processes: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+        default="auto",
+        description="processes that prepare the data; auto: more than one where it takes long",
+    )
