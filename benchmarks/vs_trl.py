@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 TUNESMITH = "tunesmith"
 
 
-def write_rows(data: Path | None, count: int, out: Path, *, answers: int) -> str:
+def write_rows(data: Path | None, count: int, out: Path, *, answers: int = 1) -> str:
     """Write `count` rows of chats with a prompt and a completion; return the name of the data.
 
     Of `answers` rows in a row, all have the first one's prompt: many answers to one question.

@@ -70,6 +70,9 @@ def test_rows_keep_their_order_and_too_few_are_refused(tmp_path: Path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q2"]
     assert rows[0]["completion"] == [{"role": "assistant", "content": "a"}]
+    vs_trl.write_rows(data, 3, out, answers=2)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q1", "q3"]
     with pytest.raises(SystemExit, match="3 rows, 4 are needed"):
         vs_trl.write_rows(data, 4, out)
 
