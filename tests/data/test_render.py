@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.conversation import Completion, Text, to_example
+from tunesmith.data.conversation import Completion, Text
 from tunesmith.data.faults import RowError
+from tunesmith.data.formats import to_example
 from tunesmith.data.render import render_example
 from tunesmith.data.template import wrap_tokenizer
 from tunesmith.types import Origin

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tiny import tiny_tokenizer
-from tunesmith.data.conversation import to_example
 from tunesmith.data.faults import RowError
+from tunesmith.data.formats import to_example
 from tunesmith.data.render import render_example
 from tunesmith.data.template import wrap_tokenizer
 from tunesmith.types import Origin

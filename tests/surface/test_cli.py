@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
-        "init", "doctor", "preview", "score", "select", "train", "resume", "eval", "chat",
+        "init", "doctor", "preview", "score", "select", "convert", "train", "resume", "eval", "chat",
         "generate", "merge", "schema",
     ]  # fmt: skip
 

@@ -18,8 +18,8 @@ from tunesmith.errors import RecipeError
 
 KEYS = {
     "model": "name dtype revision trust_remote_code",
-    "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length too_long bad_rows "
-    "shuffle",
+    "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length "
+    "too_long bad_rows shuffle",
     "batch": "documents tokens",
     "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
     "warmup_epochs neftune router_aux scheduled_sampling",

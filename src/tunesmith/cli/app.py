@@ -38,6 +38,9 @@ COMMANDS = {
         "score", "score", BEFORE, "Give each row its loss and difficulty under a model."
     ),
     "select": Command("select", "select", BEFORE, "Keep rows by rules, as a new data set."),
+    "convert": Command(
+        "convert", "convert", BEFORE, "Write rows of another format as messages."
+    ),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),

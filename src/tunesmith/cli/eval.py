@@ -87,7 +87,7 @@ def find_prompts(session: Session, rows: Prepared) -> list[Prompt]:
         prompts_from_document(
             document,
             session.template,
-            completion=rows.formats[document.origin.source] == "prompt_completion",
+            completion=rows.formats[document.origin.source] != "text",
         )
         for document in rows.documents
     ]

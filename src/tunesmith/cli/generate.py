@@ -140,8 +140,8 @@ def read_prompts(session: Session) -> list[Asked]:
 
 
 def _prompt(session: Session, row: Row, format: str) -> Prompt:
-    from tunesmith.data.conversation import detect_format, to_example
     from tunesmith.data.faults import Fault, RowError
+    from tunesmith.data.formats import detect_format, to_example
     from tunesmith.generate import prompt_from
 
     if row.values is None:
@@ -158,7 +158,8 @@ def _prompt(session: Session, row: Row, format: str) -> Prompt:
 
 def _unanswered(session: Session, values: dict[str, Any]) -> Prompt:
     """The prompt of a row that has only that."""
-    from tunesmith.data.conversation import Chat, Message, Text, to_example
+    from tunesmith.data.conversation import Chat, Message, Text
+    from tunesmith.data.formats import to_example
     from tunesmith.generate import prompt_from
 
     prompt = values["prompt"]

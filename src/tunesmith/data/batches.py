@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tunesmith.data.conversation import FORMATS, detect_format, to_example
 from tunesmith.data.encoding import Encoder, Wanted
 from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.formats import FORMATS, detect_format, to_example
 from tunesmith.data.render import Rendered, Rendering, render_steps
 from tunesmith.data.store import Columns, pack
 from tunesmith.data.template import Template
@@ -102,9 +102,7 @@ def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bo
     mine = detect_format(values) if detect else chosen
     if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
         names = ", ".join(f"`{name}`" for name in values) or "none"
-        raise RowError(
-            Fault("unknown-format", f"neither messages, prompt+completion nor text; it has {names}")
-        )
+        raise RowError(Fault("unknown-format", f"the columns of no format; it has {names}"))
     if mine is not None and mine != chosen:
         raise RowError(
             Fault(

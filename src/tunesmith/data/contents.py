@@ -24,7 +24,9 @@ def check_special_tokens(chat: Chat, template: Template) -> None:
         refuse_special_tokens(text, template, "the tools")
 
 
-def refuse_special_tokens(text: str, template: Template, place: str) -> None:
+def refuse_special_tokens(
+    text: str, template: Template, place: str, *, hint: str | None = None
+) -> None:
     """Raises RowError if the text holds the text of a special token."""
     token = next((token for token in template.special_texts if token in text), None)
     if token is not None:
@@ -32,7 +34,7 @@ def refuse_special_tokens(text: str, template: Template, place: str) -> None:
             Fault(
                 "special-token-in-content",
                 f"{place} holds {token!r}, which the tokenizer reads as a control token",
-                "take it out of the data, or write it so that it is not that token",
+                hint or "take it out of the data, or write it so that it is not that token",
             )
         )
 

@@ -1,4 +1,4 @@
-"""Rows become examples: a chat, a raw prompt with its completion, or a text."""
+"""What a row can stand for, and how chats are read: messages, tools and their calls."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-from tunesmith.data.faults import Fault, RowError
-
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""Format to the columns it needs, in the order in which `detect_format` looks for them."""
+from tunesmith.data.faults import kind_of, refuse, wrong_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,59 +63,48 @@ class Text:
     text: str
 
 
-Example: TypeAlias = Chat | Completion | Text
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Texts of a row in order, without a chat template; of each whether it is learned.
 
-
-def detect_format(values: Mapping[str, Any]) -> str | None:
-    """The first format whose columns all hold something, else the first whose columns all exist."""
-    for name, columns in FORMATS.items():
-        if all(values.get(column) is not None for column in columns):
-            return name
-    for name, columns in FORMATS.items():
-        if all(column in values for column in columns):
-            return name
-    return None
-
-
-def to_example(values: Mapping[str, Any], *, format: str, templated: bool = True) -> Example:
-    """The example a row stands for.
-
-    With `templated`, string prompt and completion become a user and an assistant turn; without,
-    they stay raw. Raises RowError where a column is missing or has the wrong type.
+    Special tokens written in them are read as such.
     """
-    for column in FORMATS[format]:
-        if values.get(column) is None:
-            state = "null" if column in values else "missing"
-            _refuse(
-                "missing-column",
-                f"column `{column}` is {state}; the row has {_listing(values)}",
-                f"name the right column: data.columns={{{column}: ...}}",
-            )
-    if format == "messages":
-        return _chat(values, _messages(values["messages"], "messages"))
-    if format == "prompt_completion":
-        return _prompt_completion(values, templated=templated)
-    text = values["text"]
-    if not isinstance(text, str):
-        _wrong_type("text", "a string", text)
-    if not text:
-        _refuse("empty-text", "`text` is empty")
-    return Text(text)
+
+    parts: tuple[tuple[str, bool], ...]
 
 
-def _prompt_completion(values: Mapping[str, Any], *, templated: bool) -> Example:
+@dataclass(frozen=True, slots=True)
+class TemplatedText:
+    """A whole conversation as a chat template has written it, control tokens and all."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids that somebody else made; of each whether it is learned."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+Example: TypeAlias = Chat | Completion | Text | Parts | TemplatedText | Tokens
+
+
+def prompt_completion(values: Mapping[str, Any], *, templated: bool) -> Example:
+    """A prompt with its completion; with `templated`, strings become two turns."""
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            _refuse("empty-answer", "`completion` is empty")
+            refuse("empty-answer", "`completion` is empty")
         if not templated:
             return Completion(prompt, completion)
         turns = (Message("user", prompt), Message("assistant", completion))
         return _chat(values, turns, first_completion=1)
     if isinstance(prompt, str) or isinstance(completion, str):
-        _refuse(
+        refuse(
             "wrong-type",
-            f"`prompt` is {_kind(prompt)} but `completion` is {_kind(completion)}; "
+            f"`prompt` is {kind_of(prompt)} but `completion` is {kind_of(completion)}; "
             "both must be strings or both lists of messages",
         )
     asked = _messages(prompt, "prompt")
@@ -130,12 +112,17 @@ def _prompt_completion(values: Mapping[str, Any], *, templated: bool) -> Example
     return _chat(values, asked + answered, first_completion=len(asked))
 
 
+def read_chat(values: Mapping[str, Any]) -> Chat:
+    """The chat in the column `messages`."""
+    return _chat(values, _messages(values["messages"], "messages"))
+
+
 def _chat(
     values: Mapping[str, Any], messages: tuple[Message, ...], first_completion: int | None = None
 ) -> Chat:
     kwargs = values.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        _wrong_type("chat_template_kwargs", "an object", kwargs)
+        wrong_type("chat_template_kwargs", "an object", kwargs)
     given = cast("Mapping[str, Any]", kwargs or {})
     return Chat(
         messages,
@@ -147,35 +134,35 @@ def _chat(
 
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
     if not isinstance(value, list | tuple):
-        _wrong_type(column, "a list of messages", value)
+        wrong_type(column, "a list of messages", value)
     items = cast("list[Any]", value)
     if not items:
-        _refuse("empty-messages", f"`{column}` is an empty list")
+        refuse("empty-messages", f"`{column}` is an empty list")
     return tuple(_message(item, f"{column}[{at}]") for at, item in enumerate(items))
 
 
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, Mapping):
-        _wrong_type(place, "an object with role and content", value)
+        wrong_type(place, "an object with role and content", value)
     # Columnar files fill fields that only other messages have with null: as good as absent.
     fields = {key: item for key, item in _items(value) if item is not None}
     role = fields.pop("role", None)
     if not isinstance(role, str) or not role:
         hint = 'a message is {"role": "user", "content": "..."}'
         if "from" in fields and "value" in fields:
-            hint += "; `from` and `value` are to be renamed"
-        _refuse("unknown-role", f"`{place}.role` is {_kind(role)}, not a role's name", hint)
+            hint += "; turns of `from` and `value` belong in a column `conversations`"
+        refuse("unknown-role", f"`{place}.role` is {kind_of(role)}, not a role's name", hint)
     train = fields.pop("train", None)
     if train is not None and not isinstance(train, bool):
-        _wrong_type(f"{place}.train", "true or false", train)
+        wrong_type(f"{place}.train", "true or false", train)
     weight = _weight(fields.pop("weight", None), place)
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{place}.tool_calls")
     if not isinstance(fields.get("reasoning_content", ""), str):
-        _wrong_type(f"{place}.reasoning_content", "a string", fields["reasoning_content"])
+        wrong_type(f"{place}.reasoning_content", "a string", fields["reasoning_content"])
     content = _content(fields.pop("content", None), f"{place}.content")
     if content is None and not fields.get("tool_calls") and not fields.get("reasoning_content"):
-        _refuse(
+        refuse(
             "empty-answer" if role == "assistant" else "wrong-type",
             f"`{place}` ({role}) has no content" + (" and no tool_calls" * (role == "assistant")),
         )
@@ -186,9 +173,9 @@ def _weight(value: Any, place: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        _wrong_type(f"{place}.weight", "a number", value)
+        wrong_type(f"{place}.weight", "a number", value)
     if not math.isfinite(value) or value < 0:
-        _refuse("wrong-type", f"`{place}.weight` is {value}; it must be finite and at least 0")
+        refuse("wrong-type", f"`{place}.weight` is {value}; it must be finite and at least 0")
     return float(value)
 
 
@@ -196,7 +183,7 @@ def _content(value: Any, place: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
-        _wrong_type(place, "a string or a list of text parts", value)
+        wrong_type(place, "a string or a list of text parts", value)
     texts: list[str] = []
     for at, part in enumerate(cast("list[Any]", value)):
         text = part
@@ -204,10 +191,10 @@ def _content(value: Any, place: str) -> str | None:
             fields = dict(_items(part))
             kind = fields.get("type", "text")
             if kind != "text":
-                _refuse("wrong-type", f"`{place}[{at}]` is of type {kind!r}; only text is read")
+                refuse("wrong-type", f"`{place}[{at}]` is of type {kind!r}; only text is read")
             text = fields.get("text")
         if not isinstance(text, str):
-            _wrong_type(f"{place}[{at}]", "a text part", text)
+            wrong_type(f"{place}[{at}]", "a text part", text)
         texts.append(text)
     return "".join(texts)
 
@@ -215,25 +202,25 @@ def _content(value: Any, place: str) -> str | None:
 def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Tool calls with `arguments` as an object, which is what templates are written for."""
     if not isinstance(value, list | tuple):
-        _wrong_type(place, "a list of tool calls", value)
+        wrong_type(place, "a list of tool calls", value)
     return [_tool_call(item, f"{place}[{at}]") for at, item in enumerate(cast("list[Any]", value))]
 
 
 def _tool_call(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        _wrong_type(place, "an object", value)
+        wrong_type(place, "an object", value)
     call = {key: item for key, item in _items(value) if item is not None}
     inner = call.get("function", call)
     if not isinstance(inner, Mapping):
-        _wrong_type(f"{place}.function", "an object", inner)
+        wrong_type(f"{place}.function", "an object", inner)
     function = dict(_items(inner))
     if not isinstance(function.get("name"), str):
-        _wrong_type(f"{place}.function.name", "a string", function.get("name"))
+        wrong_type(f"{place}.function.name", "a string", function.get("name"))
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         function["arguments"] = _parse(arguments, f"{place}.function.arguments", "an object")
     if not isinstance(function.get("arguments", {}), Mapping | None):
-        _wrong_type(f"{place}.function.arguments", "an object", function["arguments"])
+        wrong_type(f"{place}.function.arguments", "an object", function["arguments"])
     return {**call, "function": function} if "function" in call else function
 
 
@@ -243,11 +230,11 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple):
-        _wrong_type("tools", "a list of tool descriptions", value)
+        wrong_type("tools", "a list of tool descriptions", value)
     tools: list[dict[str, Any]] = []
     for at, tool in enumerate(cast("list[Any]", value)):
         if not isinstance(tool, Mapping):
-            _wrong_type(f"tools[{at}]", "an object", tool)
+            wrong_type(f"tools[{at}]", "an object", tool)
         tools.append(dict(_items(tool)))
     return tools or None
 
@@ -256,36 +243,8 @@ def _parse(text: str, place: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        _refuse("wrong-type", f"`{place}` is a string that is not {wanted} in JSON ({error})")
+        refuse("wrong-type", f"`{place}` is a string that is not {wanted} in JSON ({error})")
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     yield from cast("Mapping[str, Any]", value).items()
-
-
-def _listing(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}`" for name in values) or "no columns"
-
-
-def _kind(value: Any) -> str:
-    """The value's type in the words of JSON."""
-    names = {
-        "NoneType": "null",
-        "bool": "true or false",
-        "int": "a number",
-        "float": "a number",
-        "str": "a string",
-        "list": "a list",
-        "tuple": "a list",
-        "dict": "an object",
-    }
-    name = type(value).__name__
-    return names.get(name, f"of Python type {name}")
-
-
-def _wrong_type(place: str, wanted: str, value: Any) -> NoReturn:
-    _refuse("wrong-type", f"`{place}` must be {wanted}, but it is {_kind(value)}")
-
-
-def _refuse(kind: str, message: str, hint: str | None = None) -> NoReturn:
-    raise RowError(Fault(kind, message, hint))

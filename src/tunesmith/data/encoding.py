@@ -12,11 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from tunesmith.data.rendered import Wanted
 from tunesmith.data.template import Template
 from tunesmith.types import IntArray
-
-Wanted = tuple[str, bool]
-"""A text, and whether the tokenizer puts its own special tokens around it."""
 
 _CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 _ANY_CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"

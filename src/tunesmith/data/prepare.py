@@ -16,9 +16,9 @@ from tunesmith.data.batches import (
     render_batch,
 )
 from tunesmith.data.cache import CacheEntry, DamagedEntry, cache_key, discard
-from tunesmith.data.conversation import detect_format
 from tunesmith.data.encoding import Encoder
 from tunesmith.data.faults import Fault
+from tunesmith.data.formats import detect_format
 from tunesmith.data.holdout import Side
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.refusals import nothing_left, refusal, unknown_format, write_faults

@@ -60,9 +60,10 @@ def refusal(
 def unknown_format(source: Source, first: Row) -> DataError:
     columns = ", ".join(f"`{name}`" for name in first.values or {}) or "no columns"
     return DataError(
-        f"no row has messages, prompt and completion, or text; the columns are {columns}",
+        f"no row has the columns of a format; they are {columns}",
         where=source.name,
-        hint="name the columns: data.columns='{prompt: ..., completion: ...}'",
+        hint="messages, conversations, prompt and completion, instruction and output, or text; "
+        "other names: data.columns='{prompt: ..., completion: ...}'",
     )
 
 

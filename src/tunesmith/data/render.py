@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.contents import check_contents, check_special_tokens, refuse_special_tokens
-from tunesmith.data.conversation import Chat, Completion, Example, Text
+from tunesmith.data.conversation import (
+    Chat,
+    Completion,
+    Example,
+    Parts,
+    TemplatedText,
+    Text,
+    Tokens,
+)
 from tunesmith.data.encoding import Wanted
 from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.own_text import render_parts, render_templated, render_tokens
 from tunesmith.data.paths import TokenPath, make_segment, merge_paths
+from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
 from tunesmith.data.template import Template
 from tunesmith.data.turns import Turn, read_turns, render_all
 from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
-TOO_LONG = "too-long"
-NO_TARGETS = "no-targets"
 _SHOWN = 40  # characters
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """What became of a row.
-
-    `tokens` counts all of the row, kept or not; `unused` those after the last thing to learn, which
-    never were in the document. What is left over was cut off, for `reason`.
-    """
-
-    document: Document | None
-    status: str  # trained | truncated | dropped
-    reason: str | None
-    tokens: int
-    unused: int = 0
-
-
-Rendering = Generator[Sequence[Wanted], Sequence[IntArray], Rendered]
-"""A row that is being rendered: it says which texts it wants as ids, and returns the outcome."""
 
 
 def render_example(
@@ -99,8 +87,25 @@ def render_steps(
         everything = train_on == "all"
         ids, first = yield from _completion_ids(example, template, everything=everything)
         return _stream(ids, first, limit, origin, whole=not everything)
-    ids = yield from _text_ids(example, template)
-    return _stream(ids, 1, limit, origin)
+    if isinstance(example, Text):
+        ids = yield from _text_ids(example, template)
+        return _stream(ids, 1, limit, origin)
+    return (yield from _own_text(example, template, train_on, limit, origin))
+
+
+def _own_text(
+    example: Parts | TemplatedText | Tokens,
+    template: Template,
+    train_on: str | list[str],
+    limit: Limit,
+    origin: Origin,
+) -> Rendering:
+    """A row that brings its own control tokens, or its own ids."""
+    if isinstance(example, Tokens):
+        return render_tokens(example, template, train_on, limit, origin)
+    if isinstance(example, Parts):
+        return (yield from render_parts(example, template, train_on, limit, origin))
+    return (yield from render_templated(example, template, train_on, limit, origin))
 
 
 def _encode(wanted: Wanted, template: Template) -> IntArray:
@@ -108,12 +113,11 @@ def _encode(wanted: Wanted, template: Template) -> IntArray:
     return np.array(template.encode([text], add_special_tokens=special)[0], np.int32)
 
 
-_Limit = tuple["int | None", str]
 _Ids = Generator[Sequence[Wanted], Sequence[IntArray], IntArray]
 
 
 def _chat(
-    chat: Chat, template: Template, train_on: str | list[str], limit: _Limit, origin: Origin
+    chat: Chat, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
 ) -> Rendering:
     turns = read_turns(chat, template, train_on=train_on)
     if not turns:
@@ -179,7 +183,7 @@ def _no_stop(turn: Turn, target: IntArray, template: Template) -> RowError:
     )
 
 
-def _fit_paths(paths: Sequence[TokenPath], limit: _Limit, origin: Origin, unused: int) -> Rendered:
+def _fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: int) -> Rendered:
     segments = merge_paths(paths)
     tokens = sum(len(segment.ids) for segment in segments) + unused
     max_length, too_long = limit
@@ -187,7 +191,7 @@ def _fit_paths(paths: Sequence[TokenPath], limit: _Limit, origin: Origin, unused
     if max_length is None or longest <= max_length:
         return Rendered(Document(segments, origin), "trained", None, tokens, unused)
     if too_long == "error":
-        raise _over(longest, max_length)
+        raise over_long(longest, max_length)
     kept = [path for path in paths if len(path.ids) <= max_length]
     if too_long == "drop" or not kept:
         return Rendered(None, "dropped", TOO_LONG, tokens, 0)
@@ -195,7 +199,7 @@ def _fit_paths(paths: Sequence[TokenPath], limit: _Limit, origin: Origin, unused
 
 
 def _stream(
-    array: IntArray, first: int, limit: _Limit, origin: Origin, *, whole: bool = False
+    array: IntArray, first: int, limit: Limit, origin: Origin, *, whole: bool = False
 ) -> Rendered:
     """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end."""
     max_length, too_long = limit
@@ -204,7 +208,7 @@ def _stream(
     if max_length is None or len(array) <= max_length:
         pieces = [(0, len(array))]
     elif too_long == "error":
-        raise _over(len(array), max_length)
+        raise over_long(len(array), max_length)
     elif too_long == "split":
         pieces = _cuts(len(array), max_length)
     elif too_long == "truncate" and not whole:
@@ -259,7 +263,15 @@ def _conversation_ids(chat: Chat, template: Template) -> _Ids:
 
 
 def _text_ids(example: Text, template: Template) -> _Ids:
-    _check_raw(example.text, template, "the text", bos=True, eos=True)
+    _check_raw(
+        example.text,
+        template,
+        "the text",
+        bos=True,
+        eos=True,
+        hint="a chat that a template has written already is data.train=[{path: ..., "
+        "format: templated_text}]; in any other text take it out",
+    )
     (ids,) = yield [(example.text, True)]
     return _closed(ids, template)
 
@@ -296,21 +308,17 @@ def _closed(ids: IntArray, template: Template) -> IntArray:
 
 
 def _check_raw(
-    text: str, template: Template, place: str, *, bos: bool = False, eos: bool = False
+    text: str,
+    template: Template,
+    place: str,
+    *,
+    bos: bool = False,
+    eos: bool = False,
+    hint: str | None = None,
 ) -> None:
     """Refuse control tokens in raw text, but for an opening BOS and a closing EOS."""
     if bos and template.bos_id is not None:
         text = text.removeprefix(template.token_text(template.bos_id))
     if eos and template.eos_id is not None:
         text = text.removesuffix(template.token_text(template.eos_id))
-    refuse_special_tokens(text, template, place)
-
-
-def _over(length: int, max_length: int) -> RowError:
-    return RowError(
-        Fault(
-            TOO_LONG,
-            f"its longest path is {length:,} tokens; data.max_length allows {max_length:,}",
-            "data.too_long=drop, truncate or split, or a larger data.max_length",
-        )
-    )
+    refuse_special_tokens(text, template, place, hint=hint)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.data.faults import Fault
+from tunesmith.data.readers.columnar import without_filled
 from tunesmith.data.readers.kinds import file_rows
 from tunesmith.data.readers.raw import Raw
 from tunesmith.errors import DataError
@@ -149,9 +150,11 @@ def _raw_rows(source: Source) -> Iterator[Raw]:
 
 
 def _iterable_rows(source: Source) -> Iterator[Raw]:
+    columnar = hasattr(source.rows, "column_names")  # a data set of `datasets`
     for values in source.rows or ():
         if isinstance(values, Mapping):
-            yield dict(cast("Mapping[str, Any]", values)), None
+            row = dict(cast("Mapping[str, Any]", values))
+            yield (without_filled(row) if columnar else row), None
         else:
             kind = type(values).__name__
             yield None, Fault("wrong-type", f"the row is of Python type {kind}, not a mapping")

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tunesmith.data.conversation import Chat, Completion, Example, Message, Text
+from tunesmith.data.conversation import (
+    Chat,
+    Completion,
+    Example,
+    Message,
+    Parts,
+    TemplatedText,
+    Text,
+)
 from tunesmith.data.faults import Fault
 from tunesmith.data.render import Rendered
 from tunesmith.data.template import Template
@@ -152,8 +160,11 @@ def answers_of(case: Case) -> list[Answer]:
     example = case.example
     if isinstance(example, Completion):
         return [Answer(case.origin, None, example.prompt, example.prompt, example.completion)]
-    if isinstance(example, Text):
+    if isinstance(example, Text | TemplatedText):
         return [Answer(case.origin, None, "", "", example.text)]
+    if isinstance(example, Parts):
+        learned = "".join(text for text, train in example.parts if train)
+        return [Answer(case.origin, None, "", "", learned)]
     trained = case.trained_messages()
     found: list[Answer] = []
     said: list[str] = []

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.conversation import Example, detect_format, to_example
+from tunesmith.data.conversation import Example
 from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.formats import detect_format, to_example
 from tunesmith.data.loader import StepOrder
 from tunesmith.data.prepare import PreparedRow, iter_prepared
 from tunesmith.data.render import render_example

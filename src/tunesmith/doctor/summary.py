@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.conversation import Chat, Completion, Text
+from tunesmith.data.conversation import (
+    Chat,
+    Completion,
+    Parts,
+    TemplatedText,
+    Text,
+    Tokens,
+)
 from tunesmith.data.loader import StepOrder
 from tunesmith.data.tree import build_forest, measure
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
@@ -51,7 +58,14 @@ def summarize(corpus: Corpus, setup: Setup, order: StepOrder | None) -> dict[str
 
 
 def _shape(case: Case) -> str:
-    names = {Chat: "chat", Completion: "prompt and completion, raw", Text: "text"}
+    names = {
+        Chat: "chat",
+        Completion: "prompt and completion, raw",
+        Text: "text",
+        Parts: "segments",
+        TemplatedText: "text of a template",
+        Tokens: "tokens",
+    }
     return "unreadable" if case.example is None else names[type(case.example)]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.conversation import Chat, Completion, Example
+from tunesmith.data.conversation import Chat, Completion, Example, Text
+from tunesmith.data.own_text import prompt_of_own_text
 from tunesmith.data.template import Template
 from tunesmith.generate.batched import visible_text
 from tunesmith.types import NO_MESSAGE, Document, IntArray
@@ -25,13 +26,18 @@ class Prompt:
 def prompt_from(example: Example, template: Template) -> Prompt:
     """The prompt before the last assistant turn or completion; all of it where nothing answers.
 
-    A text is a prompt as a whole, without reference.
+    A text is a prompt as a whole, without reference. Rows with their own control tokens or ids are
+    asked for their last learned run.
     """
     if isinstance(example, Chat):
         return _chat_prompt(example, template)
     if isinstance(example, Completion):
         return _raw_prompt(example.prompt, template, reference=example.completion or None)
-    return _raw_prompt(example.text, template, reference=None)
+    if isinstance(example, Text):
+        return _raw_prompt(example.text, template, reference=None)
+    asked, answer = prompt_of_own_text(example, template)
+    reference = None if answer is None else _until_stop(answer, template)
+    return Prompt(tuple(asked), template.decode(asked), reference)
 
 
 def _chat_prompt(chat: Chat, template: Template) -> Prompt:

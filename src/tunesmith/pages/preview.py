@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.conversation import Chat, detect_format, to_example
+from tunesmith.data.conversation import Chat
 from tunesmith.data.faults import RowError
+from tunesmith.data.formats import detect_format, to_example
 from tunesmith.data.ledger import Ledger
 from tunesmith.pages.html import page, table, text
 from tunesmith.pages.preview_style import SCRIPT, STYLE

@@ -37,7 +37,18 @@ class SourceSection(Section):
     revision: str | None = Field(
         default=None, min_length=1, description="branch, tag or commit of a hub data set"
     )
-    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "tokens",
+        "segments",
+        "preference",
+        "prompt_completion",
+        "alpaca",
+        "text",
+        "templated_text",
+    ] = Field(
         default="auto", description="shape of the rows"
     )
     columns: Columns | None = Field(

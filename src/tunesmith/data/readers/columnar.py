@@ -50,6 +50,25 @@ def arrow_rows(file: Any, name: str) -> Iterator[Raw]:
     return _rows(batches(), name, "Arrow")
 
 
+def without_filled(values: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls that a columnar file puts into its objects.
+
+    Arrow gives all objects of a column the same keys and fills those that one lacks with null, so a
+    tool's schema comes back with the keys of every other tool. Inside columns, a key that holds
+    null is therefore taken as absent; nulls in lists, and whole columns, stay.
+    """
+    return {name: _unfilled(value) for name, value in values.items()}
+
+
+def _unfilled(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        return {key: _unfilled(item) for key, item in items if item is not None}
+    if isinstance(value, list):
+        return [_unfilled(item) for item in cast("list[Any]", value)]
+    return value
+
+
 def _rows(batches: Iterator[Any], name: str, kind: str) -> Iterator[Raw]:
     import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
@@ -57,7 +76,7 @@ def _rows(batches: Iterator[Any], name: str, kind: str) -> Iterator[Raw]:
         for batch in batches:
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 for values in batch.slice(start, BATCH_ROWS).to_pylist():
-                    yield values, None
+                    yield without_filled(values), None
     except (cast("Any", pyarrow).ArrowException, OSError) as error:
         message = (str(error).splitlines() or ["no reason given"])[0]
         raise DataError(f"not readable as {kind}: {message}", where=name) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tunesmith.data.conversation import Completion, Text
+from tunesmith.data.conversation import Completion, Parts, TemplatedText, Text, Tokens
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.minhash import near_pairs
 from tunesmith.doctor.outcome import FEW, Hit, Outcome, by_share
@@ -119,7 +119,7 @@ def _unique(cases: Iterable[Case]) -> list[Case]:
 
 def _questions(case: Case) -> Sequence[str]:
     """The row's first question with what stands before it, as a key; none of a text."""
-    if isinstance(case.example, Text):
+    if isinstance(case.example, Text | Parts | TemplatedText | Tokens):
         return []
     if isinstance(case.example, Completion):
         return ["?" + plain(case.example.prompt)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.data.conversation import Chat, Text
+from tunesmith.data.conversation import Chat, Parts, TemplatedText, Text, Tokens
 from tunesmith.data.template import Template
 from tunesmith.doctor.checks.faults import STOPS, fault_hits
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
@@ -65,7 +65,7 @@ def boundary(corpus: Corpus, setup: Setup) -> Outcome:
     """
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Case]] = {}
     for case in corpus.train:
-        if case.whole is None or isinstance(case.example, Text):
+        if case.whole is None or isinstance(case.example, Text | Parts | TemplatedText | Tokens):
             continue
         for border in set(_borders(case.whole)):
             places.setdefault(border, []).append(case)

@@ -1,0 +1,212 @@
+"""Rows that bring their own control tokens or their own ids: parts, templated text, tokens.
+
+Nothing is added to them, so what inference has to send is exactly what stands before a learned run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tunesmith.data.conversation import Parts, TemplatedText, Tokens
+from tunesmith.data.faults import refuse
+from tunesmith.data.paths import make_segment
+from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
+from tunesmith.data.template import Template
+from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin
+
+_Run = tuple[int, int]
+"""Ids [start, end) that are learned together."""
+
+
+def render_parts(
+    example: Parts, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
+) -> Rendering:
+    """The document of texts side by side.
+
+    Neighbours with the same wish are one text to the tokenizer, which sees each learned run apart
+    from what stands before it, as at inference. The last learned run must end with a stop token if
+    nothing follows it.
+    """
+    texts = _merged(example)
+    found = yield [(text, False) for text, _ in texts]
+    ids = np.concatenate(found)
+    if texts[-1][1] and not (len(ids) and int(ids[-1]) in template.stop_ids):
+        refuse(
+            "no-stop-token",
+            "the last learned segment does not end with a stop token, so the model would never "
+            "learn to stop",
+            f"end it with {_stop_text(template)}",
+        )
+    runs: list[_Run] = []
+    start = 0
+    for part, (_, learned) in zip(found, texts, strict=True):
+        if learned:
+            runs.append((start, start + len(part)))
+        start += len(part)
+    return _document(ids, _wanted(runs, len(ids), train_on), limit, origin)
+
+
+def prompt_of_own_text(
+    example: Parts | TemplatedText | Tokens, template: Template
+) -> tuple[list[int], list[int] | None]:
+    """Ids before the last learned run, and those of the run; all ids and None without one.
+
+    Raises:
+        RowError: the row can't be told apart.
+    """
+    if isinstance(example, Tokens):
+        ids = list(example.ids)
+        runs = _runs(example.learned)
+        return (ids[: runs[-1][0]], ids[slice(*runs[-1])]) if runs else (ids, None)
+    if isinstance(example, TemplatedText):
+        example = _told_apart(example, template)
+    texts = _merged(example)
+    last = max((at for at, (_, learned) in enumerate(texts) if learned), default=None)
+    found = template.encode([text for text, _ in texts[: None if last is None else last + 1]])
+    answer = None if last is None else found.pop()
+    return [token for ids in found for token in ids], answer
+
+
+def render_templated(
+    example: TemplatedText,
+    template: Template,
+    train_on: str | list[str],
+    limit: Limit,
+    origin: Origin,
+) -> Rendering:
+    """The document of a conversation that a template has written: the answers are learned.
+
+    An answer stands between the template's own opening of one and the next stop token, which
+    belongs to it.
+    """
+    parts = _told_apart(example, template)
+    return (yield from render_parts(parts, template, train_on, limit, origin))
+
+
+def _merged(example: Parts) -> list[tuple[str, bool]]:
+    """The texts with neighbours of the same wish joined, none empty."""
+    texts: list[tuple[str, bool]] = []
+    for text, learned in example.parts:
+        if texts and texts[-1][1] is learned:
+            texts[-1] = (texts[-1][0] + text, learned)
+        elif text:
+            texts.append((text, learned))
+    return texts
+
+
+def _told_apart(example: TemplatedText, template: Template) -> Parts:
+    """The conversation's prompts and answers, by the template's own marks."""
+    opening = answer_opening(template)
+    pieces = example.text.split(opening)
+    if len(pieces) == 1:
+        refuse(
+            "no-turn-marker",
+            f"the text never opens an answer with {opening!r}, as the chat template does",
+            "the data may be made with another model's template: data.template=FOLDER or FILE",
+        )
+    texts, prompt = list[tuple[str, bool]](), pieces[0] + opening
+    for number, piece in enumerate(pieces[1:]):
+        end = _answer_end(piece, template)
+        if end is None:
+            refuse("no-stop-token", f"answer {number} has no stop token: {piece[-40:]!r}")
+        texts += [(prompt, False), (piece[:end], True)]
+        prompt = piece[end:] + opening
+    rest = pieces[-1][len(texts[-1][0]) :]
+    if rest:
+        texts.append((rest, False))
+    return Parts(tuple(texts))
+
+
+def answer_opening(template: Template) -> str:
+    """What the chat template writes to ask for an answer.
+
+    Raises:
+        RowError: there is no chat template, or it writes nothing for it.
+    """
+    probe = [{"role": "user", "content": "x"}]
+    before = template.render(probe)
+    asked = template.render(probe, add_generation_prompt=True)
+    opening = asked[len(before) :] if asked.startswith(before) else ""
+    if not opening.strip():
+        refuse(
+            "no-turn-marker",
+            "the chat template writes nothing before an answer by which one could be found",
+            "give the rows as messages",
+        )
+    return opening
+
+
+def _answer_end(piece: str, template: Template) -> int | None:
+    """Where the first stop token of the text ends."""
+    ends = [
+        at + len(text)
+        for text in (template.token_text(stop) for stop in template.stop_ids)
+        if (at := piece.find(text)) >= 0
+    ]
+    return min(ends, default=None)
+
+
+def render_tokens(
+    example: Tokens, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
+) -> Rendered:
+    """The document of ids that somebody else made."""
+    size = len(template.tokenizer)
+    odd = next((token for token in example.ids if not 0 <= token < size), None)
+    if odd is not None:
+        refuse(
+            "unknown-token",
+            f"`input_ids` holds {odd}, but the tokenizer has ids 0 to {size - 1}",
+            "the ids were made with another tokenizer",
+        )
+    ids = np.array(example.ids, np.int32)
+    return _document(ids, _wanted(_runs(example.learned), len(ids), train_on), limit, origin)
+
+
+def _runs(learned: Sequence[bool]) -> list[_Run]:
+    marks = np.array((False, *learned, False))
+    edges = np.flatnonzero(marks[1:] != marks[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _wanted(runs: Sequence[_Run], length: int, train_on: str | list[str]) -> list[_Run]:
+    if isinstance(train_on, list):
+        refuse(
+            "conflicting-wishes",
+            f"data.train_on names roles ({', '.join(train_on)}), but the row has none",
+            "data.train_on=auto learns what the row marks",
+        )
+    if train_on == "all":
+        return [(0, length)]
+    return list(runs[-1:]) if train_on == "last" else list(runs)
+
+
+def _document(ids: IntArray, runs: Sequence[_Run], limit: Limit, origin: Origin) -> Rendered:
+    """One segment up to the last learned run; of a row that is too long, only whole runs."""
+    # nothing can predict the first token of all
+    spans = [(max(start, 1), end) for start, end in runs if end > max(start, 1)]
+    if not spans:
+        return Rendered(None, "dropped", NO_TARGETS, len(ids), 0)
+    end = spans[-1][1]
+    unused = len(ids) - end
+    max_length, too_long = limit
+    if max_length is None or end <= max_length:
+        return Rendered(_one(ids[:end], spans, origin), "trained", None, len(ids), unused)
+    if too_long == "error":
+        raise over_long(end, max_length)
+    kept = [span for span in spans if span[1] <= max_length]
+    if too_long == "drop" or not kept:
+        return Rendered(None, "dropped", TOO_LONG, len(ids), 0)
+    document = _one(ids[: kept[-1][1]], kept, origin)
+    return Rendered(document, "truncated", TOO_LONG, len(ids), unused)
+
+
+def _one(ids: IntArray, spans: Sequence[_Run], origin: Origin) -> Document:
+    targets = [(start, end, 1.0, NO_MESSAGE) for start, end in spans]
+    return Document((make_segment(ids, targets),), origin)
+
+
+def _stop_text(template: Template) -> str:
+    stops = [template.token_text(token) for token in sorted(template.stop_ids)]
+    return " or ".join(stops) or "the model's end token, which its tokenizer does not name"
