@@ -1,0 +1,91 @@
+"""Whether a .gguf file computes what the trained model computes, and reads text as it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.template import Template
+from tunesmith.errors import ModelError
+from tunesmith.export.gguf.back import read_encoder, read_model
+
+KL_ALLOWED = 0.01
+"""Mean KL divergence, in nats for each token, of the file from the trained model."""
+TOLERANCE = 1e-4
+"""Relative L2 distance of logits from the same rounded weights."""
+_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufReport:
+    """What the check found on the probe texts."""
+
+    size: int  # bytes
+    tokens: int  # compared positions
+    kl: float  # nats, mean over the positions
+    rounded: float | None  # relative distance from the rounded model's logits; None for q8_0
+
+
+def check_file(
+    path: Path, model: Any, template: Template, *, quantize: str, texts: Sequence[str]
+) -> GgufReport:
+    """Compare the file with the transformers model, whose weights are rounded as the file's.
+
+    Raises:
+        ModelError: other token ids, other logits, or a KL above what is allowed.
+    """
+    expected = template.encode(texts)
+    encode = read_encoder(path)
+    for text, ids in zip(texts, expected, strict=True):
+        if encode(text) != ids:
+            raise ModelError(
+                f"the written vocabulary would read a probe text as other tokens: {text!r}",
+                where=str(path),
+                hint="--to hf keeps the tokenizer as it is",
+            )
+    probes = [torch.tensor([ids]) for ids in expected if ids]
+    trained = _logits(model, probes)
+    written = _logits(read_model(path), probes)
+    kl = _kl(trained, written)
+    rounded = None
+    if quantize in _DTYPES:
+        _round(model, _DTYPES[quantize])
+        exact = _logits(model, probes)
+        rounded = float((written - exact).norm() / exact.norm())
+        if not rounded <= TOLERANCE:
+            raise ModelError(
+                f"the file computes another model: logits {rounded:.1e} apart from those of the "
+                f"same weights rounded to {quantize}, {TOLERANCE:.0e} is allowed",
+                where=str(path),
+            )
+    if not kl <= KL_ALLOWED:
+        raise ModelError(
+            f"{quantize} is too coarse for this model: mean KL {kl:.2g} nats from the trained one, "
+            f"{KL_ALLOWED} is allowed",
+            where=str(path),
+            hint="--quantize f16" if quantize != "f16" else "--to hf",
+        )
+    return GgufReport(path.stat().st_size, len(trained), kl, rounded)
+
+
+@torch.no_grad()
+def _logits(model: Any, probes: Sequence[Tensor]) -> Tensor:
+    found = [model(input_ids=ids, use_cache=False).logits[0].float() for ids in probes]
+    return torch.cat(found)
+
+
+def _kl(expected: Tensor, found: Tensor) -> float:
+    first, second = (logits.double().log_softmax(-1) for logits in (expected, found))
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+@torch.no_grad()
+def _round(model: Any, dtype: torch.dtype) -> None:
+    for tensor in model.parameters():
+        if tensor.ndim > 1:
+            tensor.copy_(tensor.to(dtype))
