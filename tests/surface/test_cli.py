@@ -22,7 +22,7 @@ Capture = pytest.CaptureFixture[str]
 def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
         "init", "doctor", "preview", "score", "select", "convert", "train", "resume", "eval", "chat",
-        "generate", "merge", "schema",
+        "generate", "merge", "export", "schema",
     ]  # fmt: skip
 
 

@@ -47,6 +47,9 @@ COMMANDS = {
     "chat": Command("chat", "chat", AFTER, "Talk with a model or the result of a run."),
     "generate": Command("generate", "generate", AFTER, "Answer prompts of a file in batches."),
     "merge": Command("merge", "merge", AFTER, "Merge adapters into their base."),
+    "export": Command(
+        "export", "export", AFTER, "Write the result as hf, adapter, gguf or ollama."
+    ),
     "schema": Command("schema", "schema", TOOLS, "Print the JSON schema of the recipe."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_model(path: Path) -> Any:
     """The file's model in float32, built from its header."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    file, tensors = WrittenFile(path), {}
+    file = WrittenFile(path)
     tensors = file.tensors()
     factors = tensors.pop("rope_freqs.weight", None)
     bias = [part for part in ("q", "o") if f"blk.0.attn_{_BIAS_NAMES[part]}.bias" in tensors]
@@ -186,7 +187,7 @@ def _pieces(file: WrittenFile, tokens: list[str], types: list[int]) -> Encode:
         while True:
             pairs = [
                 (-scores[ids[left + right]], at)
-                for at, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+                for at, (left, right) in enumerate(pairwise(symbols))
                 if left + right in ids
             ]
             if not pairs:

@@ -75,7 +75,7 @@ def pre_tokenizer(parts: dict[str, Any]) -> str:
         shown = json.dumps([normalizer, *steps], ensure_ascii=False)[:300]
         raise ModelError(
             f"no runtime's name is known for the tokenizer's pre-tokenizer {shown}",
-            hint="known are gpt-2, smollm, llama-bpe and qwen2; --to hf keeps the tokenizer as it is",
+            hint="known are gpt-2, smollm, llama-bpe, qwen2; --to hf keeps the tokenizer as it is",
         )
     return name
 

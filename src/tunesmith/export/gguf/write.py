@@ -129,13 +129,20 @@ def stop_order(template: Template) -> Sequence[int]:
 
 
 def begins_with_bos(template: Template) -> bool:
-    """True if what the model was trained on begins with the BOS token."""
-    if template.bos_id is None:
+    """True if what the model was trained on begins with the BOS token.
+
+    A token that opens every turn, as `<|im_start|>` may be, is none even where it has the name.
+    """
+    bos = template.bos_id
+    if bos is None:
         return False
+    added = template.encode(["a"], add_special_tokens=True)[0][:1] == [bos]
     if not template.has_chat_template:
-        return template.encode(["a"], add_special_tokens=True)[0][:1] == [template.bos_id]
-    ids = template.encode([template.render([{"role": "user", "content": "a"}])])[0]
-    return ids[:1] == [template.bos_id]
+        return added
+    question = {"role": "user", "content": "a"}
+    chat = [question, {"role": "assistant", "content": "b"}, question]
+    ids = template.encode([template.render(chat)])[0]
+    return ids[:1] == [bos] and (added or ids.count(bos) == 1)
 
 
 def _add_tensor(writer: Any, name: str, data: np.ndarray, *, quantize: str) -> None:

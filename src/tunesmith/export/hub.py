@@ -1,0 +1,74 @@
+"""An exported folder on the hub: chosen files only, private unless said otherwise."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tunesmith.errors import ModelError, RunError
+
+ALLOWED = (
+    "README.md", "Modelfile", "config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "tunesmith.json", "adapter_config.json", "adapter_model*.safetensors",
+    "model*.safetensors", "model.safetensors.index.json", "*.gguf", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""What may leave this machine. Rows, the ledger, metrics, samples and checkpoints are not here."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no ORG/NAME.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelError("is no name on the hub", where=name, hint="give ORG/NAME")
+
+
+def files_to_push(folder: Path) -> list[str]:
+    """The names of the folder's own files that may be sent; subfolders and links are left out."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.is_symlink()
+        and any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+    )
+
+
+def push(folder: Path, name: str, *, public: bool = False) -> str:
+    """Send the allowed files as a model called `name`, and return its address.
+
+    Raises:
+        ModelError: no name, or nothing to send.
+        RunError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    check_name(name)
+    files = files_to_push(folder)
+    if not files:
+        raise ModelError("holds nothing that may be pushed", where=str(folder))
+    api = HfApi()
+    try:
+        created = api.create_repo(name, repo_type="model", private=not public, exist_ok=True)
+        if not public and not api.model_info(name).private:
+            raise ModelError(
+                "exists already and is public", where=name, hint="another name, or --public"
+            )
+        api.upload_folder(
+            repo_id=name,
+            repo_type="model",
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message="Upload model",
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise RunError(f"can't be pushed: {error}", where=name, hint="hf auth login") from error
+    return str(created)
