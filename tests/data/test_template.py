@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +86,52 @@ def test_bos_is_never_doubled():
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(ModelError, match="tokenizer can't be read"):
         load_template(tmp_path)
+
+
+def _trl_template(name):
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return (folder / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def test_a_template_that_writes_todays_date_is_refused():
+    with pytest.raises(DataError, match="today's date") as caught:
+        wrap_tokenizer(tiny_tokenizer("{{ strftime_now('%Y') }}" + CHATML))
+    assert "data.template=FILE.jinja" in caught.value.hint
+
+
+def test_a_date_that_the_arguments_give_is_a_choice():
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
+    with pytest.raises(DataError, match="today's date") as caught:
+        wrap_tokenizer(tiny_tokenizer(dated))
+    assert "data.template_kwargs='{date_string: " in caught.value.hint
+    template = wrap_tokenizer(tiny_tokenizer(dated), kwargs={"date_string": "1 May 2025"})
+    assert template.render(USER).startswith("1 May 2025")
+
+
+def test_a_date_may_stand_where_nothing_is_learned(folder):
+    tiny_tokenizer("{{ strftime_now('%Y') }}" + CHATML).save_pretrained(folder)
+    with pytest.raises(DataError, match="today's date"):
+        load_template(folder)
+    assert load_template(folder, dated=True).has_chat_template
+
+
+def test_a_clock_that_no_text_shows_is_no_date():
+    wrap_tokenizer(tiny_tokenizer("{% if false %}{{ strftime_now('%Y') }}{% endif %}" + CHATML))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("llama3_2", "date_string"), ("muse_glimmer", "current_date")]
+)
+def test_published_templates_with_a_date_name_the_argument(name, argument):
+    tokenizer = tiny_tokenizer(_trl_template(name), bos_token="<|endoftext|>")
+    with pytest.raises(DataError, match="today's date") as caught:
+        wrap_tokenizer(tokenizer)
+    assert f"{{{argument}: " in caught.value.hint
+    wrap_tokenizer(tokenizer, kwargs={argument: "26 Jul 2024"})
+
+
+def test_published_templates_with_a_fixed_date_are_taken():
+    wrap_tokenizer(tiny_tokenizer(_trl_template("llama3_1"), bos_token="<|endoftext|>"))
+    with pytest.raises(DataError, match="today's date"):
+        wrap_tokenizer(tiny_tokenizer(_trl_template("gptoss")))

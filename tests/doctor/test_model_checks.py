@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 
 import pytest
 from planted import CONTEXT, TEMPLATE, Writer, clean_rows
@@ -26,7 +25,7 @@ def template_of(jinja: str | None = TEMPLATE, **special: str) -> Template:
     extra = ("<s>", "<unk>", "<pad>")
     tokenizer = tiny_tokenizer(jinja, extra_special=extra, **{**SPECIAL, **special})
     tokenizer.model_max_length = CONTEXT
-    return wrap_tokenizer(tokenizer)
+    return wrap_tokenizer(tokenizer, dated=True)
 
 
 def corpus_of(rows: Sequence[dict], template: Template, **data: object) -> Corpus:
@@ -87,9 +86,8 @@ def test_template_that_is_not_the_models_own(clean: Corpus) -> None:
 def test_template_that_writes_the_date(clean: Corpus) -> None:
     today = "{{ strftime_now('%d %b %Y') }}"
     fixed = "{{ '26 Jul 2024' }}"
-    assert level("template-date", clean, Setup(template_of(today + TEMPLATE))) == "warning"
-    if datetime.now().strftime("%d %b %Y") != "26 Jul 2024":
-        assert level("template-date", clean, Setup(template_of(fixed + TEMPLATE))) == "ok"
+    assert level("template-date", clean, Setup(template_of(today + TEMPLATE))) == "error"
+    assert level("template-date", clean, Setup(template_of(fixed + TEMPLATE))) == "ok"
 
 
 def test_bos_that_the_tokenizer_writes_and_the_template_does_not(clean: Corpus) -> None:

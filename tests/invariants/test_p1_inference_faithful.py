@@ -24,6 +24,7 @@ SPEC = find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else None
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER else []
 MARKERS = re.compile(r"<\|?[^|<>\s'\"{}]+\|?>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
+CLOCK = re.compile(r"strftime_now\([^)]*\)")
 SPECIAL = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<s>", "</s>", "<end_of_utterance>")
 
 WEATHER = {
@@ -126,6 +127,7 @@ REFUSED = _refusal_table()
 def template_of(name: str):
     assert FOLDER is not None
     jinja = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    jinja = CLOCK.sub("'2024-07-26'", jinja)  # one that writes today's date is refused
     markers = sorted(set(MARKERS.findall(jinja)))
     markers = [m for m in markers if "|" in m or "｜" in m or m in SPECIAL]
     tokenizer = tiny_tokenizer(jinja, extra_special=tuple(markers))

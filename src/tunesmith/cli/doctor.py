@@ -48,7 +48,7 @@ def doctor(
     source, _ = split_arguments(arguments or ())
     given = Path(source).expanduser() if source is not None else None
     folders = [given if given.is_dir() else given.parent] if given is not None else []
-    found = diagnose(recipe, open_template(recipe), folders=folders, rows=rows)
+    found = diagnose(recipe, open_template(recipe, dated=True), folders=folders, rows=rows)
     if as_json:
         print(json.dumps(record(found), ensure_ascii=False, indent=1))
     else:

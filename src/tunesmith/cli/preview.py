@@ -71,7 +71,7 @@ def preview(
             _show(row, result, template)
 
 
-def open_template(recipe: Recipe) -> Template:
+def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
     """The tokenizer and chat template that the recipe trains with; those of a run if that is the
     model, with the arguments it was trained under.
     """
@@ -89,6 +89,7 @@ def open_template(recipe: Recipe) -> Template:
         template=asked,
         kwargs=kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
+        dated=dated,
     )
 
 

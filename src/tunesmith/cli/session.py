@@ -128,6 +128,7 @@ def open_session(recipe: Recipe) -> Session:
         template=asked,
         kwargs=kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
+        dated=True,
     )
     model = load_causal_lm(
         source,

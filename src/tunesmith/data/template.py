@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tunesmith.data.dates import check_dates
 from tunesmith.data.direct import Memo, compile_template, find_direct
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.stops import closing_tokens
@@ -156,15 +157,18 @@ def load_template(
     template: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    dated: bool = False,
 ) -> Template:
     """The template of a model's folder; reads tokenizer, config and generation config, no weights.
 
     `template`: None for the model's own, "none" for raw text, "chatml" for the built-in one, the
     path of a Jinja file, or the folder or hub id of another model, whose template is taken.
+    `dated` allows one that writes today's date, where nothing is learned from its texts.
 
     Raises:
         ModelError: the folder has no tokenizer that can be read.
-        DataError: the Jinja file is missing or not a template, the other model has none.
+        DataError: the Jinja file is missing or not a template, the other model has none, or the
+            template writes today's date.
     """
     folder = Path(model_folder)
     tokenizer = _load_tokenizer(str(folder), trust_remote_code)
@@ -173,24 +177,34 @@ def load_template(
     inner: dict[str, Any] = cast("dict[str, Any]", text_config) if text_config else config
     context = inner.get("max_position_embeddings") or config.get("max_position_embeddings")
     generation = _read_json(folder / "generation_config.json")
-    return _make(
+    made = _make(
         tokenizer,
         template=template,
         kwargs=kwargs,
         stops=_id_list(generation.get("eos_token_id")) or _id_list(inner.get("eos_token_id")),
         context=context if isinstance(context, int) else None,
     )
+    if not dated:
+        check_dates(made)
+    return made
 
 
 def wrap_tokenizer(
-    tokenizer: Any, *, template: str | None = None, kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    *,
+    template: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dated: bool = False,
 ) -> Template:
     """The template of a tokenizer that is already loaded and stays as it is.
 
     Raises:
         DataError: as `load_template`.
     """
-    return _make(tokenizer, template=template, kwargs=kwargs, stops=[], context=None)
+    made = _make(tokenizer, template=template, kwargs=kwargs, stops=[], context=None)
+    if not dated:
+        check_dates(made)
+    return made
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

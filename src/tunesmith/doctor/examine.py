@@ -175,7 +175,8 @@ def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> S
     data = recipe.data
     own = template
     if data.template is not None:
-        own = load_template(folder, trust_remote_code=recipe.model.trust_remote_code)
+        trust = recipe.model.trust_remote_code
+        own = load_template(folder, trust_remote_code=trust, dated=True)
     config = _object(folder / "config.json")
     inner = config.get("text_config") or config
     size = inner.get("vocab_size") or config.get("vocab_size")

@@ -104,6 +104,7 @@ def merge_adapters(
         template="none" if choice.raw else None,
         kwargs=choice.template_kwargs,
         trust_remote_code=trust_remote_code,
+        dated=True,
     )
     probes = _probes(template)
     model, merging = _merged(parts, probes, trust_remote_code)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import datetime
 
 from tunesmith.data.conversation import Chat
-from tunesmith.data.faults import RowError
+from tunesmith.data.dates import check_dates
 from tunesmith.doctor.corpus import ASSISTANT, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome
-
-_DATES = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%d/%m/%Y", "%m/%d/%Y")
+from tunesmith.errors import DataError
 
 
 def template_differs(corpus: Corpus, setup: Setup) -> Outcome:
@@ -30,22 +28,12 @@ def template_differs(corpus: Corpus, setup: Setup) -> Outcome:
 
 def template_dates(corpus: Corpus, setup: Setup) -> Outcome:
     """A chat template that writes today's date: what is learned depends on the day."""
-    hits: list[Hit] = []
+    hits, hint = list[Hit](), None
     try:
-        text = setup.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    except RowError:
-        text = ""
-    today = datetime.now()
-    dates = {today.strftime(form) for form in _DATES}
-    found = sorted(date for date in dates | {_short_day(date) for date in dates} if date in text)
-    if found:
-        hits.append(Hit(setup.template.name, f"writes today's date, {found[-1]}"))
-    hint = "fix it with data.template_kwargs, as in {date_string: 26 Jul 2024}, so that runs agree"
-    return Outcome(hits, 1, "template", "warning", hint)
-
-
-def _short_day(date: str) -> str:
-    return date.removeprefix("0").replace(" 0", " ")
+        check_dates(setup.template)
+    except DataError as error:
+        hits, hint = [Hit(setup.template.name, error.message)], error.hint
+    return Outcome(hits, 1, "template", "error", hint or "")
 
 
 def generation_stops(corpus: Corpus, setup: Setup) -> Outcome:
