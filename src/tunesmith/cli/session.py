@@ -48,6 +48,9 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use only the first rows of each file.")
 ]
 
+MODEL_KEYS = {"dtype", "trust_remote_code", "quantization", "double_quantization"}
+"""What of a run's section `model` its adapter was trained with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -105,7 +108,7 @@ def _run_settings(name: str) -> dict[str, Any]:
     columns = [source.columns for source in recipe.data.train]
     if data["columns"] is None and columns and all(found == columns[0] for found in columns):
         data["columns"] = columns[0]
-    model = recipe.model.model_dump(mode="json", include={"dtype", "trust_remote_code"})
+    model = recipe.model.model_dump(mode="json", include=MODEL_KEYS)
     device = recipe.device.model_dump(mode="json", include={"kind", "micro_tokens", "attention"})
     return {"model": model, "data": data, "device": device}
 
@@ -115,6 +118,7 @@ def open_session(recipe: Recipe) -> Session:
     from tunesmith.data.template import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
+    from tunesmith.train.assemble.model import chosen_quantization
     from tunesmith.train.device import choose_device
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
@@ -134,6 +138,7 @@ def open_session(recipe: Recipe) -> Session:
         source,
         dtype=recipe.model.dtype,
         device=choose_device(recipe),
+        quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model.eval()

@@ -18,8 +18,19 @@ def check_combinations(document: Document, *, held_out: bool = False) -> None:
             "best is chosen by the loss on held-out data, and data.eval names none",
             "hold out a share of the rows with data.eval=2%, or name a file",
         )
+    _check_quantization(document)
     _check_adapter(document)
     _check_objective(document)
+
+
+def _check_quantization(document: Document) -> None:
+    model = _section(document, "model")
+    if model.get("double_quantization") and model.get("quantization") not in ("nf4", "fp4"):
+        document.complain(
+            ("model", "double_quantization"),
+            "is for the scales of nf4 and fp4",
+            "add model.quantization=nf4, or take the key away",
+        )
 
 
 def _check_adapter(document: Document) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from tunesmith.model.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import ModelSource, read_json, resolve_model
 from tunesmith.model.wide import restore_linear_maps, widen_linear_maps
+
+if TYPE_CHECKING:
+    from tunesmith.model.quantized import Quantization
 
 __all__ = [
     "DtypeChoice",
@@ -54,9 +57,10 @@ def load_causal_lm(
     dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> CausalLM:
     """The model of `source` on `device`, with its adapter trainable on top if it has one;
-    randomness in it set to 0.
+    randomness in it set to 0. With `quantization` each weight is quantised as it is read.
 
     What was decided here is in the returned object's `notes`.
 
@@ -67,8 +71,19 @@ def load_causal_lm(
     notes = _silence(config)
     chosen = choose_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        from tunesmith.model.quantized import loading_options
+
+        options |= loading_options(
+            quantization,
+            config,
+            dtype=chosen.dtype,
+            device=torch.device(device),
+            trust_remote_code=trust_remote_code,
+        )
     model, native, isolated = _from_pretrained(source, config, options)
-    model = model.to(torch.device(device))
+    if quantization is None:
+        model = model.to(torch.device(device))
     base = model
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
@@ -79,6 +94,10 @@ def load_causal_lm(
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
     )
+    if quantization is not None:
+        from tunesmith.model.quantized import finish_loading
+
+        notes.append(finish_loading(causal_lm, quantization))
     _finish(causal_lm, notes, isolated)
     causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
     return causal_lm
@@ -191,7 +210,7 @@ def _refuse_config(config: Any, where: str) -> None:
         raise ModelError(
             "is quantised; its weights can't be trained as they are",
             where=where,
-            hint="give the unquantised model",
+            hint="give the unquantised model; model.quantization=nf4 quantises it while it is read",
         )
 
 

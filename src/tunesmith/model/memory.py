@@ -18,6 +18,7 @@ from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logits import LogitTransform
+from tunesmith.model.quantized import Quantization, quantizable
 from tunesmith.model.source import ModelSource
 
 _GIB = 2**30
@@ -64,6 +65,8 @@ class ModelSize:
     maps: int = 0
     inputs: int = 0
     outputs: int = 0
+    quantizable: int = 0  # parameters that a quantised base keeps in fewer bits
+    quantizable_rows: int = 0
 
 
 def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
@@ -84,7 +87,8 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
             f"its config makes no causal language model: {reason}", where=source.name
         ) from error
     model.tie_weights()
-    found = candidates(CausalLM(model, logits=LogitTransform()))
+    wrapped = CausalLM(model, logits=LogitTransform())
+    found = candidates(wrapped)
     shapes = [_widths(model.get_submodule(name)) for name in found.linear]
     inputs, outputs = (sum(side) for side in zip(*shapes, strict=True)) if shapes else (0, 0)
     per_rank = inputs + outputs
@@ -92,7 +96,16 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         experts, rows, columns = model.get_parameter(name).shape
         per_rank += experts * (rows + columns)
     total = sum(p.numel() for p in model.parameters())
-    return ModelSize(total, per_rank, maps=len(shapes), inputs=inputs, outputs=outputs)
+    packed = [_widths(model.get_submodule(name)) for name in quantizable(wrapped)]
+    return ModelSize(
+        total,
+        per_rank,
+        maps=len(shapes),
+        inputs=inputs,
+        outputs=outputs,
+        quantizable=sum(width * rows for width, rows in packed),
+        quantizable_rows=sum(rows for _, rows in packed),
+    )
 
 
 def adapter_parameters(
@@ -123,6 +136,7 @@ def estimate(
     rank: int | None,
     kind: str = "lora",
     rotation_size: int | None = None,
+    quantization: Quantization | None = None,
 ) -> MemoryEstimate:
     """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank."""
     added = 0
@@ -131,10 +145,14 @@ def estimate(
     parameters = size.parameters + added
     trained = parameters if rank is None else added
     rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
+    weights = parameters * dtype.itemsize
+    if quantization is not None:
+        weights -= size.quantizable * dtype.itemsize
+        weights += quantization.bytes(size.quantizable, size.quantizable_rows)
     return MemoryEstimate(
         parameters=parameters,
         trained=trained,
-        weights=parameters * dtype.itemsize,
+        weights=weights,
         gradients=4 * trained,
         optimizer=(8 + rest) * trained,
     )
@@ -165,13 +183,18 @@ def check_fits(
     name: str,
     kind: str = "lora",
     rotation_size: int | None = None,
+    quantization: Quantization | None = None,
 ) -> MemoryEstimate:
     """The estimate, if it leaves room.
 
     Raises:
         ModelError: more is needed than is free; with the numbers, and what would fit.
     """
-    same: dict[str, Any] = {"kind": kind, "rotation_size": rotation_size}
+    same: dict[str, Any] = {
+        "kind": kind,
+        "rotation_size": rotation_size,
+        "quantization": quantization,
+    }
     needed = estimate(size, dtype=dtype, rank=rank, **same)
     if needed.total <= free:
         return needed

@@ -20,6 +20,13 @@ class ModelSection(Section):
         default="auto",
         description="precision of forward and backward; updates are float32-accurate in either",
     )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        default="none",
+        description="bits that the frozen base is kept in while an adapter is trained",
+    )
+    double_quantization: bool = Field(
+        default=False, description="nf4 and fp4: quantise the scales as well"
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
         default=False, description="run Python code that the model's folder brings along"

@@ -20,6 +20,7 @@ from tunesmith.model.adapters.initial import begin_with_loftq, remember_start
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
+    ON_QUANTIZED,
     WITH_ROWS,
     AdapterSpec,
     Places,
@@ -36,6 +37,7 @@ from tunesmith.model.adapters.targets import (
     missed_experts,
 )
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.quantized_weight import is_quantized
 from tunesmith.model.vocabulary import trained_rows
 
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -84,6 +86,7 @@ def add_adapter(
             where=name,
             hint="adapter.targets names the parts to adapt",
         )
+    _cast_additions(causal_lm.model)
     remember_start(causal_lm, spec.kind)
     if spec.kind == "loftq":
         begin_with_loftq(causal_lm)
@@ -102,7 +105,18 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
         raise ModelError(
             f"the adapter can't be loaded: {str(error).splitlines()[0]}", where=str(folder)
         ) from error
+    _cast_additions(loaded)
     return loaded
+
+
+def _cast_additions(model: Any) -> None:
+    """peft can't take the dtype from a quantised weight and leaves its additions in float32."""
+    dtype = model.get_base_model().dtype
+    for module in model.modules():
+        if is_quantized(getattr(module, "base_layer", None)):
+            for name, parameter in module.named_parameters():
+                if not name.startswith("base_layer.") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
 
 
 def has_adapter(causal_lm: CausalLM) -> bool:
@@ -144,11 +158,18 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             where="adapter.dropout",
             hint="adapter.dropout=0, or adapter.targets without them",
         )
-    if spec.kind == "loftq" and not getattr(causal_lm.base, "is_quantized", False):
+    quantized = any(is_quantized(module) for module in causal_lm.base.modules())
+    if quantized and spec.kind not in ON_QUANTIZED:
+        raise ModelError(
+            f"{spec.kind} needs the base's plain weights, and they are quantised",
+            where="adapter.kind",
+            hint=f"one of {', '.join(ON_QUANTIZED)}; or model.quantization=none",
+        )
+    if spec.kind == "loftq" and not quantized:
         raise ModelError(
             "loftq begins with what quantising the base took away, and this base is not quantised",
             where="adapter.kind",
-            hint="adapter.kind=lora or pissa",
+            hint="add model.quantization=nf4, or adapter.kind=lora or pissa",
         )
     _refuse_rows(causal_lm, spec, chosen)
     for where in ("rank_pattern", "alpha_pattern"):

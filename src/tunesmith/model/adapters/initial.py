@@ -10,13 +10,17 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.quantized_weight import is_quantized
 
 
 def remember_start(causal_lm: CausalLM, kind: str) -> None:
@@ -32,28 +36,59 @@ def remember_start(causal_lm: CausalLM, kind: str) -> None:
 
 @torch.no_grad()
 def begin_with_loftq(causal_lm: CausalLM) -> None:
-    """Let A and B begin as the best low-rank form of what 4-bit quantising took from the base's
-    files; B over the adapter's scale, which the product is multiplied by.
+    """Let the product of A and B begin as the best of its rank for what quantising took from the
+    base's weights: the first step of LoftQ (2310.08659), which leaves the quantised base as it is.
 
     Raises:
-        ModelError: the base's layers are not 4-bit ones of bitsandbytes, or its files aren't there.
+        ModelError: the base's weights are not found in safetensors files.
     """
-    import peft
+    from tunesmith.model.quantized_linear import dequantized
 
-    model, folder = causal_lm.model, str(causal_lm.config._name_or_path)
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    try:
-        peft.replace_lora_weights_loftq(model, model_path=folder)
-    except (ValueError, OSError, TypeError) as error:
-        raise ModelError(
-            f"loftq can't begin here: {str(error).splitlines()[0]}", where="adapter.kind"
-        ) from error
-    for module in model.modules():
-        for name, up in getattr(module, "lora_B", {}).items():
-            up.weight.div_(module.scaling[name])
-    for name, parameter in model.named_parameters():
-        if name in dtypes and parameter.dtype != dtypes[name]:
-            parameter.data = parameter.data.to(dtypes[name])
+    folder = Path(str(causal_lm.config._name_or_path))
+    files = _files_of_weights(folder)
+    prefix = f"{causal_lm.base.base_model_prefix}."
+    for name, module in causal_lm.base.named_modules():
+        if not hasattr(module, "lora_A") or not is_quantized(module.base_layer):
+            continue
+        plain = _read_weight(files, name, prefix)
+        kept = dequantized(module.base_layer, torch.float32)
+        if plain is None or plain.numel() != kept.numel():
+            raise ModelError(
+                f"loftq can't begin here: the files hold no {name}.weight",
+                where=str(folder),
+                hint="adapter.kind=lora",
+            )
+        plain = plain.float().to(kept.device)
+        if module.base_layer.source_cls.__name__ == "Conv1D":
+            plain = plain.T
+        _begin_as(module, plain - kept)
+
+
+def _begin_as(module: Any, difference: Tensor) -> None:
+    """A and B with B A times the scale the nearest to `difference` of their rank."""
+    left, values, right = torch.linalg.svd(difference, full_matrices=False)
+    for name, down in module.lora_A.items():
+        up, rank = module.lora_B[name], down.weight.shape[0]
+        root = values[:rank].sqrt()
+        down.weight.copy_(root[:, None] * right[:rank])
+        up.weight.copy_(left[:, :rank] * root / module.scaling[name])
+
+
+def _files_of_weights(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _read_weight(files: dict[str, Path], name: str, prefix: str) -> Tensor | None:
+    """Files of some families leave the prefix of the decoder out."""
+    for key in (f"{name}.weight", f"{name}.weight".removeprefix(prefix)):
+        if key in files:
+            with safe_open(files[key], framework="pt") as file:
+                return file.get_tensor(key)
+    return None
 
 
 def save_adapter(causal_lm: CausalLM, folder: Path) -> None:

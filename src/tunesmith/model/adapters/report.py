@@ -10,6 +10,7 @@ from torch import nn
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import compiled, kinds_of
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.quantized_weight import parameter_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def report(causal_lm: CausalLM, names: Sequence[str]) -> AdapterReport:
         names=tuple(sorted(names)),
         kinds=dict(sorted(kinds_of(names).items())),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(parameter_count(p) for p in parameters),
     )
 
 

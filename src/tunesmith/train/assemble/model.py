@@ -6,9 +6,11 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.template import Template
+from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm
 from tunesmith.model.memory import MemoryEstimate, check_fits, free_memory, measure
+from tunesmith.model.quantized import Quantization
 from tunesmith.model.source import ModelSource
 from tunesmith.model.vocabulary import add_rows
 from tunesmith.train.assemble.given import Given
@@ -17,6 +19,7 @@ from tunesmith.train.assemble.given import Given
 def check_memory(
     recipe: Recipe, source: ModelSource | None, device: torch.device
 ) -> MemoryEstimate | None:
+    check_quantization(recipe, source)
     if source is None:
         return None
     return check_fits(
@@ -25,9 +28,40 @@ def check_memory(
         rank=_rank(recipe),
         kind=recipe.adapter.kind,
         rotation_size=recipe.adapter.rotation_size,
+        quantization=chosen_quantization(recipe),
         free=free_memory(device),
         name=recipe.model.name,
     )
+
+
+def chosen_quantization(recipe: Recipe) -> Quantization | None:
+    """How the base is kept, None for a plain one."""
+    if recipe.model.quantization == "none":
+        return None
+    return Quantization(recipe.model.quantization, double=recipe.model.double_quantization)
+
+
+def check_quantization(recipe: Recipe, source: ModelSource | None) -> None:
+    """Raises:
+    RecipeError: a quantised base would have to be trained itself, or is not ours to quantise.
+    """
+    kind, adapter = recipe.model.quantization, recipe.adapter
+    if kind == "none":
+        return
+    if source is None:
+        raise RecipeError(
+            f"{kind} is made while a model is read, and this one was given in memory",
+            where="model.quantization",
+            hint="name the model's folder",
+        )
+    frozen = adapter.parameters is not None or adapter.top_layers is not None
+    came = source.adapter_folder is not None or adapter.continue_from is not None
+    if adapter.kind == "none" and (frozen or not came):
+        raise RecipeError(
+            f"weights kept as {kind} can't be trained, only an adapter on them",
+            where="model.quantization",
+            hint="add adapter=lora, or model.quantization=none",
+        )
 
 
 def _rank(recipe: Recipe) -> int | None:
@@ -60,5 +94,6 @@ def _load(
         source,
         dtype=recipe.model.dtype,
         device=device,
+        quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     )
