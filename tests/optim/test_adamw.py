@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tunesmith.optim import AdamW, clip_factor, grad_norm, no_decay, undecayed
-from tunesmith.optim import adamw as adamw_module
+from tunesmith.optim import base as masters
 
 
 def shapes():
@@ -102,8 +102,8 @@ def test_split_and_join_are_inverse_for_every_kind_of_number(seed):
         torch.empty_like(master, dtype=torch.bfloat16),
         torch.empty_like(master, dtype=torch.int16),
     )
-    adamw_module.split_(master.clone(), upper=upper, low=low)
-    joined = adamw_module.join(upper, low, out=torch.empty_like(master))
+    masters.split_(master.clone(), upper=upper, low=low)
+    joined = masters.join(upper, low, out=torch.empty_like(master))
     assert torch.equal(joined.view(torch.int32), master.view(torch.int32))
     assert torch.equal(upper.view(torch.int16), round_half_away(master).view(torch.int16))
 
@@ -112,7 +112,7 @@ def test_memory_is_twelve_bytes_a_bfloat16_weight():
     weight = nn.Parameter(torch.zeros(1024, 64, dtype=torch.bfloat16))
     optimizer = AdamW([("w", weight)])
     slot = optimizer._slots["w"]
-    held = [slot.parameter, slot.rest, slot.exp_avg, slot.exp_avg_sq]
+    held = [slot.parameter, slot.rest, *slot.state.values()]
     assert sum(t.numel() * t.element_size() for t in held) == 12 * weight.numel()
 
 
@@ -120,7 +120,7 @@ def test_memory_is_twelve_bytes_a_bfloat16_weight():
 def test_chunks_do_not_change_a_bit(dtype, monkeypatch):
     results = []
     for chunk in (64, 256, 1 << 15):
-        monkeypatch.setattr(adamw_module, "CPU_CHUNK", chunk)
+        monkeypatch.setattr(masters, "CPU_CHUNK", chunk)
         named = parameters(dtype)
         optimizer = AdamW(named.items(), weight_decay=0.1)
         for step in range(3):

@@ -55,3 +55,24 @@ def test_auto_lr_by_adapter_and_size():
     assert auto_lr("none", 135_000_000) == 1e-4
     assert auto_lr("none", 500_000_000) == 5e-5
     assert auto_lr("none", 3_000_000_000) == 2e-5
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("least", [0.1, 1.0])
+def test_min_lr_is_what_a_shape_of_zero_stands_for(name, least):
+    rate = schedule(name, lr=3e-4, warmup_steps=0, total_steps=100, min_lr=least)
+    for step in range(101):
+        wanted = 3e-4 * (least + (1 - least) * FORMULAS[name](step))
+        assert rate(step) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_wsd_warms_up_stays_and_falls_in_a_line():
+    options = {"lr": 1.0, "warmup_steps": 10, "total_steps": 110, "decay": 0.3}
+    rate = schedule("wsd", **options)
+    assert rate(0) == pytest.approx(1 / 11)
+    assert {rate(step) for step in range(10, 81)} == {1.0}
+    for step in range(80, 111):
+        assert rate(step) == pytest.approx((110 - step) / 30, abs=1e-12)
+    floor = schedule("wsd", **options, min_lr=0.2)
+    assert floor(95) == pytest.approx(0.2 + 0.8 * 0.5)
+    assert floor(110) == floor(900) == pytest.approx(0.2)

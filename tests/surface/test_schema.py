@@ -25,9 +25,11 @@ KEYS = {
     "warmup_epochs neftune router_aux scheduled_sampling",
     "adapter": "kind rank alpha dropout targets rank_pattern alpha_pattern rotation_size "
     "svd_iterations lr_ratio continue_from parameters top_layers",
-    "optim": "name lr betas eps weight_decay schedule warmup max_grad_norm",
+    "optim": "name lr betas momentum eps weight_decay lr_factors schedule min_lr decay warmup "
+    "max_grad_norm",
     "train": "epochs steps seed result",
-    "device": "kind micro_tokens share_prefixes attention gradient_checkpointing deterministic "
+    "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
+    "activation_offload deterministic "
     "threads cache prepare_processes",
     "checkpoint": "every keep",
     "eval": "every samples max_new_tokens",

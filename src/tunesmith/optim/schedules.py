@@ -18,7 +18,13 @@ end).
 
 
 def schedule(
-    name: str, *, lr: float, warmup_steps: int, total_steps: int
+    name: str,
+    *,
+    lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr: float = 0.0,
+    decay: float = 0.2,
 ) -> Callable[[int], float]:
     """The learning rate of each step, counted from 0.
 
@@ -27,18 +33,21 @@ def schedule(
     shape((s - W) / (T - W)):
 
     cosine (1 + cos(pi x)) / 2, linear 1 - x, constant 1, exponential 0.1^x (a tenth at the end),
-    quarter_cosine cos(pi x / 2). Steps beyond T keep the value at x = 1.
+    quarter_cosine cos(pi x / 2), wsd 1 until x = 1 - decay and then (1 - x) / decay. Steps beyond
+    T keep the value at x = 1. `min_lr` is the share of lr that a shape of 0 stands for: the rate is
+    lr * (min_lr + (1 - min_lr) * shape).
 
     Raises:
-        KeyError: the name is none of `SHAPES`.
+        KeyError: the name is neither wsd nor one of `SHAPES`.
     """
-    shape = SHAPES[name]
+    shape = SHAPES[name] if name != "wsd" else lambda x: min(1.0, (1 - x) / decay)
     decay_steps = max(1, total_steps - warmup_steps)
 
     def rate(step: int) -> float:
         if step < warmup_steps:
             return lr * (step + 1) / (warmup_steps + 1)
-        return lr * shape(min(1.0, (step - warmup_steps) / decay_steps))
+        x = min(1.0, (step - warmup_steps) / decay_steps)
+        return lr * (min_lr + (1 - min_lr) * shape(x))
 
     return rate
 

@@ -32,7 +32,7 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
         f"with {torch.get_num_threads()} threads",
         f"trained: {trained}",
         f"steps: {job.total_steps} of {_batch(recipe)}, "
-        f"lr {recipe.optim.lr:g} {recipe.optim.schedule}",
+        f"{recipe.optim.name} lr {recipe.optim.lr:g} {recipe.optim.schedule}{_factors(recipe)}",
         f"device: {job.micro_tokens} tokens at a time, "
         f"prefixes {'shared' if job.share else 'not shared'}, "
         f"{'one path at a time' if job.model.isolated else 'packed'}",
@@ -47,6 +47,12 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
             "a smaller batch.documents or more train.epochs gives more"
         )
     return lines
+
+
+def _factors(recipe: Recipe) -> str:
+    """Factors of the learning rate, by group."""
+    factors = recipe.optim.lr_factors
+    return "".join(f", {group} times {factor:g}" for group, factor in factors.items())
 
 
 def _loss_line(ledger: Ledger) -> list[str]:

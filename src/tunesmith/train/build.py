@@ -12,6 +12,7 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.store import longest_paths
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.checkpointing import Mode
 from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
@@ -128,6 +129,8 @@ def build(
             lr=resolved.optim.lr,
             warmup_steps=warmup_steps(resolved.optim.warmup, total),
             total_steps=total,
+            min_lr=resolved.optim.min_lr,
+            decay=resolved.optim.decay,
         ),
         optimizer=make_optimizer(resolved, model),
         loss=make_loss(recipe, model, order, total_steps=total, own=own),
@@ -192,7 +195,7 @@ def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
     return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
 
 
-def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:
+def _chosen(job: Job, tested: SelfTest, checkpointing: Mode) -> dict[str, Any]:
     return {
         "device": str(job.device),
         "dtype": job.recipe.model.dtype,
@@ -202,6 +205,7 @@ def _chosen(job: Job, tested: SelfTest, checkpointing: bool) -> dict[str, Any]:
         "share_prefixes": job.share,
         "attention": "isolated" if job.model.isolated else "sdpa",
         "gradient_checkpointing": checkpointing,
+        "activation_offload": job.model.offload,
         "total_steps": job.total_steps,
         "self_test": {"tolerance": tested.tolerance, **tested.differences},
     }

@@ -15,7 +15,7 @@ from tunesmith.data.prepare import Prepared
 from tunesmith.data.template import Template
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
-from tunesmith.optim import AdamW
+from tunesmith.optim import Optimizer
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.own_objective import OwnObjective
 from tunesmith.types import Document
@@ -43,7 +43,7 @@ class Job:
     order: StepOrder
     total_steps: int
     lr: Callable[[int], float]
-    optimizer: AdamW
+    optimizer: Optimizer
     loss: StepLoss
     device: torch.device
     micro_tokens: int

@@ -1,0 +1,294 @@
+"""What every optimizer shares: updates exact to float32 whatever the precision of the parameters,
+clipping, and a state that is saved and taken over to the bit.
+
+A bfloat16 parameter is one half of its float32 master: the parameter holds the upper 16 bits,
+rounded to nearest with halves away from zero, and an int16 tensor holds what the rounding took
+away. Joined they are the master to the last bit, in 2 + 2 bytes instead of 2 + 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tunesmith.optim.decay import no_decay
+from tunesmith.optim.norm import clip_factor, grad_norm
+
+CPU_CHUNK = 1 << 15
+"""Elements a CPU thread updates at a time: parameter, gradient and moments of a chunk stay in the
+cache.
+"""
+DEVICE_CHUNK = 1 << 24
+"""Elements updated at a time on an accelerator, where only launches and the size of the scratch
+buffers count.
+"""
+
+
+def join(upper: Tensor, low: Tensor, *, out: Tensor) -> Tensor:
+    """float32 `out` [n] from its bfloat16 part and the int16 remainder of its rounding."""
+    bits = out.view(torch.int32)
+    bits.copy_(upper.view(torch.int16)).bitwise_left_shift_(16).add_(low)
+    return out
+
+
+def split_(master: Tensor, *, upper: Tensor, low: Tensor) -> None:
+    """Inverse of `join`: writes `upper` bfloat16 and `low` int16 and destroys `master`; all [n].
+
+    The remainder bits - (upper << 16) lies in [-32768, 32767] just because halves are rounded away
+    from zero, and is then the lower 16 bits of the master read as a signed number.
+    """
+    bits = master.view(torch.int32)
+    low.copy_(bits)
+    upper.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+
+
+@dataclass(slots=True)
+class Slot:
+    """A parameter and its state, flat [n]; the float32 master has one of three forms."""
+
+    parameter: Tensor
+    # int16 remainder of a bfloat16 parameter; None for a float32 one; else the float32 master
+    rest: Tensor | None
+    decay: bool
+    lr_factor: float = 1.0
+    state: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameter's memory, without history."""
+        return self.parameter.detach().view(-1)
+
+
+class Optimizer:
+    """Decoupled weight decay, and a rule of a subclass, on float32 masters.
+
+    A parameter without a gradient is updated as if it were zero, so that a run doesn't depend on
+    whether a buffer happens to exist.
+
+    Args:
+        named_parameters: what is trained; those that don't require gradients are left out.
+        weight_decay: share of lr by which weights shrink each step.
+        undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
+        lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        weight_decay: float = 0.0,
+        undecayed: Collection[str] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        self.weight_decay = weight_decay
+        self.steps = 0
+        self._clip = 1.0
+        self._scratch: dict[torch.device, Tensor] = {}
+        self._slots: dict[str, Slot] = {}
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                spared = no_decay(name, parameter) if undecayed is None else name in undecayed
+                slot = _new_slot(parameter, decay=not spared)
+                slot.lr_factor = (lr_factors or {}).get(name, 1.0)
+                slot.state = self.new_state(name, slot)
+                self._slots[name] = slot
+
+    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+        """What the rule keeps of this parameter between steps; tensors of its size are flat."""
+        raise NotImplementedError
+
+    def rule(
+        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+    ) -> None:
+        """Update `master` [n] and the state's `span` in place from `grad` [n], both float32.
+
+        `grad` may be the gradient itself and stays as it is; `lr` has the slot's factor in it,
+        `counter` is the number of this step on the device.
+        """
+        raise NotImplementedError
+
+    def whole(self, slot: Slot) -> bool:
+        """Whether the rule needs the parameter at once instead of in chunks."""
+        return False
+
+    def decay(self, slot: Slot) -> float:
+        """The share of lr by which this parameter shrinks."""
+        return self.weight_decay if slot.decay else 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained parameters."""
+        return tuple(self._slots)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained parameters."""
+        return [slot.parameter for slot in self._slots.values()]
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """The norm of all gradients; the next `step` scales them down to `max_norm` as it goes.
+
+        The gradients themselves stay as they are, which saves writing them once more. On an
+        accelerator this waits for the norm, which a step has to look at anyway.
+        """
+        norm = grad_norm(self.parameters)
+        self._clip = 1.0 if max_norm is None else clip_factor(float(norm), max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Update every parameter with its gradient times `grad_scale`; the gradients are left as
+        they are.
+        """
+        self.steps += 1
+        grad_scale, self._clip = grad_scale * self._clip, 1.0
+        counters: dict[torch.device, Tensor] = {}
+        for slot in self._slots.values():
+            device = slot.parameter.device
+            if device not in counters:
+                counters[device] = torch.full((), float(self.steps), device=device)
+            self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
+
+    def zero_grad(self) -> None:
+        """Give the gradients' memory to the next forward pass, which runs before there are any."""
+        self._clip = 1.0
+        for slot in self._slots.values():
+            slot.parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as float32 tensors `master.NAME`, what the rule keeps as `KIND.NAME`, and
+        the int64 `steps`.
+
+        The masters are there whatever the form they are kept in, so that a state loads into
+        parameters of any precision. What the rule keeps, and the masters of float32 parameters, are
+        the live tensors, not copies.
+        """
+        state = {"steps": torch.tensor(self.steps)}
+        for name, slot in self._slots.items():
+            state[f"master.{name}"] = _master(slot).view(slot.parameter.shape)
+            for kind, tensor in slot.state.items():
+                state[f"{kind}.{name}"] = _shaped(tensor, slot.parameter)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, the parameters' values included.
+
+        Raises:
+            KeyError: a tensor is missing or there is one too many.
+            ValueError: a shape differs.
+        """
+        shapes = {"steps": torch.Size()}
+        for name, slot in self._slots.items():
+            shapes[f"master.{name}"] = slot.parameter.shape
+            for kind, tensor in slot.state.items():
+                shapes[f"{kind}.{name}"] = _shaped(tensor, slot.parameter).shape
+        if set(shapes) != set(state):
+            odd = sorted(set(shapes) ^ set(state))
+            raise KeyError(f"the state has other tensors than the optimizer, {odd[0]} for one")
+        for key, shape in shapes.items():
+            if state[key].shape != shape:
+                raise ValueError(f"the shape of {key} differs from the parameter's")
+        self.steps = int(state["steps"])
+        for name, slot in self._slots.items():
+            for kind, tensor in slot.state.items():
+                tensor.copy_(state[f"{kind}.{name}"].reshape(tensor.shape))
+            _set_master(slot, state[f"master.{name}"].reshape(-1))
+
+    def _update(self, slot: Slot, *, lr: float, grad_scale: float, counter: Tensor) -> None:
+        grad = slot.parameter.grad
+        flat_grad = None if grad is None else grad.detach().reshape(-1)
+        parameter = slot.flat
+        whole = self.whole(slot)
+        for span in [slice(0, parameter.numel())] if whole else _spans(parameter):
+            master, scratch_grad = self._buffers(parameter.device, span.stop - span.start)
+            if flat_grad is None:
+                scratch_grad.zero_()
+            elif grad_scale == 1.0 and flat_grad.dtype == torch.float32:
+                scratch_grad = flat_grad[span]
+            else:
+                scratch_grad.copy_(flat_grad[span]).mul_(grad_scale)
+            if slot.rest is None:
+                master = parameter[span]
+            elif slot.rest.dtype == torch.int16:
+                join(parameter[span], slot.rest[span], out=master)
+            else:
+                master = slot.rest[span]
+            self.rule(
+                slot,
+                span,
+                master=master,
+                grad=scratch_grad,
+                lr=lr * slot.lr_factor,
+                counter=counter,
+            )
+            if slot.rest is None:
+                continue
+            if slot.rest.dtype == torch.int16:
+                split_(master, upper=parameter[span], low=slot.rest[span])
+            else:
+                parameter[span].copy_(master)
+
+    def _buffers(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        if device not in self._scratch or self._scratch[device].shape[1] < count:
+            longest = max(p.numel() for p in self.parameters if p.device == device)
+            size = max(count, min(longest, _chunk(device)))
+            self._scratch[device] = torch.empty(2, size, dtype=torch.float32, device=device)
+        master, grad = self._scratch[device]
+        return master[:count], grad[:count]
+
+
+def _chunk(device: torch.device) -> int:
+    return CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK
+
+
+def _spans(flat: Tensor) -> Iterator[slice]:
+    size = _chunk(flat.device)
+    for start in range(0, flat.numel(), size):
+        yield slice(start, min(start + size, flat.numel()))
+
+
+@torch.no_grad()
+def _new_slot(parameter: Tensor, *, decay: bool) -> Slot:
+    if not parameter.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    flat = parameter.detach().view(-1)
+    rest: Tensor | None = None
+    if flat.dtype == torch.bfloat16:
+        rest = torch.zeros_like(flat, dtype=torch.int16)
+    elif flat.dtype != torch.float32:
+        rest = flat.to(torch.float32)
+    return Slot(parameter, rest, decay)
+
+
+def zeros(slot: Slot) -> Tensor:
+    """A float32 tensor of zeros [n], as long as the parameter."""
+    return torch.zeros_like(slot.flat, dtype=torch.float32)
+
+
+def _shaped(tensor: Tensor, parameter: Tensor) -> Tensor:
+    return tensor.view(parameter.shape) if tensor.shape == (parameter.numel(),) else tensor
+
+
+def _master(slot: Slot) -> Tensor:
+    if slot.rest is None:
+        return slot.flat
+    if slot.rest.dtype != torch.int16:
+        return slot.rest
+    return join(slot.flat, slot.rest, out=torch.empty_like(slot.flat, dtype=torch.float32))
+
+
+def _set_master(slot: Slot, master: Tensor) -> None:
+    flat = slot.flat
+    if slot.rest is None:
+        flat.copy_(master)
+    elif slot.rest.dtype != torch.int16:
+        slot.rest.copy_(master)
+        flat.copy_(slot.rest)
+    else:
+        copy = master.to(device=flat.device, dtype=torch.float32, copy=True)
+        split_(copy, upper=flat, low=slot.rest)
