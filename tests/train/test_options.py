@@ -291,7 +291,9 @@ def test_each_source_has_its_own_limit_columns_and_format(start, given, tmp_path
         ("device.micro_tokens=48", ("micro_tokens", 48), "more"),
         ("device.share_prefixes=false", ("share_prefixes", False), "more"),
         ("device.share_prefixes=true", ("share_prefixes", True), "same"),
-        ("device.gradient_checkpointing=true", ("gradient_checkpointing", True), "same"),
+        ("device.gradient_checkpointing=true", ("gradient_checkpointing", "layers"), "same"),
+        ("device.gradient_checkpointing=2", ("gradient_checkpointing", 2), "same"),
+        ("device.gradient_checkpointing=selective", ("gradient_checkpointing", "selective"), "same"),
         ("device.attention=isolated", ("attention", "isolated"), "more"),
         ("device.attention=sdpa", ("attention", "sdpa"), "same"),
     ],
@@ -308,7 +310,7 @@ def test_device_changes_the_work_and_not_the_weights(
 
 
 def test_recomputing_activations_is_off_unless_needed(plain: Left) -> None:
-    assert plain.machine["chosen"]["gradient_checkpointing"] is False
+    assert plain.machine["chosen"]["gradient_checkpointing"] == "none"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

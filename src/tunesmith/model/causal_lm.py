@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from tunesmith.model.attention import NAME
 from tunesmith.model.logits import LogitTransform
+from tunesmith.model.offload import offloaded
 from tunesmith.model.output import head_inputs
 from tunesmith.model.wide import is_slow, widen
 from tunesmith.types import Batch, HeadLoss, LossOutput
@@ -31,6 +32,7 @@ class CausalLM(nn.Module):
         self.logits = logits
         self.native_attention = native_attention
         self.isolated = False
+        self.offload = False  # activations wait for the backward pass in the host's memory
         self.notes: list[str] = []
         self.untied = False  # head and embedding differ since an adapter of one was merged
         self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
@@ -67,12 +69,13 @@ class CausalLM(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, D]."""
         keywords: dict[str, Any] = {} if batch.layout is None else {"layout": batch.layout}
-        output = self.decoder(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            **keywords,
-        )
+        with offloaded(self) if self.offload else nullcontext():
+            output = self.decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                **keywords,
+            )
         return output.last_hidden_state[0]
 
     def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:

@@ -17,11 +17,16 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.checkpointing import Mode, as_mode
 from tunesmith.model.logits import LogitTransform
 from tunesmith.model.quantized import Quantization, quantizable
 from tunesmith.model.source import ModelSource
 
 _GIB = 2**30
+_RECOMPUTED = {
+    "layers": ", recomputed",
+    "selective": ", all but products and attention recomputed",
+}
 _MICRO_TOKENS = {"cpu": (512, 1024), "other": (1024, 32768)}  # least and most, by kind of device
 
 
@@ -221,13 +226,16 @@ def check_fits(
     )
 
 
-def activation_bytes(config: Any, *, dtype: torch.dtype, checkpointing: bool = False) -> int:
+def activation_bytes(
+    config: Any, *, dtype: torch.dtype, checkpointing: bool | Mode = "none"
+) -> int:
     """Bytes of activations that the backward of one token keeps.
 
     A layer keeps about 8 vectors of the hidden size (its input, two norms' inputs and outputs,
     query, key and value, attention output, residuals) and 4 of each width of the feed-forward used
-    by a token (gate, up, activation, product); with checkpointing only its input. The largest
-    temporary of one layer is counted once.
+    by a token (gate, up, activation, product). One that recomputes keeps its input, under
+    `selective` also about 6 results of products at the hidden size and 2 at the feed-forward's;
+    the layer that is being recomputed is counted once.
     """
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
@@ -236,18 +244,23 @@ def activation_bytes(config: Any, *, dtype: torch.dtype, checkpointing: bool = F
     if getattr(text, "moe_intermediate_size", None):
         width = text.moe_intermediate_size
     layer = 8 * hidden + 4 * int(width) * int(active)
-    kept = layers * hidden + layer if checkpointing else layers * layer
+    mode = as_mode(checkpointing)
+    if mode == "none":
+        return layers * layer * dtype.itemsize
+    recomputing = -(-layers // mode) if isinstance(mode, int) else layers
+    each = 7 * hidden + 2 * int(width) * int(active) if mode == "selective" else hidden
+    kept = recomputing * each + (layers - recomputing) * layer + layer
     return kept * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class MicroChoice:
-    """Tokens that go through the device at a time, and whether activations are recomputed to make
+    """Tokens that go through the device at a time, and which activations are recomputed to make
     room for them.
     """
 
     tokens: int
-    checkpointing: bool
+    checkpointing: Mode
     reason: str
 
 
@@ -257,22 +270,23 @@ def choose_micro_tokens(
     """`device.micro_tokens: auto` from the bytes left for activations (`room`) and the longest path
     of the data.
 
-    Half of the room is used. Checkpointing is taken only where the longest path would not fit
-    without it. A CPU gains nothing from more than a thousand tokens at a time: its caches are
-    small.
+    Half of the room is used. The cheapest mode of checkpointing is taken in which the longest path
+    fits: none, selective, then layers. A CPU gains nothing from more than a thousand tokens at a
+    time: its caches are small.
     """
     kind = "cpu" if torch.device(device).type == "cpu" else "other"
     least, most = _MICRO_TOKENS[kind]
-    per_token = activation_bytes(config, dtype=dtype)
-    fits = room // 2 // per_token
-    checkpointing = fits < max(longest, least)
-    if checkpointing:
-        per_token = activation_bytes(config, dtype=dtype, checkpointing=True)
+    modes: tuple[Mode, ...] = ("none", "selective", "layers")
+    checkpointing, per_token, fits = modes[0], 1, 0
+    for checkpointing in modes:
+        per_token = activation_bytes(config, dtype=dtype, checkpointing=checkpointing)
         fits = room // 2 // per_token
+        if fits >= max(longest, least):
+            break
     tokens = int(max(min(fits, most), least))
     tokens = 2 ** (tokens.bit_length() - 1)
     text = f"{_show(per_token * tokens)} of activations, {_show(room)} are left for them"
-    return MicroChoice(tokens, checkpointing, text + (", recomputed" if checkpointing else ""))
+    return MicroChoice(tokens, checkpointing, text + _RECOMPUTED.get(str(checkpointing), ""))
 
 
 def _widths(module: Any) -> tuple[int, int]:

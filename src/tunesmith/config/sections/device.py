@@ -26,8 +26,15 @@ class DeviceSection(Section):
         description="sdpa: packed, by torch's own kernels; isolated: one path at a time, by the "
         "model's own attention",
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
-        default="auto", description="recompute activations to save memory"
+    gradient_checkpointing: (
+        Literal["auto", "none", "layers", "selective"] | bool | Annotated[Count, Field(ge=1)]
+    ) = Field(
+        default="auto",
+        description="recompute activations to save memory: none, layers, N for every N-th layer, "
+        "selective for all but products and attention; true is layers, false none",
+    )
+    activation_offload: bool = Field(
+        default=False, description="keep activations in the host's memory until the backward pass"
     )
     deterministic: bool = Field(
         default=True, description="only kernels that give the same bits each time"
