@@ -28,11 +28,16 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    from tunesmith.export.merge import find_part, merge_adapters, to_json
+    from tunesmith.export.merge import find_part, merge_adapters, quantization, to_json
 
     parts = [find_part(name, weight=weight, base=model) for name, weight in map(split, adapters)]
     for part in parts:
         tell(f"{part.adapter} x {part.weight:g} into {part.source.folder}")
+        if quantization(part) != "none":
+            tell(
+                f"it was trained on a base kept as {quantization(part)}: on the plain one its "
+                "logits differ from training's by what quantising took away"
+            )
     report = merge_adapters(parts, out, trust_remote_code=trust_remote_code, overwrite=overwrite)
     tell(
         f"logits of the probe texts (relative distance): {report.merging:.1e} by merging in "

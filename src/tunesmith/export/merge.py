@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
@@ -216,6 +217,13 @@ def _refuse(parts: Sequence[Part], out: Path, overwrite: bool) -> None:
     if len(folders) > 1:
         names = " and ".join(sorted(map(str, folders)))
         raise ModelError(f"the adapters are for different bases: {names}", where=str(out))
+    for part in parts:
+        if _section(part, "adapter").get("kind") == "loftq":
+            raise ModelError(
+                "began as what quantising took from the base; on the base itself that is too much",
+                where=str(part.adapter),
+                hint="load it as an adapter on the quantised base",
+            )
     inside = [part.adapter for part in parts] + [parts[0].source.folder]
     if out.resolve() in (path.resolve() for path in inside):
         raise ModelError("is what would be merged from", where=str(out), hint="another --out")
@@ -256,6 +264,19 @@ def _round(model: CausalLM, dtype: torch.dtype) -> None:
 def _recipe(part: Part) -> str:
     path = part.adapter.parent / "recipe.yaml"
     return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def quantization(part: Part) -> str:
+    """How the base was kept while the adapter was trained; `none` where it was plain, or nobody
+    says.
+    """
+    return str(_section(part, "model").get("quantization", "none"))
+
+
+def _section(part: Part, name: str) -> dict[str, Any]:
+    recipe = yaml.safe_load(_recipe(part))
+    found = recipe.get(name) if isinstance(recipe, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def describe(parts: Sequence[Part]) -> list[dict[str, Any]]:
