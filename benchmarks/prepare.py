@@ -8,8 +8,9 @@ Each run is a fresh process that makes documents (TRL: tokenised rows with label
 it has to read from disk; the time is that of the preparation alone, imports and tokenizer apart.
 TRL prepares with as many processes as the machine has cores, and with one; its faster time counts.
 `--chat` is Qwen3's tokenizer, for rows with tools; there Tunesmith renders every turn as inference
-will see it, TRL a chat once. `--long` also prepares GiB of text, repeated rows under changing
-numbers, and writes down the largest memory. Writes results/prepare.json and .md.
+will see it. TRL renders a chat once, or, for the same outcome, is given a row for every turn.
+`--long` also prepares GiB of text, repeated rows under changing numbers, and writes down the
+largest memory. Writes results/prepare.json and .md.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         if "tools" in row:  # as a string, since Arrow would give every tool the keys of all others
             row["tools"] = json.dumps(row["tools"])
+    count = len(rows)
+    if job.get("per_turn"):
+        rows = [turn for row in rows for turn in per_turn(row)]
     begin = time.perf_counter()
     dataset = Dataset.from_list(rows)
     reading = time.perf_counter() - begin
@@ -104,10 +108,20 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     ready = trainer.train_dataset
     return {
         "seconds": spent[0] + reading,
-        "rows": len(ready),
+        "rows": count,
         "first_ids": ready[0]["input_ids"],
         "tokens_of_200": sum(len(ready[at]["input_ids"]) for at in range(min(200, len(ready)))),
     }
+
+
+def per_turn(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each answer of a chat, in the context it is given in: what Tunesmith learns."""
+    messages = row["messages"]
+    return [
+        {"prompt": messages[:at], "completion": [message], "tools": row["tools"]}
+        for at, message in enumerate(messages)
+        if message["role"] == "assistant" and at
+    ]
 
 
 def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -216,9 +230,8 @@ def table(results: dict[str, Any]) -> str:
         " with an empty cache | from the cache | first row's ids agree |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in ("gsm8k", "tools"):
-        if name in results:
-            one = results[name]
+    for name, one in results.items():
+        if isinstance(one, dict) and "trl_rows_per_second" in one:
             lines.append(
                 f"| {name} | {one['rows']:,} | {shown(one['tunesmith_rows_per_second'], ',.0f')} |"
                 f" {shown(one['trl_rows_per_second'], ',.0f')} |"
@@ -274,6 +287,8 @@ def main() -> None:
             qwen = str(resources.files("trl") / "chat_templates" / "qwen3.jinja")
             job = {"rows": str(arguments.tools), "tokenizer": arguments.chat, "template": qwen}
             results["tools"] = compare(job, arguments.rounds, folder)
+            turns = {**job, "per_turn": True}
+            results["tools, a row a turn"] = compare(turns, arguments.rounds, folder)
         if arguments.long:
             results["long"] = long(rows, arguments.model, arguments.long, folder)
     text = table(results)
