@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": Command(
         "convert", "convert", BEFORE, "Write rows of another format as messages."
     ),
+    "plan": Command("plan", "plan", BEFORE, "Say what a run will take: memory, time, work."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),

@@ -1,0 +1,84 @@
+"""`tunesmith plan`: what a run will take, before it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.inputs import (
+    Arguments,
+    DataOption,
+    EvalOption,
+    ModelOption,
+    recipe_from_arguments,
+    split_arguments,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.train.plan import Forecast
+
+
+def plan(
+    arguments: Arguments = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    eval: EvalOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+    ] = False,
+) -> int:
+    """Memory, time and work of a run, measured over a few real steps that are thrown away.
+
+    Returns 0, or 1 if the run does not fit.
+    """
+    from tunesmith.train.plan import forecast
+
+    recipe = recipe_from_arguments(arguments, model, data, eval)
+    source, _ = split_arguments(arguments or ())
+    given = Path(source).expanduser() if source is not None else None
+    folders = [given if given.is_dir() else given.parent] if given is not None else []
+    found = forecast(recipe, folders=folders)
+    if as_json:
+        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(lines(found)))
+    return 0 if found.fits else 1
+
+
+def lines(found: Forecast) -> list[str]:
+    """The page."""
+    work, seen = found.work, found.measured
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.memory.items())
+    page = [
+        f"trained: {found.trained:,} of {found.parameters:,} parameters "
+        f"({found.trained / found.parameters:.2%})",
+        f"memory: peak {_bytes(seen.peak)} of {_bytes(found.free)} free; {parts}",
+        f"device: {found.chosen['micro_tokens']} tokens at a time, "
+        f"gradient_checkpointing {found.chosen['gradient_checkpointing']}",
+        f"steps: {work.steps:,}; {work.tokens:,} tokens, {work.target_tokens:,} targets",
+        f"computed: {work.computed:,} tokens; a row for each answer would be "
+        f"{work.unshared:,}, padded to the longest of its step {work.padded:,}",
+        f"work: {found.flops:.3g} floating point operations",
+        f"time: {_time(found.seconds)} (steps {_time(found.train_seconds)}, evaluations "
+        f"{_time(found.eval_seconds)}), from {seen.steps} steps on this machine; loading and "
+        "writing come on top",
+    ]
+    if work.counted < work.steps:
+        page.append(f"counted: {work.counted} of {work.steps:,} steps, scaled up")
+    if not found.fits:
+        page.append(f"does not fit; would fit: {', '.join(found.would_fit) or 'nothing here'}")
+    return page + [f"warning: {warning}" for warning in found.warnings]
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,188 @@
+"""Memory, time and work of a run, from its recipe and a few real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config.schema import Recipe
+from tunesmith.config.values import Duration
+from tunesmith.errors import RunError
+from tunesmith.model.checkpointing import Mode
+from tunesmith.model.memory import activation_bytes, free_memory
+from tunesmith.train.announcement import FEW_STEPS
+from tunesmith.train.build import build
+from tunesmith.train.job import Job
+from tunesmith.train.plan.probe import Measured, probe
+from tunesmith.train.plan.work import Work, count_work
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will take. Bytes, seconds, floating point operations."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]  # weights, gradients, optimizer, activations, head and working
+    measured: Measured
+    work: Work
+    flops: float
+    train_seconds: float
+    eval_seconds: float
+    free: int
+    chosen: dict[str, Any]
+    warnings: tuple[str, ...]
+    would_fit: tuple[str, ...]  # changes to the recipe, where the run does not fit
+
+    @property
+    def fits(self) -> bool:
+        """The measured peak is within what was free."""
+        return self.measured.peak <= self.free
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps and evaluations; loading and writing come on top."""
+        return self.train_seconds + self.eval_seconds
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {**asdict(self), "fits": self.fits, "seconds": self.seconds}
+
+
+def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
+    """Build the run, probe it and forget it; nothing is written but prepared data to the cache.
+
+    Raises:
+        InputError: what `train` would refuse too, a model that does not fit among it.
+        RunError: a micro-batch does not fit; with recipe lines that need less.
+    """
+    device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
+    free = free_memory(device)
+    job = build(recipe, folders=folders)
+    work = count_work(job)
+    try:
+        measured = probe(job, work)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(
+            f"out of memory: a micro-batch of {work.largest} tokens does not fit",
+            hint="device.gradient_checkpointing=layers, "
+            f"device.micro_tokens={max(256, job.micro_tokens // 2)}, or adapter=lora",
+        ) from error
+    finally:
+        job.loss.close()
+    memory = _memory(job, measured)
+    lines = () if measured.peak <= free else _would_fit(job, measured, free)
+    counts = [p.numel() for p in job.model.parameters()]
+    return Forecast(
+        parameters=sum(counts),
+        trained=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        memory=memory,
+        measured=measured,
+        work=work,
+        flops=_flops(job, work),
+        train_seconds=measured.seconds_per_token * work.computed,
+        eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
+        free=free,
+        chosen=job.chosen,
+        warnings=_warnings(work),
+        would_fit=lines,
+    )
+
+
+def _on_cuda(recipe: Recipe) -> bool:
+    return recipe.device.kind in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def _memory(job: Job, measured: Measured) -> dict[str, int]:
+    weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    trained = [p for p in job.model.parameters() if p.requires_grad]
+    return {
+        "weights": weights,
+        "gradients": 4 * sum(p.numel() for p in trained),
+        "optimizer": sum(t.numel() * t.element_size() for t in _tensors(job.optimizer)),
+        "activations": measured.activations,
+        "head and working memory": measured.working,
+    }
+
+
+def _tensors(optimizer: Any) -> list[torch.Tensor]:
+    """Each tensor that the optimizer's state holds, once."""
+    found: dict[int, torch.Tensor] = {}
+    waiting: list[Any] = [optimizer.state_dict()]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, torch.Tensor):
+            found[one.data_ptr()] = one
+        elif isinstance(one, dict):
+            waiting.extend(one.values())
+        elif isinstance(one, list | tuple):
+            waiting.extend(one)
+    return list(found.values())
+
+
+def _flops(job: Job, work: Work) -> float:
+    """Two operations for each weight and token forward, two for the gradient of the input, two for
+    that of a trained weight; the head only at targets, lookups and attention's scores not counted.
+    """
+    head = job.model.head.weight
+    embedding = job.model.base.get_input_embeddings().weight
+    outside = {id(head), id(embedding)}
+    inner = [p for p in job.model.parameters() if p.dim() > 1 and id(p) not in outside]
+    per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in inner)
+    per_target = head.numel() * (6 if head.requires_grad else 4)
+    return float(per_token) * work.computed + float(per_target) * work.target_tokens
+
+
+def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:
+    tokens = sum(document.tokens for held in job.eval_sets for document in held.documents)
+    steps_seconds = measured.seconds_per_token * work.computed
+    return tokens * evaluations(
+        job.recipe.eval.every,
+        steps=job.total_steps,
+        epochs=job.order.epoch_after(job.total_steps - 1),
+        seconds=steps_seconds,
+    )
+
+
+def evaluations(every: Duration | None, *, steps: int, epochs: float, seconds: float) -> int:
+    """How often a run evaluates: before the first step, every so often, after the last."""
+    if every is None:
+        return 2
+    whole = {"steps": float(steps), "minutes": seconds / 60}.get(every.unit, epochs)
+    inside = int(whole / every.value + 1e-9)
+    at_end = abs(whole / every.value - inside) < 1e-9  # the last step's is one of them
+    return 1 + inside + (0 if at_end and inside else 1)
+
+
+def _would_fit(job: Job, measured: Measured, free: int) -> tuple[str, ...]:
+    """Modes of checkpointing and sizes of micro-batches with which the peak would be within
+    `free`.
+    """
+    dtype = next(job.model.base.parameters()).dtype
+    now: Mode = job.chosen["gradient_checkpointing"]
+    usual = activation_bytes(job.model.config, dtype=dtype, checkpointing=now)
+    lines: list[str] = []
+    for mode in ("selective", "layers"):
+        each = activation_bytes(job.model.config, dtype=dtype, checkpointing=mode)
+        saved = measured.activations * (1 - each / usual)
+        if saved > 0 and measured.peak - saved <= free:
+            lines.append(f"device.gradient_checkpointing={mode}")
+    half = (measured.activations + measured.working) / 2
+    if job.micro_tokens >= 512 and measured.peak - half <= free:
+        lines.append(f"device.micro_tokens={job.micro_tokens // 2}")
+    if job.recipe.adapter.kind == "none":
+        lines.append("adapter=lora")
+    return tuple(lines)
+
+
+def _warnings(work: Work) -> tuple[str, ...]:
+    if work.steps >= FEW_STEPS:
+        return ()
+    return (
+        f"only {work.steps} optimizer steps: "
+        "a smaller batch.documents or more train.epochs gives more",
+    )

@@ -1,0 +1,102 @@
+"""A few real steps of a run, to see what they take. The model of the process is changed by them, so
+nothing may be kept of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.data.batch import collate
+from tunesmith.model.footprint import footprint
+from tunesmith.train.evaluate import evaluate
+from tunesmith.train.job import Job
+from tunesmith.train.plan.work import Work, documents_of, planned, spread
+from tunesmith.train.step import train_step
+
+TIMED_STEPS, SECONDS, EVAL_DOCUMENTS = 4, 60.0, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the probe saw. Bytes and seconds."""
+
+    peak: int  # of the device's allocator, on a CPU of the process
+    activations: int  # held for the backward pass of the largest micro-batch
+    working: int  # what came on top in its head and backward pass
+    seconds_per_token: float  # of a step, optimizer included, over its computed tokens
+    eval_seconds_per_token: float  # 0 without held-out data
+    steps: int  # timed
+
+
+def probe(job: Job, work: Work) -> Measured:
+    """Run the step with the largest micro-batch once to warm up, then some steps against the
+    clock.
+    """
+    _run_step(job, work.largest_step)
+    seconds = tokens = timed = 0
+    started = time.monotonic()
+    for step in spread(job.total_steps, TIMED_STEPS):
+        took, computed = _run_step(job, step)
+        seconds, tokens, timed = seconds + took, tokens + computed, timed + 1
+        if time.monotonic() - started > SECONDS:
+            break
+    per_eval = _time_evaluation(job)
+    peak = peak_memory(job.device)
+    activations, working = _activations(job, work)
+    return Measured(peak, activations, working, seconds / tokens, per_eval, timed)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the device's allocator held, on a CPU the process; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _run_step(job: Job, step: int) -> tuple[float, int]:
+    """Seconds and computed tokens of a step."""
+    started = time.monotonic()
+    plans = planned(job, step)
+    job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
+    result = train_step(
+        job.model, job.optimizer, plans, job.loss,
+        documents=len(documents_of(job, step)), lr=0.0,
+        max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+    )  # fmt: skip
+    return time.monotonic() - started, result.computed_tokens
+
+
+def _time_evaluation(job: Job) -> float:
+    if not job.eval_sets:
+        return 0.0
+    documents = [job.eval_sets[0].documents[n] for n in range(
+        min(EVAL_DOCUMENTS, len(job.eval_sets[0].documents))
+    )]  # fmt: skip
+    started = time.monotonic()
+    evaluate(job.model, documents, micro_tokens=job.micro_tokens, device=job.device)
+    return (time.monotonic() - started) / sum(document.tokens for document in documents)
+
+
+def _activations(job: Job, work: Work) -> tuple[int, int]:
+    """Bytes held after the largest micro-batch's decoder, and the most above them until its
+    gradients are there.
+    """
+    plan = max(planned(job, work.largest_step), key=lambda plan: plan.tokens)
+    batch = collate(plan, job.device)
+    with footprint(job.device) as forward:
+        hidden = job.model.hidden(batch)
+    del hidden
+    job.loss(job.model, plan, job.device).loss_sum.backward()  # the gradients are there from here
+    with footprint(job.device) as whole:
+        job.loss(job.model, plan, job.device).loss_sum.backward()
+    job.optimizer.zero_grad()
+    return forward.held, max(0, whole.peak - forward.held)

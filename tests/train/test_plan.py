@@ -1,0 +1,79 @@
+"""What `tunesmith plan` says of a run is what the run does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tunesmith.cli.app import run as command
+from tunesmith.config.read import read_recipe
+from tunesmith.config.values import Duration
+from tunesmith.train.plan import forecast
+from tunesmith.train.plan.forecast import evaluations
+from tunesmith.train.plan.work import spread
+
+SETTINGS = ["batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu"]
+
+
+@pytest.fixture
+def asked(llama_folder: Path, chats: Path) -> list[str]:
+    return ["--model", str(llama_folder), "--data", str(chats), *SETTINGS]
+
+
+def test_counts_are_those_of_the_run(llama_folder: Path, chats: Path, tmp_path: Path) -> None:
+    recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, SETTINGS)
+    found = forecast(recipe)
+    run = tunesmith.train(recipe, out=tmp_path / "run", progress=False)
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    assert found.work.steps == run.steps == len(steps) > 0
+    assert found.work.tokens == sum(step["tokens"] for step in steps)
+    assert found.work.computed == sum(step["computed_tokens"] for step in steps)
+    assert found.work.target_tokens == sum(step["target_tokens"] for step in steps)
+    assert found.work.padded >= found.work.unshared >= found.work.computed
+    assert found.memory["gradients"] == found.memory["weights"] == 4 * found.trained
+    assert found.memory["optimizer"] >= 2 * 4 * found.trained
+    assert found.memory["activations"] > 0
+    assert found.train_seconds > 0
+    assert found.fits
+
+
+def test_prints_one_object_and_leaves_nothing_behind(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert command(["plan", *asked, "--json", "device.gradient_checkpointing=selective"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["gradient_checkpointing"] == "selective"
+    assert found["trained"] == found["parameters"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["plan", *asked, "train.steps=3", "adapter=lora"]) == 0
+    page = capsys.readouterr().out
+    assert "warning: only 3 optimizer steps" in page
+    assert "padded to the longest of its step" in page
+
+
+@pytest.mark.parametrize(
+    ("every", "count"),
+    [
+        (None, 2),
+        (Duration(5, "steps"), 3),  # 0, 5, 10
+        (Duration(4, "steps"), 4),  # 0, 4, 8, 10
+        (Duration(0.5, "epochs"), 5),
+        (Duration(20, "steps"), 2),
+    ],
+)
+def test_evaluations_are_counted(every: Duration | None, count: int) -> None:
+    assert evaluations(every, steps=10, epochs=2.0, seconds=60.0) == count
+
+
+def test_steps_are_spread_evenly() -> None:
+    assert spread(3, 10) == [0, 1, 2]
+    assert spread(100, 4) == [0, 25, 50, 75]
