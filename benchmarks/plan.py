@@ -9,6 +9,7 @@ process on a CPU, of the allocator on CUDA.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -34,8 +35,9 @@ def command(words: list[str]) -> str:
 def compare(model: str, data: str, *, kind: str, threads: int) -> dict[str, Any]:
     """Plan and run once."""
     asked = [
-        "--model", model, "--data", data, "train.epochs=1", "batch.documents=8", "device.cache=false",
-        f"device.threads={threads}", "data.columns=prompt: question, completion: answer",
+        "--model", model, "--data", data, "train.epochs=1", "batch.documents=8",
+        "device.cache=false",
+        f"device.threads={threads}", "data.columns={prompt: question, completion: answer}",
         *KINDS[kind],
     ]  # fmt: skip
     planned = json.loads(command(["plan", *asked, "--json"]))
@@ -91,9 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         with open(given.data, encoding="utf-8") as lines:
-            rows.write_text(
-                "".join(line for line, _ in zip(lines, range(given.rows), strict=False))
-            )
+            rows.write_text("".join(itertools.islice(lines, given.rows)), encoding="utf-8")
         runs = [
             compare(given.model, str(rows), kind=kind, threads=given.threads)
             for kind in given.kinds
