@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tunesmith.model.wide import is_slow
 
 
-class Dequantized4bit(bitsandbytes.nn.Linear4bit):
+class Dequantized4bit(Linear4bit):
     """A 4-bit linear map times its dequantised weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.bias, self)  # pyright: ignore
 
 
-class Dequantized8bit(bitsandbytes.nn.Linear8bitLt):
+class Dequantized8bit(Linear8bitLt):
     """An 8-bit linear map times its dequantised weight; activations are not rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class Dequantized8bit(bitsandbytes.nn.Linear8bitLt):
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    bitsandbytes.nn.Linear4bit: Dequantized4bit,
-    bitsandbytes.nn.Linear8bitLt: Dequantized8bit,
+    Linear4bit: Dequantized4bit,
+    Linear8bitLt: Dequantized8bit,
 }
 
 
@@ -50,7 +50,7 @@ def multiply_dequantized(model: nn.Module) -> list[Any]:
 def dequantized(module: Any, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that the map stands for."""
     weight = module.weight
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
+    if isinstance(module, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
     return weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
