@@ -120,3 +120,20 @@ def test_micro_tokens_grow_with_room_and_recompute_only_where_they_must() -> Non
     assert small.tokens >= 512
     assert choose(2**36, device="meta").tokens == 32768
     assert choose(2**29, longest=100).tokens < 1024
+
+
+def test_the_estimate_knows_what_each_rule_keeps() -> None:
+    from tunesmith.model.memory import ModelSize, estimate
+
+    size = ModelSize(1_000_000, 100)
+
+    def state(name: str) -> int:
+        return estimate(size, dtype=torch.float32, rank=None, optimizer=name).optimizer
+
+    kept = {name: state(name) for name in ("adamw", "lion", "sgd", "adamw_8bit", "adafactor")}
+    assert kept == {
+        "adamw": 8_000_000, "lion": 4_000_000, "sgd": 4_000_000, "adamw_8bit": 2_031_250,
+        "adafactor": 0,
+    }  # fmt: skip
+    lora = estimate(size, dtype=torch.bfloat16, rank=8, optimizer="muon")
+    assert lora.optimizer == (4 + 2) * 800

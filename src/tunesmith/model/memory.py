@@ -142,6 +142,7 @@ def estimate(
     kind: str = "lora",
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
+    optimizer: str = "adamw",
 ) -> MemoryEstimate:
     """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank."""
     added = 0
@@ -159,8 +160,16 @@ def estimate(
         trained=trained,
         weights=weights,
         gradients=4 * trained,
-        optimizer=(8 + rest) * trained,
+        optimizer=rest * trained + _state_bytes(size, optimizer, trained, full=rank is None),
     )
+
+
+def _state_bytes(size: ModelSize, optimizer: str, trained: int, *, full: bool) -> int:
+    """Bytes of what the update rule keeps; of adafactor, about, none."""
+    if optimizer == "muon":  # the maps' weights have one moment, embedding and head two
+        return 8 * trained - 4 * (size.quantizable if full else trained)
+    each = {"adamw_8bit": 2 + 2 * 4 / 256, "adafactor": 0, "lion": 4, "sgd": 4}
+    return int(each.get(optimizer, 8) * trained)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -189,6 +198,7 @@ def check_fits(
     kind: str = "lora",
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
+    optimizer: str = "adamw",
 ) -> MemoryEstimate:
     """The estimate, if it leaves room.
 
@@ -199,6 +209,7 @@ def check_fits(
         "kind": kind,
         "rotation_size": rotation_size,
         "quantization": quantization,
+        "optimizer": optimizer,
     }
     needed = estimate(size, dtype=dtype, rank=rank, **same)
     if needed.total <= free:

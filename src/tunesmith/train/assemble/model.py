@@ -29,6 +29,7 @@ def check_memory(
         kind=recipe.adapter.kind,
         rotation_size=recipe.adapter.rotation_size,
         quantization=chosen_quantization(recipe),
+        optimizer=recipe.optim.name,
         free=free_memory(device),
         name=recipe.model.name,
     )
