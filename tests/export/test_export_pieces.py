@@ -81,3 +81,4 @@ def test_an_adapter_is_merged_on_the_way(tmp_path: Path) -> None:
     whole = export(str(tmp_path / "adapter"), "hf", tmp_path / "h", tell=told.append)
     assert "model.safetensors" in whole["files"]
     assert "adapter_config.json" not in whole["files"]
+    assert "\nvllm serve h\n" in (tmp_path / "h" / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,7 @@ def card_text(card: ModelCard, *, title: str, adapter: bool) -> str:
         _metrics(card.metrics),
         _template(card.choice),
         _loading(card, title, adapter),
+        _serving(card, title, adapter),
         _recipe(card.recipe),
         _LICENCE,
     ]
@@ -136,6 +138,17 @@ def _loading(card: ModelCard, title: str, adapter: bool) -> str:
         'answer = output[0, inputs["input_ids"].shape[1]:]\n'
         "print(tokenizer.decode(answer, skip_special_tokens=True))\n```"
     )
+
+
+def _serving(card: ModelCard, title: str, adapter: bool) -> str:
+    if adapter:
+        line = "tunesmith export RUN --to hf   # merged, then serve the folder"
+    else:
+        line = f"vllm serve {shlex.quote(title)}"
+        if not card.choice.raw and card.choice.template_kwargs:
+            kwargs = json.dumps(dict(card.choice.template_kwargs), ensure_ascii=False)
+            line += f"   # each request with chat_template_kwargs: {kwargs}"
+    return f"## Serve\n\n```sh\n{line}\n```"
 
 
 def _recipe(text: str) -> str:

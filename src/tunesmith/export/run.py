@@ -60,20 +60,20 @@ def _fill(
         if source.adapter_folder is None:
             raise ModelError("holds a whole model, no adapter", where=source.name, hint="--to hf")
         return _copy(source.adapter_folder, folder)
-    with _merged(source, folder.parent, trust, tell) as whole:
+    with _merged(source, folder, trust, tell) as whole:
         if to == "hf":
             return _copy(whole.folder, folder)
         return _gguf(whole, to, folder, quantize=quantize, trust=trust, tell=tell)
 
 
 @contextmanager
-def _merged(source: ModelSource, aside: Path, trust: bool, tell: Tell) -> Iterator[ModelSource]:
+def _merged(source: ModelSource, folder: Path, trust: bool, tell: Tell) -> Iterator[ModelSource]:
     """The model without an adapter."""
     if source.adapter_folder is None:
         yield source
         return
     tell(f"merging {source.adapter_folder} into {source.folder}")
-    merged = aside / "merged"
+    merged = folder.parent / "merged" / folder.name  # the model card has the folder's name
     merge_adapters([Part(source)], merged, trust_remote_code=trust)
     yield resolve_model(str(merged))
 
@@ -103,6 +103,7 @@ def _gguf(
         template="none" if choice.raw else None,
         kwargs=choice.template_kwargs,
         trust_remote_code=trust,
+        dated=to == "gguf",
     )
     if to == "ollama":
         _tell_family(template, tell)
