@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFix
     page = capsys.readouterr().out
     assert "warning: only 12 optimizer steps" in page
     assert "padded to the longest of its step" in page
+
+
+def test_a_run_that_does_not_fit_ends_with_1_and_what_would(
+    asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    module = importlib.import_module("tunesmith.train.plan.forecast")
+
+    def pretended(job, work):
+        return module.Measured(10**9, 6 * 10**8, 10**8, 1e-3, 0.0, 1)
+
+    monkeypatch.setattr(module, "probe", pretended)
+    monkeypatch.setattr(module, "free_memory", lambda _: 7 * 10**8)
+    asked = [*asked, "device.micro_tokens=1024"]
+    assert command(["plan", *asked, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert "device.gradient_checkpointing=layers" in found["would_fit"]
+    assert "device.micro_tokens=512" in found["would_fit"]
+    assert "adapter=lora" not in found["would_fit"]  # a tiny model's state is not what it takes
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     finally:
         job.loss.close()
     memory = _memory(job, measured)
-    lines = () if measured.peak <= free else _would_fit(job, measured, free)
+    lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
     counts = [p.numel() for p in job.model.parameters()]
     return Forecast(
         parameters=sum(counts),
@@ -158,10 +158,8 @@ def evaluations(every: Duration | None, *, steps: int, epochs: float, seconds: f
     return 1 + inside + (0 if at_end and inside else 1)
 
 
-def _would_fit(job: Job, measured: Measured, free: int) -> tuple[str, ...]:
-    """Modes of checkpointing and sizes of micro-batches with which the peak would be within
-    `free`.
-    """
+def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) -> tuple[str, ...]:
+    """Changes to the recipe, one at a time, with which the peak would be within `free`."""
     dtype = next(job.model.base.parameters()).dtype
     now: Mode = job.chosen["gradient_checkpointing"]
     usual = activation_bytes(job.model.config, dtype=dtype, checkpointing=now)
@@ -174,7 +172,10 @@ def _would_fit(job: Job, measured: Measured, free: int) -> tuple[str, ...]:
     half = (measured.activations + measured.working) / 2
     if job.micro_tokens >= 512 and measured.peak - half <= free:
         lines.append(f"device.micro_tokens={job.micro_tokens // 2}")
-    if job.recipe.adapter.kind == "none":
+    state = memory["gradients"] + memory["optimizer"]
+    adapter_share = 0.05  # of the state that an adapter needs of its own, at most
+    spared = state * (1 - adapter_share)
+    if job.recipe.adapter.kind == "none" and measured.peak - spared <= free:
         lines.append("adapter=lora")
     return tuple(lines)
 
