@@ -135,3 +135,40 @@ def test_published_templates_with_a_fixed_date_are_taken():
     wrap_tokenizer(tiny_tokenizer(_trl_template("llama3_1"), bos_token="<|endoftext|>"))
     with pytest.raises(DataError, match="today's date"):
         wrap_tokenizer(tiny_tokenizer(_trl_template("gptoss")))
+
+
+def test_two_templates_of_one_process_read_tool_calls_each_for_itself():
+    jinja = "{% for m in messages %}{{ m.tool_calls[0].function.arguments.at }}{% endfor %}"
+    first, second = (wrap_tokenizer(tiny_tokenizer(text)) for text in (jinja, jinja + "!"))
+    call = {"type": "function", "function": {"name": "find", "arguments": {"at": "Oslo"}}}
+    calls = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert [first.render(calls), second.render(calls), first.render(calls)] == [
+        "Oslo",
+        "Oslo!",
+        "Oslo",
+    ]
+
+
+ALWAYS_ASKING = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|end_header|>\n{{ m.content }}<|eot|>{% endfor %}"
+    "{{ '<|start|>assistant<|end_header|>\n' }}"
+)
+
+
+def test_a_header_that_is_always_there_is_no_end_of_a_turn():
+    from tunesmith.data.formats import to_example
+    from tunesmith.data.render import render_example
+    from tunesmith.types import Origin
+
+    markers = ("<|start|>", "<|end_header|>", "<|eot|>")
+    tokenizer = tiny_tokenizer(ALWAYS_ASKING, extra_special=markers, eos_token="<|endoftext|>")
+    template = wrap_tokenizer(tokenizer)
+    assert {template.token_text(token) for token in template.stop_ids} == {
+        "<|endoftext|>",
+        "<|eot|>",
+    }
+    row = {"messages": [*USER, {"role": "assistant", "content": "Hello."}]}
+    example = to_example(row, format="messages")
+    document = render_example(example, template, origin=Origin("t", 0)).document
+    segment = document.segments[0]
+    assert template.decode(segment.ids[segment.index]) == "Hello.<|eot|>"

@@ -6,26 +6,13 @@ The oracle knows nothing of the renderer: before each answer it asks the tokeniz
 
 from __future__ import annotations
 
-import functools
-import re
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
-from tiny import tiny_tokenizer
+from template_oracle import NAMES, paths_before_targets, template_of
 from tunesmith.data.faults import RowError
 from tunesmith.data.formats import to_example
 from tunesmith.data.render import render_example
-from tunesmith.data.template import wrap_tokenizer
 from tunesmith.types import Origin
-
-SPEC = find_spec("trl")
-FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else None
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER else []
-MARKERS = re.compile(r"<\|?[^|<>\s'\"{}]+\|?>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
-CLOCK = re.compile(r"strftime_now\([^)]*\)")
-SPECIAL = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<s>", "</s>", "<end_of_utterance>")
 
 WEATHER = {
     "type": "function",
@@ -121,33 +108,6 @@ def _refusal_table():
 
 
 REFUSED = _refusal_table()
-
-
-@functools.cache
-def template_of(name: str):
-    assert FOLDER is not None
-    jinja = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    jinja = CLOCK.sub("'2024-07-26'", jinja)  # one that writes today's date is refused
-    markers = sorted(set(MARKERS.findall(jinja)))
-    markers = [m for m in markers if "|" in m or "｜" in m or m in SPECIAL]
-    tokenizer = tiny_tokenizer(jinja, extra_special=tuple(markers))
-    tokenizer.bos_token = "<|endoftext|>"
-    return wrap_tokenizer(tokenizer)
-
-
-def paths_before_targets(document):
-    """For each message with targets: the ids before its first target, and its target ids."""
-    found = {}
-    for segment in document.segments:
-        for index, message in zip(segment.index.tolist(), segment.message.tolist(), strict=True):
-            if message not in found:
-                before, above = segment.ids[:index].tolist(), segment.parent
-                while above >= 0:
-                    before = document.segments[above].ids.tolist() + before
-                    above = document.segments[above].parent
-                found[message] = (before, [])
-            found[message][1].append(int(segment.ids[index]))
-    return found
 
 
 @pytest.mark.parametrize("case", CHATS)

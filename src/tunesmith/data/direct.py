@@ -74,7 +74,6 @@ class DirectTemplate:
         self._plain: dict[int, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         self._tools: tuple[Any, Any] = (None, None)
         self._taken: list[tuple[Any, Any]] = []
-        compile_template(CAPTURE).globals["tunesmith_take"] = self._take
 
     def render(
         self,
@@ -128,6 +127,8 @@ class DirectTemplate:
 
     def _capture(self, messages: Messages, tools: Any) -> tuple[Any, Any]:
         self._taken.clear()
+        # All templates of a process share this one, which transformers may also compile anew.
+        compile_template(CAPTURE).globals["tunesmith_take"] = self._take
         self._apply(messages, tools=tools, chat_template=CAPTURE)
         return self._taken.pop()
 

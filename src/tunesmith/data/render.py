@@ -157,6 +157,8 @@ def _first_stop(ids: IntArray, template: Template) -> int | None:
 
 
 def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
+    if tail and tail[0] in template.special_ids and turn.prompt.endswith(template.decode(tail)):
+        return  # the generation prompt, which this template writes whether it is asked for or not
     words = [token for token in tail if token not in template.special_ids]
     left = template.decode(words).strip()
     if left:

@@ -49,6 +49,9 @@ def _turn_end(template: Template, added: set[int]) -> int | None:
         if token in added:
             run.append(token)
         elif run:
+            # One that a word follows at once opens the next turn, which some always write.
+            if len(run) > 1 and template.token_text(token)[:1].isalpha():
+                run.pop()
             break
     return run[-1] if run and not template.stop_ids & set(run) else None
 
