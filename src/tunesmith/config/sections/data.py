@@ -41,7 +41,8 @@ class DataSection(Section):
     )
     template: str | None = Field(
         default=None,
-        description="chat template: the model's own, a .jinja file, or none (train raw)",
+        description="chat template: a .jinja file, another model's folder or hub id, chatml "
+        "(built in), or none (train raw); default: the model's own",
     )
     template_kwargs: dict[str, str | bool | int | float] = Field(
         default_factory=dict,
