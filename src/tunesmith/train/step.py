@@ -53,6 +53,14 @@ class StepResult:
         return self.loss_sum / self.weight_sum
 
 
+class NonFiniteStep(NonFiniteError):
+    """A step that was not taken, with its losses."""
+
+    def __init__(self, result: StepResult) -> None:
+        super().__init__(f"the loss is {result.loss:g} and the gradient norm {result.grad_norm:g}")
+        self.result = result
+
+
 def train_step(
     model: CausalLM,
     optimizer: Optimizer,
@@ -79,7 +87,7 @@ def train_step(
     result = _sum_up(plans, outputs, documents=documents, grad_norm=grad_norm)
     if not (math.isfinite(result.loss_sum) and math.isfinite(grad_norm)):
         optimizer.zero_grad()
-        raise NonFiniteError(f"the loss is {result.loss:g} and the gradient norm {grad_norm:g}")
+        raise NonFiniteStep(result)
     optimizer.step(lr)
     optimizer.zero_grad()
     return result

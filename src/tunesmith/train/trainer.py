@@ -22,11 +22,12 @@ from tunesmith.data.store import longest_paths
 from tunesmith.errors import InterruptedRun, NonFiniteError, RunError
 from tunesmith.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from tunesmith.train.evaluate import evaluate
+from tunesmith.train.incident import save_incident
 from tunesmith.train.job import Job
 from tunesmith.train.metrics import Sink, versions
 from tunesmith.train.rng import capture_rng, restore_rng
 from tunesmith.train.rows import RowLosses
-from tunesmith.train.step import StepResult, train_step
+from tunesmith.train.step import NonFiniteStep, StepResult, train_step
 from tunesmith.types import Document, StepMetrics
 
 OnEval = Callable[[int], None]
@@ -130,6 +131,8 @@ class Trainer:
                 max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
             )  # fmt: skip
         except NonFiniteError as error:
+            if isinstance(error, NonFiniteStep):
+                save_incident(self.folder, number + 1, documents=documents, result=error.result)
             names = ", ".join(str(document.origin) for document in documents[:3])
             raise NonFiniteError(
                 f"{error.message}, at step {number + 1}; its documents begin with {names}",
