@@ -102,5 +102,6 @@ def test_nan_stops_the_run(tmp_path: Path, inputs) -> None:
     assert os.listdir(out / "checkpoints")
     (incident,) = out.glob("incident-*/rows.json")
     rows = json.loads(incident.read_text())["rows"]
-    assert rows and all(row["row"] and row["ids"] for row in rows)
+    assert rows
+    assert all(row["row"] and row["ids"] for row in rows)
     assert any(isinstance(row["loss_sum"], str) for row in rows)
