@@ -72,11 +72,7 @@ def sharegpt(row: dict[str, Any]) -> Case:
             role = {"human": "user", "gpt": "assistant", "observation": "tool"}[turn["from"]]
             turns.append({"role": role, "content": value})
     tools = row.get("tools")
-    tools = [
-        tool if "function" in tool else {"type": "function", "function": tool}
-        for tool in (json.loads(tools) if tools else [])
-    ]
-    return row, turns, tools or None
+    return row, turns, (json.loads(tools) if tools else None) or None
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Case]] = {

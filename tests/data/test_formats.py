@@ -144,6 +144,7 @@ def test_function_calls_of_sharegpt_become_tool_calls() -> None:
     roles = [message["role"] for message in converted["messages"]]
     assert roles == ["user", "assistant", "tool", "assistant"]
     assert converted["messages"][1]["tool_calls"] == [{"type": "function", "function": call}]
+    assert converted["messages"][1]["content"] == ""
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def _turn(value: Any, place: str) -> dict[str, Any]:
         )
     content = turn.pop("value", None)
     if role == "call":
-        return {"role": "assistant", "tool_calls": _calls(content, f"{place}.value"), **turn}
+        # Empty, not missing: some templates look into it without asking whether it is there.
+        calls = _calls(content, f"{place}.value")
+        return {"role": "assistant", "content": "", "tool_calls": calls, **turn}
     return {"role": role, "content": content, **turn}
 
 
