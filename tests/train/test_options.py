@@ -293,7 +293,11 @@ def test_each_source_has_its_own_limit_columns_and_format(start, given, tmp_path
         ("device.share_prefixes=true", ("share_prefixes", True), "same"),
         ("device.gradient_checkpointing=true", ("gradient_checkpointing", "layers"), "same"),
         ("device.gradient_checkpointing=2", ("gradient_checkpointing", 2), "same"),
-        ("device.gradient_checkpointing=selective", ("gradient_checkpointing", "selective"), "same"),
+        (
+            "device.gradient_checkpointing=selective",
+            ("gradient_checkpointing", "selective"),
+            "same",
+        ),
         ("device.attention=isolated", ("attention", "isolated"), "more"),
         ("device.attention=sdpa", ("attention", "sdpa"), "same"),
     ],

@@ -38,9 +38,7 @@ COMMANDS = {
         "score", "score", BEFORE, "Give each row its loss and difficulty under a model."
     ),
     "select": Command("select", "select", BEFORE, "Keep rows by rules, as a new data set."),
-    "convert": Command(
-        "convert", "convert", BEFORE, "Write rows of another format as messages."
-    ),
+    "convert": Command("convert", "convert", BEFORE, "Write rows of another format as messages."),
     "plan": Command("plan", "plan", BEFORE, "Say what a run will take: memory, time, work."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),

@@ -38,8 +38,9 @@ def find_direct(tokenizer: Any, jinja: str | None, *, apply: Apply) -> DirectTem
     """The template called directly; None where its texts are not those of transformers."""
     from transformers import PreTrainedTokenizerBase
 
-    own = getattr(type(tokenizer), "apply_chat_template", None)
-    if own is not PreTrainedTokenizerBase.apply_chat_template:
+    kind = cast("Any", type(tokenizer))
+    usual: Any = PreTrainedTokenizerBase
+    if getattr(kind, "apply_chat_template", None) is not usual.apply_chat_template:
         return None
     if jinja is None or not isinstance(tokenizer.chat_template, str | None):
         return None
@@ -161,7 +162,7 @@ def _quickened(text: str) -> Any:
     checked = environment.getattr
 
     def read(obj: Any, attribute: str) -> Any:
-        kind = type(obj)
+        kind = cast("Any", type(obj))
         if kind is dict:
             if attribute in obj and attribute not in _OF_DICTS:
                 return obj[attribute]

@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,8 @@ class Documents(Sequence[Document]):
 
     def _document(self, number: int) -> Document:
         columns = self._columns
-        end, row, source, *_ = columns.documents[number].item()
+        record = cast("Any", columns.documents[number])
+        end, row, source, *_ = record.item()
         begin = int(columns.documents["segments"][number - 1]) if number else 0
         segments = tuple(self._segment(place) for place in range(begin, end))
         return Document(segments, Origin(columns.names[source], row))
@@ -185,13 +186,14 @@ class StoreWriter:
 
     def add(self, columns: Columns) -> None:
         """Put these documents after those that are there."""
-        segments, documents = columns.segments.copy(), columns.documents.copy()
+        segments: Records = np.array(columns.segments)
+        documents: Records = np.array(columns.documents)
         segments["ids"] += self._totals["ids"]
         segments["runs"] += self._totals["runs"]
         documents["segments"] += self._totals["segments"]
         numbers = [self._names.setdefault(name, len(self._names)) for name in columns.names]
         documents["source"] = np.array([*numbers, 0], np.int32)[documents["source"]]
-        parts = {
+        parts: dict[str, Records] = {
             "ids": columns.ids,
             "runs": columns.runs,
             "segments": segments,
@@ -209,7 +211,7 @@ class StoreWriter:
         if self._folder is not None:
             self.close()
             return map_columns(self._folder, tuple(self._names))
-        joined = {
+        joined: dict[str, Any] = {
             name: np.concatenate([np.empty(0, kind), *self._parts[name]])
             for name, kind in TYPES.items()
         }

@@ -49,7 +49,7 @@ def restore_linear_maps(model: nn.Module) -> None:
     """Undo `widen_linear_maps`."""
     for module in model.modules():
         if type(module) is WideLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -48,9 +48,7 @@ class SourceSection(Section):
         "alpaca",
         "text",
         "templated_text",
-    ] = Field(
-        default="auto", description="shape of the rows"
-    )
+    ] = Field(default="auto", description="shape of the rows")
     columns: Columns | None = Field(
         default=None, description="our name: the data's name; overrides data.columns"
     )
