@@ -14,6 +14,7 @@ from tunesmith.cli.app import run as command
 from tunesmith.data.convert import convert_row
 from tunesmith.data.faults import RowError
 from tunesmith.data.formats import FORMATS, detect_format, to_example
+from tunesmith.data.holdout import row_digest
 from tunesmith.data.prepare import prepare
 from tunesmith.data.render import render_example
 from tunesmith.data.sources import Source
@@ -163,6 +164,9 @@ def test_function_calls_of_sharegpt_become_tool_calls() -> None:
         ("tokens", {"input_ids": [1, 2], "labels": [2, 3]}, "labels-mismatch", "not"),
         ("tokens", {"input_ids": [1, 2], "labels": [1]}, "wrong-length", "1 entries"),
         ("tokens", {"input_ids": [1, "2"]}, "wrong-type", "whole numbers"),
+        ("tokens", {"input_ids": [1, True]}, "wrong-type", "whole numbers"),
+        ("tokens", {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [1, 1]},
+         "conflicting-wishes", "different"),
         ("tokens", {"input_ids": [1, 2], "attention_mask": [1, 0]}, "padding", "zeros"),
         ("tokens", {"input_ids": [1, 2], "completion_mask": [0, 2]}, "wrong-type", "0 and 1"),
     ],
@@ -188,6 +192,8 @@ def test_segments_are_learned_as_marked(template: Template) -> None:
     assert learned(found.document) == [asked + answer, answer]
     assert (found.tokens, found.unused) == (len(asked + answer + rest), len(rest))
     row["segments"][2:] = [{"text": "no end", "train": True}]
+    assert fault(row, "segments", template).kind == "no-stop-token"
+    row["segments"].append({"text": "after", "train": False})
     assert fault(row, "segments", template).kind == "no-stop-token"
 
 
@@ -235,7 +241,8 @@ def test_long_rows_keep_whole_answers(template: Template) -> None:
 
 
 def test_train_on_chooses_among_marked_runs(template: Template) -> None:
-    ids = list(range(5, 15))
+    stop = min(template.stop_ids)
+    ids = [*range(15, 24), stop]
     mask = [0, 1, 1, 0, 0, 1, 0, 0, 1, 1]
     row = {"input_ids": ids, "loss_mask": mask}
 
@@ -244,11 +251,14 @@ def test_train_on_chooses_among_marked_runs(template: Template) -> None:
         assert found is not None
         return learned(found)[1]
 
-    assert targets("auto") == [6, 7, 10, 13, 14]
-    assert targets("last") == [13, 14]
+    assert targets("auto") == [16, 17, 20, 23, stop]
+    assert targets("last") == [23, stop]
     assert targets("all") == ids[1:]
     with pytest.raises(RowError, match="names roles"):
         targets(["user"])
+    assert fault({"input_ids": ids[:-1], "loss_mask": mask[:-1]}, "tokens", template).kind == (
+        "no-stop-token"
+    )
 
 
 def test_formats_can_be_named_and_mixed_rows_are_found(template: Template, tmp_path: Path) -> None:
@@ -322,6 +332,17 @@ def test_convert_maps_columns_and_writes_parquet(
     assert command(["convert", str(out), str(back), "--to", "prompt_completion"]) == 0
     assert json.loads(back.read_text()) == {"prompt": "2+2?", "completion": "4", "id": 1}
     capsys.readouterr()
+
+
+def test_rows_of_any_format_are_held_out_by_what_they_teach() -> None:
+    rows = [values for values, _ in PAIRS.values()]
+    rows += [{**rows[0], "conversations": rows[0]["conversations"][:2]}]
+    rows += [{"prompt": "2+2?", "chosen": "5", "rejected": "5"}]
+    rows += [{"input_ids": [1, 2], "labels": labels} for labels in ([1, 2], [-100, 2])]
+    rows += [{"segments": [{"text": text, "train": True}]} for text in "ab"]
+    digests = {row_digest(row) for row in rows}
+    assert len(digests) == len({json.dumps(row, sort_keys=True) for row in rows})
+    assert row_digest({**rows[0], "id": 1}) == row_digest(rows[0])
 
 
 def test_what_is_no_chat_is_not_converted() -> None:

@@ -117,6 +117,7 @@ def _tokens(values: Mapping[str, Any]) -> Tokens:
     seen = values.get("attention_mask")
     if seen is not None and not all(_numbers(values, "attention_mask", len(ids))):
         refuse("padding", "`attention_mask` has zeros: the ids hold padding", "take it out")
+    learned: dict[str, tuple[bool, ...]] = {}
     if values.get("labels") is not None:
         labels = _numbers(values, "labels", len(ids))
         for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
@@ -127,22 +128,31 @@ def _tokens(values: Mapping[str, Any]) -> Tokens:
                     f"a label is the id at its own place, or {_IGNORED} where nothing is learned; "
                     "they are not shifted",
                 )
-        return Tokens(ids, tuple(label != _IGNORED for label in labels))
+        learned["labels"] = tuple(label != _IGNORED for label in labels)
     for name in _MASKS:
         if values.get(name) is not None:
-            mask = _numbers(values, name, len(ids))
+            mask = _numbers(values, name, len(ids), booleans=True)
             if set(mask) - {0, 1}:
                 wrong_type(name, "a list of 0 and 1", max(mask))
-            return Tokens(ids, tuple(one == 1 for one in mask))
-    return Tokens(ids, (True,) * len(ids))
+            learned[name] = tuple(one == 1 for one in mask)
+    if len(set(learned.values())) > 1:
+        refuse(
+            "conflicting-wishes",
+            f"{' and '.join(f'`{name}`' for name in learned)} mark different ids",
+            "take out the one that is not meant",
+        )
+    return Tokens(ids, next(iter(learned.values()), (True,) * len(ids)))
 
 
-def _numbers(values: Mapping[str, Any], column: str, length: int | None = None) -> tuple[int, ...]:
+def _numbers(
+    values: Mapping[str, Any], column: str, length: int | None = None, *, booleans: bool = False
+) -> tuple[int, ...]:
     value = values[column]
     if not isinstance(value, list | tuple):
         wrong_type(column, "a list of whole numbers", value)
     numbers = tuple(cast("list[Any]", value))
-    odd = next((one for one in numbers if not isinstance(one, int)), None)
+    kinds = (int, bool) if booleans else (int,)
+    odd = next((one for one in numbers if type(one) not in kinds), None)
     if odd is not None:
         wrong_type(column, "a list of whole numbers", odd)
     if length is not None and len(numbers) != length:

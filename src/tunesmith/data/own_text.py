@@ -26,25 +26,18 @@ def render_parts(
     """The document of texts side by side.
 
     Neighbours with the same wish are one text to the tokenizer, which sees each learned run apart
-    from what stands before it, as at inference. The last learned run must end with a stop token if
-    nothing follows it.
+    from what stands before it, as at inference. The last learned run must end with a stop token.
     """
     texts = _merged(example)
     found = yield [(text, False) for text, _ in texts]
     ids = np.concatenate(found)
-    if texts[-1][1] and not (len(ids) and int(ids[-1]) in template.stop_ids):
-        refuse(
-            "no-stop-token",
-            "the last learned segment does not end with a stop token, so the model would never "
-            "learn to stop",
-            f"end it with {_stop_text(template)}",
-        )
     runs: list[_Run] = []
     start = 0
     for part, (_, learned) in zip(found, texts, strict=True):
         if learned:
             runs.append((start, start + len(part)))
         start += len(part)
+    _check_stop(ids, runs, template, "segment")
     return _document(ids, _wanted(runs, len(ids), train_on), limit, origin)
 
 
@@ -151,7 +144,10 @@ def _answer_end(piece: str, template: Template) -> int | None:
 def render_tokens(
     example: Tokens, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
 ) -> Rendered:
-    """The document of ids that somebody else made."""
+    """The document of ids that somebody else made.
+
+    Where some are learned and some are not, the last learned run must end with a stop token.
+    """
     size = len(template.tokenizer)
     odd = next((token for token in example.ids if not 0 <= token < size), None)
     if odd is not None:
@@ -160,8 +156,10 @@ def render_tokens(
             f"`input_ids` holds {odd}, but the tokenizer has ids 0 to {size - 1}",
             "the ids were made with another tokenizer",
         )
-    ids = np.array(example.ids, np.int32)
-    return _document(ids, _wanted(_runs(example.learned), len(ids), train_on), limit, origin)
+    ids, runs = np.array(example.ids, np.int32), _runs(example.learned)
+    if not all(example.learned):
+        _check_stop(ids, runs, template, "run of `input_ids`")
+    return _document(ids, _wanted(runs, len(ids), train_on), limit, origin)
 
 
 def _runs(learned: Sequence[bool]) -> list[_Run]:
@@ -205,6 +203,17 @@ def _document(ids: IntArray, runs: Sequence[_Run], limit: Limit, origin: Origin)
 def _one(ids: IntArray, spans: Sequence[_Run], origin: Origin) -> Document:
     targets = [(start, end, 1.0, NO_MESSAGE) for start, end in spans]
     return Document((make_segment(ids, targets),), origin)
+
+
+def _check_stop(ids: IntArray, runs: Sequence[_Run], template: Template, what: str) -> None:
+    """Raises RowError unless the last learned run ends with a stop token."""
+    if runs and int(ids[runs[-1][1] - 1]) not in template.stop_ids:
+        refuse(
+            "no-stop-token",
+            f"the last learned {what} does not end with a stop token, so the model would never "
+            "learn to stop",
+            f"end it with {_stop_text(template)}",
+        )
 
 
 def _stop_text(template: Template) -> str:

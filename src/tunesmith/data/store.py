@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,8 +140,8 @@ class Documents(Sequence[Document]):
 
     def _document(self, number: int) -> Document:
         columns = self._columns
-        record = cast("Any", columns.documents[number])
-        end, row, source, *_ = record.item()
+        numbers: tuple[int, ...] = tuple(columns.documents[number].item())
+        end, row, source = numbers[:3]
         begin = int(columns.documents["segments"][number - 1]) if number else 0
         segments = tuple(self._segment(place) for place in range(begin, end))
         return Document(segments, Origin(columns.names[source], row))
