@@ -53,7 +53,7 @@ def set_checkpointing(model: Any, mode: bool | Mode) -> int:
     """
     mode = as_mode(mode)
     if mode == "none":
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules()):
             model.gradient_checkpointing_disable()
         return 0
     try:
