@@ -7,27 +7,10 @@ from typing import Any
 
 from tunesmith.data.conversation import Chat, Completion, Message
 from tunesmith.data.faults import refuse
-from tunesmith.data.formats import FORMATS, to_example
+from tunesmith.data.formats import COLUMNS, FORMATS, to_example
 
 TARGETS = ("messages", "prompt_completion")
 """Formats that rows can be converted to."""
-
-_READ = {
-    "messages": ("messages", "tools", "chat_template_kwargs"),
-    "sharegpt": ("conversations", "system", "tools", "chat_template_kwargs"),
-    "alpaca": (
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "system",
-        "tools",
-        "chat_template_kwargs",
-    ),
-    "preference": ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs"),
-    "prompt_completion": ("prompt", "completion", "tools", "chat_template_kwargs"),
-}
-"""Columns of each format that a conversion replaces; all others stay as they are."""
 
 _ASSISTANT = "assistant"
 
@@ -45,7 +28,7 @@ def convert_row(values: Mapping[str, Any], *, format: str, to: str) -> dict[str,
     if not isinstance(example, Chat):
         what = "raw text" if isinstance(example, Completion) else f"`{FORMATS[format][0]}`"
         refuse("not-convertible", f"{what} is no chat, so it has no turns to write")
-    kept = {name: value for name, value in values.items() if name not in _READ[format]}
+    kept = {name: value for name, value in values.items() if name not in COLUMNS[format]}
     row = _messages(example) if to == "messages" else _prompt_completion(example)
     if example.tools:
         row["tools"] = example.tools

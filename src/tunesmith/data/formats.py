@@ -14,7 +14,7 @@ from tunesmith.data.conversation import (
     prompt_completion,
     read_chat,
 )
-from tunesmith.data.dialects import alpaca, preference, sharegpt
+from tunesmith.data.dialects import COMMON, alpaca, preference, sharegpt
 from tunesmith.data.faults import listing, refuse, wrong_type
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -30,6 +30,27 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Format to the columns it needs, in the order in which `detect_format` looks for them."""
 
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", *COMMON),
+    "sharegpt": ("conversations", "system", *COMMON),
+    "tokens": ("input_ids", "labels", "attention_mask", *_MASKS),
+    "segments": ("segments",),
+    "preference": ("prompt", "chosen", "rejected", *COMMON),
+    "prompt_completion": ("prompt", "completion", *COMMON),
+    "alpaca": ("instruction", "input", "output", "history", "system", *COMMON),
+    "text": ("text",),
+    "templated_text": ("text",),
+}
+"""Format to every column that a row of it is read from, those it can do without included."""
+
+_NOT_LEARNED = {"rejected", "attention_mask"}
+CONTENT = tuple(
+    dict.fromkeys(name for read in COLUMNS.values() for name in read if name not in _NOT_LEARNED)
+)
+"""Columns that are learned from; others, such as an id, don't make a row another row."""
+
 REWRITTEN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "sharegpt": sharegpt,
     "preference": preference,
@@ -37,7 +58,6 @@ REWRITTEN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 """Formats that are read by being rewritten as messages or as prompt and completion."""
 
-_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 _IGNORED = -100
 
 

@@ -8,15 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.data.formats import CONTENT
 from tunesmith.data.sources import canonical_json
 from tunesmith.errors import DataError
-
-CONTENT = (
-    *("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"),
-    *("conversations", "system", "chosen", "instruction", "input", "output", "history"),
-    *("segments", "input_ids", "labels", "completion_mask", "assistant_masks", "loss_mask"),
-)
-"""Columns that are learned from; others, such as an id, don't make a row another row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.holdout import CONTENT, row_digest
+from tunesmith.data.formats import CONTENT
+from tunesmith.data.holdout import row_digest
 from tunesmith.data.sources import Source, content_hash, read_rows, rename_columns
 from tunesmith.doctor.minhash import near_pairs
 from tunesmith.doctor.words import words_of
