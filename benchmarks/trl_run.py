@@ -84,6 +84,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     packed = setting.get("packing", False)  # a block is then a step
     with open(job["rows"], encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
+    for row in rows:
+        if "tools" in row:  # as a string, since Arrow would give every tool the keys of all others
+            row["tools"] = json.dumps(row["tools"])
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
@@ -110,6 +113,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(job["model"]),
             callbacks=[Clock()],
+            peft_config=_lora(job.get("lora", 0)),
         )
         collate, stop = trainer.data_collator, trainer.processing_class.eos_token_id
         trainer.data_collator = lambda features: end_at_stop(collate(features), stop)
@@ -117,6 +121,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         steps.clear()
         trainer.train()
     return {**_summary(steps, job["warmup"]), "weights": weights, "version": trl.__version__}
+
+
+def _lora(rank: int) -> Any:
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def end_at_stop(batch: dict[str, Any], stop: int) -> dict[str, Any]:

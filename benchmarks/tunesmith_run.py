@@ -20,6 +20,8 @@ import tunesmith
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train once over the rows, in their order."""
+    rank = job.get("lora", 0)
+    adapter = {"kind": "lora", "rank": rank, "alpha": 2 * rank} if rank else {"kind": "none"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         tunesmith.train(
@@ -27,6 +29,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 "model": {"name": job["model"], "dtype": job.get("dtype", "auto")},
                 "data": {"train": job["rows"], "shuffle": False},
                 "batch": {"documents": job["documents"]},
+                "adapter": adapter,
                 "optim": {"lr": job["lr"], "schedule": "constant", "warmup": 0},
                 "train": {"epochs": 1, "seed": job["seed"]},
                 "device": {"threads": job["threads"], **job.get("device", {})},
@@ -41,6 +44,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     seconds = sum(step["seconds"] for step in timed)
     return {
         "tokens": tokens,
+        "computed_tokens": sum(step["computed_tokens"] for step in timed),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "losses": [step["loss"] for step in steps],

@@ -4,10 +4,12 @@
     python benchmarks/vs_trl.py --model MODEL --data ROWS.jsonl --search    # rank TRL's settings
 
 Each run is a fresh process over the same rows in the same order, with the same documents a step,
-AdamW (weight decay 0) at the same constant rate, full fine-tuning, completions as the only targets.
-A token counts if it is not padding; time is that of the steps after the first. Ratios are taken
+AdamW (weight decay 0) at the same constant rate, completions as the only targets; full fine-tuning,
+or LoRA of rank --lora on every linear map of the decoder. A token counts if it is not padding, one
+that rows repeat as often as they do; time is that of the steps after the first. Ratios are taken
 between runs of the same round, since a machine's speed drifts. Rows have `prompt` and
-`completion`, or `question` and `answer`; without --data the calendar example is used.
+`completion`, or `question` and `answer`, or `messages`, which become a row an answer; without
+--data the calendar example is used.
 
 TRL runs with its defaults and with the fastest of the settings in trl_run.py. A search finds that
 one, once for each processor: the precisions first, padded, then all ways to form batches at the
@@ -28,39 +30,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from calendar_events import rows as calendar_rows
+from peer_rows import write_rows
 from trl_run import PRECISIONS, SETTINGS, SHAPES
 
 HERE = Path(__file__).resolve().parent
 TUNESMITH = "tunesmith"
-
-
-def write_rows(data: Path | None, count: int, out: Path, *, answers: int = 1) -> str:
-    """Write `count` rows of chats with a prompt and a completion; return the name of the data.
-
-    Of `answers` rows in a row, all have the first one's prompt: many answers to one question.
-    """
-    if data is None:
-        found = [row for row, _ in calendar_rows(count, seed=7)]
-    else:
-        with data.open(encoding="utf-8") as file:
-            found = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
-    if len(found) < count:
-        raise SystemExit(f"error: {data} has {len(found)} rows, {count} are needed")
-    with out.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(found):
-            asked = found[number - number % answers]
-            prompt = asked.get("prompt", asked.get("question"))
-            answer = row.get("completion", row.get("answer"))
-            chat = {
-                "prompt": [{"role": "user", "content": prompt}],
-                "completion": [{"role": "assistant", "content": answer}],
-            }
-            file.write(json.dumps(chat) + "\n")
-    name = "calendar example" if data is None else data.name
-    return name if answers == 1 else f"{name}, {answers} answers a prompt"
 
 
 def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +70,8 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "peak_rss": max(run["peak_rss"] for run in done),
             "first_loss": done[0]["losses"][0],
         }
+        if name == TUNESMITH:
+            entry["repeats"] = done[0]["tokens"] / done[0]["computed_tokens"]
         ours = runs.get(TUNESMITH)
         if ours and name != TUNESMITH:
             speeds_of_ours = [run["tokens_per_second"] for run in ours]
@@ -116,6 +92,7 @@ def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
     """The summary as Markdown."""
     lines = [
         f"{facts['data']}: {facts['rows']} rows, {facts['documents']} a step, lr {facts['lr']:g};"
+        f" {'LoRA of rank ' + str(facts['lora']) if facts['lora'] else 'all parameters'};"
         f" Tunesmith's dtype {facts['dtype']};"
         f" {facts['processor']}, {facts['threads']} threads; {facts['rounds']} rounds.",
         "",
@@ -131,6 +108,9 @@ def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
             f" {entry['peak_rss'] / 2**30:.2f} GiB | {_range(ratio, '.2f') if ratio else ''} |"
             f" {entry['first_loss']:.5f} | {'' if gap is None else f'{gap:.5f}'} |"
         )
+    repeats = summary.get(TUNESMITH, {}).get("repeats")
+    if repeats:
+        lines += ["", f"Tokens with repeats / tokens Tunesmith computed: {repeats:.2f}."]
     return "\n".join(lines) + "\n"
 
 
@@ -194,7 +174,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         facts = {
-            "data": write_rows(arguments.data, count, rows, answers=arguments.answers),
+            "data": write_rows(
+                arguments.data, count, rows, answers=arguments.answers, tools=arguments.tools
+            ),
+            "lora": arguments.lora,
             "dtype": arguments.dtype,
             "rows": count,
             "documents": arguments.documents,
@@ -208,6 +191,7 @@ def main() -> None:
             "model": str(arguments.model),
             "rows": str(rows),
             "dtype": arguments.dtype,
+            "lora": arguments.lora,
             "documents": arguments.documents,
             "lr": arguments.lr,
             "warmup": 1,
@@ -242,6 +226,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl", action="append", choices=SETTINGS, help="TRL settings to run")
     parser.add_argument("--dtype", default="auto", help="Tunesmith's model.dtype (default auto)")
     parser.add_argument("--answers", type=int, default=1, help="rows that share a prompt (1)")
+    parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all (default)")
+    parser.add_argument(
+        "--tools", choices=("template", "text"), default="template",
+        help="the chats' tools: given to the template (default), or written into a system message",
+    )  # fmt: skip
     parser.add_argument("--report", default="vs_trl", help="name of the result files (vs_trl)")
     parser.add_argument("--search", action="store_true", help="rank the TRL settings, alone")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")

@@ -20,6 +20,8 @@ import vs_trl
 def _run(speed: float, losses: list[float], targets: list[int]) -> dict[str, Any]:
     return {
         "tokens_per_second": speed,
+        "tokens": 30,
+        "computed_tokens": 20,
         "peak_rss": 2**30,
         "losses": losses,
         "step_targets": targets,
@@ -75,6 +77,33 @@ def test_rows_keep_their_order_and_too_few_are_refused(tmp_path: Path):
     assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q1", "q3"]
     with pytest.raises(SystemExit, match="3 rows, 4 are needed"):
         vs_trl.write_rows(data, 4, out)
+
+
+@pytest.mark.parametrize("tools", ["template", "text"])
+def test_a_chat_becomes_a_row_an_answer_in_its_own_context(tmp_path: Path, tools: str):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    chat = {
+        "messages": [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "Two."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+    }
+    data, out = tmp_path / "chats.jsonl", tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(chat) + "\n")
+    vs_trl.write_rows(data, 2, out, tools=tools)
+    first, second = [json.loads(line) for line in out.read_text().splitlines()]
+    assert second["completion"] == [{"role": "assistant", "content": "Two."}]
+    if tools == "template":
+        assert second["prompt"] == chat["messages"][:3]
+        assert first["tools"] == chat["tools"]
+    else:
+        assert "tools" not in first
+        assert [m["role"] for m in second["prompt"]] == ["system", "user", "assistant", "user"]
+        assert '"add"' in first["prompt"][0]["content"]
+        assert '"add"' in first["completion"][0]["content"]
 
 
 def test_gsm8k_table_reads_the_metrics():
