@@ -17,6 +17,7 @@ from tunesmith.config.schema import Recipe
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write_json, write_text
 from tunesmith.train.job import run_files
+from tunesmith.train.lock import LOCK
 
 if TYPE_CHECKING:
     from tunesmith.train.assemble.given import Given
@@ -204,7 +205,7 @@ def _run(
             _remove_unused(path)
         raise
     if progress:
-        announce([f"run: {path}", *job.notes])
+        announce([f"run: {path}", *folder.notes, *job.notes])
     if folder.resumed:
         from tunesmith.train.again import check_data
 
@@ -232,7 +233,7 @@ def _needed(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> li
 
 
 def _remove_unused(path: Path) -> None:
-    if all(entry.name == ".lock" for entry in path.iterdir()):
+    if all(entry.name == LOCK for entry in path.iterdir()):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -11,25 +10,26 @@ import shutil
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from tunesmith.errors import InputError, RunError
+from tunesmith.train.lock import LOCK, FolderLock, take_lock
 
 MARKERS = ("recipe.yaml", "machine.json")
 """Files that every run has; a folder with both is a run."""
 BEGINNING = frozenset({"ledger.json", "machine.json", "objective.py"})
 """Files that stand before recipe.yaml does; a folder with nothing else was killed at its start."""
-LOCK = ".lock"
 
 
 class RunFolder:
     """A run's folder, held by this process alone until it is closed. A context manager."""
 
-    def __init__(self, path: Path, *, resumed: bool, lock: int) -> None:
+    def __init__(self, path: Path, *, resumed: bool, lock: FolderLock | None) -> None:
         self.path = path
         self.resumed = resumed
-        self._lock: int | None = lock
+        self.notes = lock.notes if lock else ()  # for the start-up lines
+        self._lock = lock
 
     def clear(self, needed: Iterable[Path] = ()) -> None:
         """Delete what an overwritten run left; to be called once nothing can be wrong any more.
@@ -56,8 +56,7 @@ class RunFolder:
     def close(self) -> None:
         """Let other processes write in the folder. May be called twice."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -90,17 +89,18 @@ def open_run(
     path = _new_name(model_name) if out is None else Path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        lock = take_lock(path)
     except OSError as error:
+        what = "can't be written in" if path.is_dir() else "can't be made"
         raise InputError(
-            f"the folder of the run can't be made: {error.strerror or error}",
+            f"the folder of the run {what}: {error.strerror or error}",
             where=str(path),
-            hint="give another folder with --out",
+            hint="give another folder with --out, or make this one writable",
         ) from error
     try:
         resumed = _admit(path, resume=resume, overwrite=overwrite)
     except BaseException:
-        os.close(lock)
+        lock.release()
         raise
     return RunFolder(path, resumed=resumed, lock=lock)
 
@@ -170,29 +170,6 @@ def _new_name(model_name: str) -> Path:
     while path.exists():
         path, number = Path("runs") / f"{stem}-{number}", number + 1
     return path
-
-
-def _take_lock(path: Path) -> int:
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl: ModuleType = importlib.import_module("fcntl")
-    except ImportError:  # Windows has none; there the folder is not guarded
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(
-            "another process is training in this folder",
-            where=str(path),
-            hint="wait for it, stop it, or give another folder with --out",
-        ) from None
-    except OSError as error:
-        # Some network file systems have no locks: then there is nothing to hold.
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            os.close(descriptor)
-            raise
-    return descriptor
 
 
 def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
