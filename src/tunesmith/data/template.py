@@ -216,6 +216,12 @@ def _load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         # Tokenizer readers raise whatever their format's parser does.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ModelError(
+                "its tokenizer needs Python code of its own folder",
+                where=name,
+                hint="read it, then set model.trust_remote_code=true",
+            ) from error
         raise ModelError(
             f"its tokenizer can't be read: {reason}",
             where=name,

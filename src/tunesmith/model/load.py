@@ -15,7 +15,12 @@ from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.source import ModelSource, read_json, resolve_model
+from tunesmith.model.source import (
+    ModelSource,
+    read_json,
+    refuse_foreign_code,
+    resolve_model,
+)
 from tunesmith.model.wide import restore_linear_maps, widen_linear_maps
 
 if TYPE_CHECKING:
@@ -169,19 +174,7 @@ def _checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     raw = read_json(source.folder / "config.json")
-    modules = sorted(
-        {
-            str(value).split("--")[-1].split(".")[0] + ".py"
-            for value in raw.get("auto_map", {}).values()
-            if value
-        }
-    )
-    if modules and not trust_remote_code:
-        raise ModelError(
-            f"needs Python code of its own folder ({', '.join(modules)})",
-            where=source.name,
-            hint="read it, then set model.trust_remote_code=true",
-        )
+    refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -260,7 +253,12 @@ def _from_pretrained(
         chosen = {} if implementation is None else {"attn_implementation": implementation}
         with _no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder, config=config, output_loading_info=True, **options, **chosen
+                source.folder,
+                config=config,
+                output_loading_info=True,
+                use_safetensors=True,  # else a pickle beside them might be read
+                **options,
+                **chosen,
             )
         model, info = loaded
         _refuse_missing(model, info, source)

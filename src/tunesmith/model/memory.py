@@ -20,7 +20,7 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import Mode, as_mode
 from tunesmith.model.logits import LogitTransform
 from tunesmith.model.quantized import Quantization, quantizable
-from tunesmith.model.source import ModelSource
+from tunesmith.model.source import ModelSource, refuse_foreign_code
 
 _GIB = 2**30
 _RECOMPUTED = {
@@ -82,6 +82,7 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

@@ -73,6 +73,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def refuse_foreign_code(source: ModelSource, *, trusted: bool) -> None:
+    """Refuse a model whose config asks for Python code of its own, unless that code is trusted.
+
+    Raises:
+        ModelError: the code's files, and how to allow them.
+    """
+    found: Any = read_json(source.folder / "config.json").get("auto_map")
+    if trusted or not isinstance(found, dict):
+        return
+    names = [str(value) for value in found.values() if value]
+    modules = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in names})
+    if modules:
+        raise ModelError(
+            f"needs Python code of its own folder ({', '.join(modules)})",
+            where=source.name,
+            hint="read it, then set model.trust_remote_code=true",
+        )
+
+
 def _from_folder(name: str, folder: Path) -> ModelSource:
     if (folder / "recipe.yaml").exists():
         if not (folder / "model").is_dir():
@@ -89,6 +108,7 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
 
 
 def _from_adapter(name: str, folder: Path) -> ModelSource:
+    _check_weights(name, folder)
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not base:
@@ -143,21 +163,28 @@ def _check_files(name: str, folder: Path) -> None:
                 + "?"
             )
         raise ModelError("holds no config.json, so it is no model", where=name, hint=hint)
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
-        )
-        if pickles:
-            raise ModelError(
-                f"holds weights only as pickles ({pickles[0]}), which can run code when read",
-                where=name,
-                hint="convert once: AutoModelForCausalLM.from_pretrained(F).save_pretrained(G)",
-            )
+    _check_weights(name, folder)
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Refuse a folder without safetensors: other forms of weights are pickles."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
+    if pickles:
         raise ModelError(
-            "holds no *.safetensors weights",
+            f"holds weights only as pickles ({pickles[0]}), which can run code when read",
             where=name,
-            hint="copy the weight files here too, or give the folder that has them",
+            hint="convert once, where such code may run: "
+            "AutoModelForCausalLM.from_pretrained(F).save_pretrained(G)",
         )
+    raise ModelError(
+        "holds no *.safetensors weights",
+        where=name,
+        hint="copy the weight files here too, or give the folder that has them",
+    )
 
 
 def _looks_like_path(name: str) -> bool:
