@@ -14,6 +14,7 @@ from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
+from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write_json, write_text
 from tunesmith.train.job import run_files
@@ -112,11 +113,15 @@ def train_recipe(
     from tunesmith.model.load import settings_kept
     from tunesmith.train.assemble.given import Given
 
-    folder = open_run(
-        None if out is None else Path(out),
-        model_name=asked.model.name,
-        resume=resume,
-        overwrite=overwrite,
+    ranks = connect(asked.device.kind)
+    folder = _open(
+        ranks,
+        lambda: open_run(
+            None if out is None else Path(out),
+            model_name=asked.model.name,
+            resume=resume,
+            overwrite=overwrite,
+        ),
     )
     given = given or Given()
     with folder, settings_kept(given.model):
@@ -124,7 +129,17 @@ def train_recipe(
             from tunesmith.train.again import same_recipe
 
             same_recipe(folder.path, asked)
-        return _run(folder, asked, given, beside=_recipe_folders(recipe_file), progress=progress)
+        beside = _recipe_folders(recipe_file)
+        return _run(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
+
+
+def _open(ranks: Ranks, open_first: Callable[[], RunFolder]) -> RunFolder:
+    """The run's folder; the first rank alone makes and holds it."""
+    if ranks.alone:
+        return open_first()
+    folder = open_first() if ranks.first else None
+    path, resumed = ranks.share(None if folder is None else (str(folder.path), folder.resumed))
+    return folder or RunFolder(Path(path), resumed=resumed, lock=None)
 
 
 def resume(
@@ -149,8 +164,10 @@ def resume(
     from tunesmith.train.again import resumed_recipe
 
     asked = resumed_recipe(path, overrides)
-    with open_run(path, model_name=asked.model.name, resume=True) as folder:
-        return _run(folder, asked, Given(), beside=_recipe_folders(path), progress=progress)
+    ranks = connect(asked.device.kind)
+    with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
+        beside = _recipe_folders(path)
+        return _run(folder, asked, Given(), ranks=ranks, beside=beside, progress=progress)
 
 
 def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any:
@@ -188,7 +205,13 @@ def _recipe_folders(recipe: RecipeSource) -> list[Path]:
 
 
 def _run(
-    folder: RunFolder, asked: Recipe, given: Given, *, beside: Sequence[Path], progress: bool
+    folder: RunFolder,
+    asked: Recipe,
+    given: Given,
+    *,
+    ranks: Ranks,
+    beside: Sequence[Path],
+    progress: bool,
 ) -> Run:
     """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
     from tunesmith.train.build import build
@@ -197,20 +220,21 @@ def _run(
     path = folder.path
     faults = path.with_name(f"{path.name}-faults.jsonl")
     try:
-        job = build(asked, given=given, folders=beside, faults_file=faults)
-        if not folder.resumed:
+        job = build(asked, given=given, folders=beside, faults_file=faults, ranks=ranks)
+        if not folder.resumed and ranks.first:
             folder.clear(_needed(asked, given, job, beside))
     except BaseException:
-        if not folder.resumed:
+        if not folder.resumed and ranks.first:
             _remove_unused(path)
         raise
+    progress = progress and ranks.first
     if progress:
         announce([f"run: {path}", *folder.notes, *job.notes])
     if folder.resumed:
         from tunesmith.train.again import check_data
 
         check_data(path, job)
-    else:
+    elif ranks.first:
         _write_start(path, asked, job)
     try:
         return _train_and_export(folder, job, progress=progress)
@@ -244,7 +268,7 @@ def _write_start(path: Path, asked: Recipe, job: Job) -> None:
     files = run_files(path)
     machine = {
         **machine_record(),
-        "world_size": 1,
+        "world_size": job.ranks.count,
         "folder": str(Path.cwd()),
         "asked": to_plain(asked),
         "chosen": job.chosen,
@@ -269,13 +293,18 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     from tunesmith.train.trainer import Trainer
 
     path, files = folder.path, run_files(folder.path)
-    clean_checkpoints(path)
+    if job.ranks.first:
+        clean_checkpoints(path)
+    job.ranks.meet()
     trainer = Trainer(job, path, [])
     if folder.resumed:
         restore(trainer, path, progress=progress)
     kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
-    sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
-    samples = sampler(job, files["samples"], after_step=kept)
+    sinks: list[Any] = []
+    samples = None
+    if job.ranks.first:
+        sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
+        samples = sampler(job, files["samples"], after_step=kept)
     trainer.sinks, trainer.on_eval = sinks, samples
     try:
         trainer.fit()
@@ -286,9 +315,13 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
         raise
     for sink in sinks:
         sink.close()
-    trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
     take_best(trainer)
-    metrics = write_result(path, job)
+    metrics: Mapping[str, float] = {}
+    if job.ranks.first:
+        trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
+        metrics = write_result(path, job)
+    job.ranks.wait()
+    metrics = job.ranks.share(metrics)
     return Run(
         path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
     )

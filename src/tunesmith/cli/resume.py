@@ -17,6 +17,9 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""
+    from tunesmith.distributed.launched import speaks
     from tunesmith.run import resume as go_on
 
-    print(go_on(run, overrides=overrides or ()).model_folder)
+    finished = go_on(run, overrides=overrides or ())
+    if speaks():
+        print(finished.model_folder)

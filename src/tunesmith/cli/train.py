@@ -32,9 +32,11 @@ def train(
 ) -> None:
     """Fine-tune a model on demonstrations."""
     from tunesmith.cli.inputs import split_arguments
+    from tunesmith.distributed.launched import speaks
     from tunesmith.run import train_recipe
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
     source, _ = split_arguments(arguments or ())
     run = train_recipe(recipe, out=out, resume=resume, overwrite=overwrite, recipe_file=source)
-    print(run.model_folder)
+    if speaks():
+        print(run.model_folder)

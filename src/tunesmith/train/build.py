@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config.schema import Recipe
 from tunesmith.data.store import longest_paths
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.reduce import Replicated
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import Mode
@@ -43,6 +47,7 @@ from tunesmith.train.assemble.objective import (
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.assemble.order import pin, plan_steps
+from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
     fit_device,
@@ -53,6 +58,8 @@ from tunesmith.train.job import Job
 from tunesmith.train.own_objective import COPY, is_own
 from tunesmith.train.sources import prepare_all
 
+ALONE = Ranks()
+
 
 def build(
     recipe: Recipe,
@@ -60,15 +67,16 @@ def build(
     given: Given | None = None,
     folders: Sequence[Path] = (),
     faults_file: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Everything a run needs, checked. `folders`: where data is looked for after the current
-    folder.
+    folder. All of `ranks` build at the same time.
 
     Raises:
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
     given = given or Given()
-    device = choose_device(recipe)
+    device = ranks.device(choose_device(recipe))
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
@@ -83,17 +91,20 @@ def build(
     template = open_template(recipe, source, given)
     max_length = resolve_max_length(recipe, template)
     train, held_out = data_sources(recipe, given, folders)
-    prepared, eval_sets = prepare_all(
-        train,
-        held_out,
-        template,
-        recipe.data,
-        max_length=max_length,
-        faults_file=faults_file,
-        **preparation(recipe),
-    )
+    with preparation(recipe, ranks) as kept:
+        prepared, eval_sets = ranks.in_turn(
+            lambda: prepare_all(
+                train,
+                held_out,
+                template,
+                recipe.data,
+                max_length=max_length,
+                faults_file=faults_file,
+                **kept,
+            )
+        )
     notes += prepared.notes
-    room = free_memory(device)
+    room = int(ranks.least(_room(device, ranks)))
     model = load_model(recipe, source, given, device, template=template)
     notes += model.notes
     longest = int(longest_paths(prepared.documents).max())
@@ -141,12 +152,23 @@ def build(
         chosen={},
         own_objective=own,
         notes=notes,
+        ranks=ranks,
+        costs=model_costs(model),
     )
+    if not ranks.alone:
+        job.reduce = Replicated(ranks, job.optimizer.parameters)
+        ranks.copy_from_first(job.optimizer.parameters)
     job.chosen = _chosen(job, tested, checkpointing)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
     job.notes = [*said, *start_lines(job, trained), *notes]
     return job
+
+
+def _room(device: torch.device, ranks: Ranks) -> int:
+    """Free bytes for this rank; on a CPU the ranks of a machine share its memory."""
+    free = free_memory(device)
+    return free // ranks.local_count if device.type == "cpu" else free
 
 
 def resolve(

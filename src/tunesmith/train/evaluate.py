@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.dealt import Costs, dealt_to, plan_for_ranks
 from tunesmith.train.step import add_document_losses
 from tunesmith.types import Document
 
+ALONE, COSTS = Ranks(), Costs()
 GROUP_TOKENS = 8
 """Documents are planned together until they hold this many times `micro_tokens`, so that shared
 prefixes meet.
@@ -50,9 +52,12 @@ def evaluate(
     *,
     micro_tokens: int,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
+    costs: Costs = COSTS,
+    before_each: Callable[[], None] | None = None,
 ) -> EvalResult:
-    """NLL and accuracy of the documents' targets. The model's training mode and random state are
-    left as they were.
+    """NLL and accuracy of the documents' targets, on every rank. The model's training mode and
+    random state are left as they were. `before_each` is called before each micro-batch.
     """
     head = functools.partial(head_loss, objective=nll)
     training = model.training
@@ -62,18 +67,26 @@ def evaluate(
     try:
         for first, group in document_groups(documents, micro_tokens * GROUP_TOKENS):
             numbers = slice(first, first + len(group))
-            for plan in plan_step(group, micro_tokens=micro_tokens, isolated=model.isolated):
+            plans = plan_for_ranks(
+                group, ranks.count, costs=costs,
+                micro_tokens=micro_tokens, isolated=model.isolated,
+            )  # fmt: skip
+            for plan in dealt_to(plans, ranks.rank, ranks=ranks.count, costs=costs):
+                if before_each is not None:
+                    before_each()
                 output = model(collate(plan, device), head)
                 add_document_losses(loss[numbers], weight[numbers], plan.shares, output.token_loss)
                 for name in sums:
                     sums[name] += float(output.stats[name])
     finally:
         model.train(training)
+    measured = ranks.add(np.concatenate([loss, weight, list(sums.values())]))
+    loss, weight, (accuracy, entropy) = np.split(measured, [len(loss), 2 * len(loss)])
     total = float(weight.sum())
     return EvalResult(
         nll=float(loss.sum()) / total,
-        accuracy=sums["accuracy"] / total,
-        entropy=sums["entropy"] / total,
+        accuracy=float(accuracy) / total,
+        entropy=float(entropy) / total,
         target_tokens=sum(document.target_tokens for document in documents),
         documents=len(documents),
         document_nll=loss / np.maximum(weight, 1e-30),

@@ -13,9 +13,12 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.loader import StepOrder
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.template import Template
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.reduce import Alone
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
+from tunesmith.train.dealt import Costs
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.own_objective import OwnObjective
 from tunesmith.types import Document
@@ -51,6 +54,9 @@ class Job:
     trained_parameters: int
     chosen: dict[str, Any]  # what `auto` became, for machine.json
     own_objective: OwnObjective | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    reduce: Alone = field(default_factory=Alone)
+    costs: Costs = field(default_factory=Costs)
     notes: list[str] = field(default_factory=list)  # for the start-up lines
 
     @property

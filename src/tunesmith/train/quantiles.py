@@ -12,6 +12,9 @@ LOWEST, HIGHEST, PER_UNIT = -8, 40, 8
 
 SHOWN = (0.5, 0.9, 0.99)
 
+EMPTY_HISTOGRAM = np.zeros((2, (HIGHEST - LOWEST) * PER_UNIT))
+"""What histograms are added to."""
+
 
 def log_histogram(
     values: NDArray[np.floating], weight: NDArray[np.floating]

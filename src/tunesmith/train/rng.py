@@ -35,6 +35,13 @@ def capture_rng() -> RngState:
     )
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Let a rank draw numbers in this step that no other rank or step draws, and draws again on a
+    resume.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
 def restore_rng(state: RngState) -> None:
     """Go on drawing where the states were captured; devices that are not here are passed over."""
     torch.set_rng_state(state.tensors["cpu"])

@@ -1,7 +1,8 @@
 """One optimizer step. Nothing here logs or saves.
 
 Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
-however they are cut into micro-batches; gradients are added up in float32.
+however they are cut into micro-batches and on however many ranks; gradients are added up in
+float32.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.distributed.reduce import Alone
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.quantiles import log_histogram, quantiles
+from tunesmith.train.quantiles import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.types import LossOutput, Shares
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
 """The loss of a micro-batch, differentiable; `train.loss` makes it."""
+
+ALONE = Alone()
+
+
+class Reduce(Protocol):
+    """How the ranks of a step add up; `distributed.reduce` has them. Alone, sums stay as they
+    are.
+    """
+
+    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def begin(self, *, last: bool) -> None: ...
+    def add_gradients(self) -> None: ...
 
 
 class Optimizer(Protocol):
@@ -36,7 +50,7 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sums over the whole step, and each document's share of them."""
+    """Sums over the whole step, and each document's share of them; the same on every rank."""
 
     loss_sum: float
     weight_sum: float
@@ -46,6 +60,7 @@ class StepResult:
     document_weight: NDArray[np.float64]
     computed_tokens: int
     target_tokens: int  # repeats counted
+    micro_losses: Sequence[tuple[MicrobatchPlan, Tensor]] = ()  # of this rank: [N] by target
 
     @property
     def loss(self) -> float:
@@ -71,20 +86,23 @@ def train_step(
     lr: float,
     max_grad_norm: float | None,
     device: torch.device,
+    reduce: Reduce = ALONE,
 ) -> StepResult:
-    """Learn from the micro-batches of one step.
+    """Learn from the micro-batches of one step, of which `plans` are this rank's.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights are then unchanged.
     """
-    total = float(sum(plan.weight.sum(dtype=np.float64) for plan in plans))
+    total = _total_weight(plans, reduce)
     outputs: list[LossOutput] = []
-    for plan in plans:
+    for number, plan in enumerate(plans, start=1):
+        reduce.begin(last=number == len(plans))
         output = loss(model, plan, device)
         (output.loss_sum / total).backward()
         outputs.append(_detached(output))
+    reduce.add_gradients()
     grad_norm = float(optimizer.clip_grad_norm(max_grad_norm))
-    result = _sum_up(plans, outputs, documents=documents, grad_norm=grad_norm)
+    result = _sum_up(plans, outputs, documents=documents, grad_norm=grad_norm, reduce=reduce)
     if not (math.isfinite(result.loss_sum) and math.isfinite(grad_norm)):
         optimizer.zero_grad()
         raise NonFiniteStep(result)
@@ -97,46 +115,75 @@ def _detached(output: LossOutput) -> LossOutput:
     return replace(output, loss_sum=output.loss_sum.detach())
 
 
+def _total_weight(plans: Sequence[MicrobatchPlan], reduce: Reduce) -> float:
+    """The weight of all targets of the step, on all ranks."""
+    own = sum(plan.weight.sum(dtype=np.float64) for plan in plans)
+    return float(reduce.add(np.asarray([own], np.float64))[0])
+
+
 def _sum_up(
     plans: Sequence[MicrobatchPlan],
     outputs: Sequence[LossOutput],
     *,
     documents: int,
     grad_norm: float,
+    reduce: Reduce,
 ) -> StepResult:
+    """The step's numbers; those of all ranks are added in one go."""
     loss, weight = np.zeros(documents), np.zeros(documents)
     stats: dict[str, float] = {}
     for plan, output in zip(plans, outputs, strict=True):
         add_document_losses(loss, weight, plan.shares, output.token_loss)
         for name, value in output.stats.items():
             stats[name] = stats.get(name, 0.0) + float(value)
+    names = list(stats)
+    own = [
+        np.asarray(
+            [
+                sum(float(output.loss_sum) for output in outputs),
+                sum(plan.tokens for plan in plans),
+                sum(len(plan.shares.weight) for plan in plans),
+            ],
+            np.float64,
+        ),
+        np.asarray([stats[name] for name in names]),
+        loss,
+        weight,
+        _effective_weight(plans, outputs).reshape(-1),
+    ]
+    summed = reduce.add(np.concatenate(own))
+    bounds = np.cumsum([len(part) for part in own])[:-1]
+    sums, means, loss, weight, histogram = np.split(summed, bounds)
     weight_sum = float(weight.sum())
-    means = {name: value / weight_sum for name, value in stats.items()}
+    shown = quantiles(histogram.reshape(2, -1)).items()
     return StepResult(
-        loss_sum=float(sum(float(output.loss_sum) for output in outputs)),
+        loss_sum=float(sums[0]),
         weight_sum=weight_sum,
         grad_norm=grad_norm,
-        stats={**means, **_effective_weight(plans, outputs)},
+        stats={
+            **{name: float(mean) / weight_sum for name, mean in zip(names, means, strict=True)},
+            **{f"effective_weight_p{share * 100:g}": value for share, value in shown},
+        },
         document_loss=loss,
         document_weight=weight,
-        computed_tokens=sum(plan.tokens for plan in plans),
-        target_tokens=sum(len(plan.shares.weight) for plan in plans),
+        computed_tokens=int(sums[1]),
+        target_tokens=int(sums[2]),
+        micro_losses=[(p, o.token_loss) for p, o in zip(plans, outputs, strict=True)],
     )
 
 
 def _effective_weight(
     plans: Sequence[MicrobatchPlan], outputs: Sequence[LossOutput]
-) -> dict[str, float]:
-    """Quantiles over the targets of strength / p: how much a target weighs in the gradient of the
-    model's own expected choice.
+) -> NDArray[np.float64]:
+    """Histogram over the targets of strength / p: how much a target weighs in the gradient of the
+    model's own expected choice. Zero where it isn't known.
     """
     known = [
         log_histogram(output.effective.to("cpu", torch.float64).numpy(), plan.weight)
         for plan, output in zip(plans, outputs, strict=True)
         if output.effective is not None and not bool(output.effective.isnan().any())
     ]
-    found = quantiles(np.sum(known, axis=0)) if known else {}
-    return {f"effective_weight_p{share * 100:g}": value for share, value in found.items()}
+    return np.sum([EMPTY_HISTOGRAM, *known], axis=0)
 
 
 def add_document_losses(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,16 +19,23 @@ from tunesmith.config.dump import science_dict
 from tunesmith.config.values import Duration
 from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
-from tunesmith.errors import InterruptedRun, NonFiniteError, RunError
+from tunesmith.errors import InterruptedRun, RunError
+from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from tunesmith.train.dealt import dealt_to, plan_for_ranks
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.incident import save_incident
-from tunesmith.train.job import Job
+from tunesmith.train.guard import Guard
+from tunesmith.train.job import EvalSet, Job
+from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
 from tunesmith.train.metrics import Sink, versions
-from tunesmith.train.rng import capture_rng, restore_rng
+from tunesmith.train.rng import capture_rng, restore_rng, seed_step
 from tunesmith.train.rows import RowLosses
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
-from tunesmith.types import Document, StepMetrics
+from tunesmith.train.stopping import AbandonedError, Stopping
+from tunesmith.train.watchdog import Watchdog
+from tunesmith.types import Document, LossOutput, StepMetrics
+
+T = TypeVar("T")
 
 OnEval = Callable[[int], None]
 """Called after each evaluation with the step."""
@@ -46,7 +53,18 @@ class Trainer:
         self.on_eval = on_eval
         self.step = 0
         self.rows = RowLosses()
+        log = job.recipe.log
+        self.guard = Guard(
+            folder, job.template.decode, non_finite=job.recipe.train.non_finite,
+            limits={"loss": log.spike_loss, "grad_norm": log.spike_grad_norm},
+            stops=log.on_spike == "stop", rank=job.ranks.rank,
+        )  # fmt: skip
         self.best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
+        self.stopping = Stopping()
+        rank = None if job.ranks.alone else job.ranks.rank
+        self.watchdog = Watchdog(job.recipe.device.watchdog, folder, rank=rank)
+        self._asked_micro_tokens = job.micro_tokens
+        self._owed = False  # an evaluation of this step that was left in the middle
         self._saved: int | None = None
         self._due_since = {"checkpoint": time.monotonic(), "eval": time.monotonic()}
 
@@ -59,19 +77,28 @@ class Trainer:
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
-        self._try_longest()
-        if self.step == 0:
+        with self.watchdog.watching():
+            self._try_longest()
+            if self.step == 0 or self._owed:
+                self._evaluate()
+            with self.stopping.listening():
+                while self.step < self.job.total_steps:
+                    try:
+                        self._advance()
+                    except AbandonedError:
+                        self._stop(self.stopping.signal)
+
+    def _advance(self) -> None:
+        """A step, and what is due after it."""
+        self._one_step()
+        last = self.step == self.job.total_steps
+        evaluates, saves, stop = self._agreed(self.stopping.signal)
+        if last or evaluates:
             self._evaluate()
-        with _signals() as received:
-            while self.step < self.job.total_steps:
-                self._one_step()
-                last = self.step == self.job.total_steps
-                if last or self._due("eval", self.job.recipe.eval.every):
-                    self._evaluate()
-                if last or received or self._due("checkpoint", self.job.recipe.checkpoint.every):
-                    self.save()
-                if received and not last:
-                    self._stop(received[0])
+        if last or stop or saves:
+            self.save()
+        if stop and not last:
+            self._stop(stop)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, to the bit where it was saved."""
@@ -84,7 +111,9 @@ class Trainer:
             ) from error
         self.rows.restore(state.model)
         self.job.loss.restore(state.model)
+        self.guard.restore(state.model)
         self.best = state.meta.get("best")
+        self._owed = state.meta.get("owed_evaluation", False)
         self.step = self._saved = state.step
         restore_rng(state.rng)
 
@@ -92,15 +121,18 @@ class Trainer:
         """Save a checkpoint of the current step, unless that was just done."""
         if self._saved == self.step:
             return
+        self.watchdog.beat(f"the checkpoint of step {self.step}")
         best = int(self.best["step"]) if self.best else None
         state = TrainState(
             step=self.step,
-            model={**self.rows.tensors(), **self.job.loss.tensors()},
+            model={**self.rows.tensors(), **self.guard.tensors(), **self.job.loss.tensors()},
             optimizer=self.job.optimizer.state_dict(),
             rng=capture_rng(),
             meta=self.meta(),
         )
-        save_checkpoint(self.folder, state, keep=self.job.recipe.checkpoint.keep, best=best)
+        if self.job.ranks.first:
+            save_checkpoint(self.folder, state, keep=self.job.recipe.checkpoint.keep, best=best)
+        self.job.ranks.meet()
         self._saved = self.step
         self._emit({"kind": "event", "event": "checkpoint", "step": self.step})
 
@@ -109,11 +141,13 @@ class Trainer:
         return {
             "science": science_dict(self.job.recipe),
             "versions": versions(),
-            "world_size": 1,
+            "world_size": self.job.ranks.count,
             "threads": torch.get_num_threads(),
             "device": str(self.job.device.type),
             "deterministic": self.job.recipe.device.deterministic,
             "micro_tokens": self.job.micro_tokens,
+            "micro_tokens_asked": self._asked_micro_tokens,
+            "owed_evaluation": self._owed,
             "best": self.best,
         }
 
@@ -122,39 +156,85 @@ class Trainer:
         started = time.monotonic()
         indices = job.order.step_indices(number)
         lr = job.lr(number)
-        documents, plans = self._planned(number)
+        documents = [job.documents[int(i)] for i in indices]
+        self.watchdog.beat(f"step {number + 1}")
+        if not job.ranks.alone:
+            seed_step(job.recipe.train.seed, number, job.ranks.rank)
         try:
-            job.loss.begin(job.model, number, self._planned, job.device)
-            result = train_step(
-                job.model, job.optimizer, plans, job.loss,
-                documents=len(documents), lr=lr,
-                max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
-            )  # fmt: skip
-        except NonFiniteError as error:
-            if isinstance(error, NonFiniteStep):
-                save_incident(self.folder, number + 1, documents=documents, result=error.result)
-            names = ", ".join(str(document.origin) for document in documents[:3])
-            raise NonFiniteError(
-                f"{error.message}, at step {number + 1}; its documents begin with {names}",
-                where=str(self.folder),
-                hint="a lower optim.lr, or model.dtype=float32; "
-                f"`tunesmith resume {self.folder}` goes on from the last checkpoint",
-            ) from None
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(job.micro_tokens) from error
+            result = self._with_less_memory(
+                lambda: self._learn(number, lr), documents, f"at step {number + 1}", number + 1
+            )
+        except NonFiniteStep as error:
+            skipped = self.guard.not_finite(number + 1, documents, error.result)
+            self.step = number + 1
+            self._emit(skipped)
+            return
         self.step = number + 1
         self.rows.add(self.step, indices, loss=result.document_loss, weight=result.document_weight)
         seconds = time.monotonic() - started
         self._emit(self._metrics(result, [d.tokens for d in documents], lr, seconds).record())
+        if (spike := self.guard.look(self.step, documents, result)) is not None:
+            self._emit(spike)
+            self.guard.obey(spike)
+
+    def _learn(self, number: int, lr: float) -> StepResult:
+        job = self.job
+        documents, plans = self._planned(number)
+        mine = dealt_to(plans, job.ranks.rank, ranks=job.ranks.count, costs=job.costs)
+        job.loss.begin(job.model, number, self._planned, job.device)
+        return train_step(
+            job.model, job.optimizer, mine, self._loss,
+            documents=len(documents), lr=lr, reduce=job.reduce,
+            max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+        )  # fmt: skip
+
+    def _loss(
+        self, model: CausalLM, plan: MicrobatchPlan, device: torch.device
+    ) -> LossOutput:
+        self._between()
+        return self.job.loss(model, plan, device)
+
+    def _between(self) -> None:
+        """Before each micro-batch. Several ranks stop together, after a step."""
+        self.watchdog.beat()
+        if self.job.ranks.alone:
+            self.stopping.check()
+
+    def _with_less_memory(
+        self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int
+    ) -> T:
+        job = self.job
+        return with_less_memory(
+            attempt,
+            job,
+            largest=lambda tokens: largest_microbatch(
+                job.model, documents, tokens, share=job.share
+            ),
+            note=lambda before, now: self._emit(retry_record(where, step, before, now)),
+        )
 
     def _planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
-        """Documents and micro-batches of a step, counted from 0."""
+        """Documents and micro-batches of a step, counted from 0, for all ranks."""
         job = self.job
         documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
-        plans = plan_step(
-            documents, micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated
-        )
+        plans = plan_for_ranks(
+            documents, job.ranks.count, costs=job.costs,
+            micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
+        )  # fmt: skip
         return documents, plans
+
+    def _agreed(self, received: int) -> tuple[bool, bool, int]:
+        """Whether an evaluation and a checkpoint are due by the first rank's clock, and the signal
+        that came to any rank, 0 for none.
+        """
+        recipe, first = self.job.recipe, self.job.ranks.first
+        own = [
+            first and self._due("eval", recipe.eval.every),
+            first and self._due("checkpoint", recipe.checkpoint.every),
+            received,
+        ]
+        evaluates, saves, stop = self.job.ranks.most(own)
+        return bool(evaluates), bool(saves), int(stop)
 
     def _metrics(
         self, result: StepResult, tokens: list[int], lr: float, seconds: float
@@ -178,35 +258,50 @@ class Trainer:
 
     def _evaluate(self) -> None:
         job = self.job
-        for number, held_out in enumerate(job.eval_sets):
-            started = time.monotonic()
-            found = evaluate(
-                job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device
-            )
-            self._emit(
-                {
-                    "kind": "eval",
-                    "step": self.step,
-                    "epoch": round(job.order.epoch_after(self.step - 1), 6) if self.step else 0.0,
-                    "set": held_out.name,
-                    "content_hash": held_out.content_hash,
-                    "rows": found.documents,
-                    "target_tokens": found.target_tokens,
-                    "nll": found.nll,
-                    "perplexity": found.perplexity,
-                    "accuracy": found.accuracy,
-                    "entropy": found.entropy,
-                    "seconds": time.monotonic() - started,
-                }
-            )
-            if number == 0 and (self.best is None or found.nll < self.best["nll"]):
-                self.best = {"step": self.step, "nll": found.nll}
+        again, self._owed = self._owed, True
+        records = [self._evaluated(held_out) for held_out in job.eval_sets]
+        for record in records:
+            self._emit(record)
+        if records and (self.best is None or records[0]["nll"] < self.best["nll"]):
+            self.best = {"step": self.step, "nll": records[0]["nll"]}
         if job.eval_sets and self.on_eval is not None:
+            self.watchdog.beat(f"the samples after step {self.step}")
             with _random_state_kept():
                 self.on_eval(self.step)
+        self._owed = False
+        if again:
+            self._saved = None
+            self.save()
         # Last, since a resume does not repeat the evaluation of the step it goes on from.
         if job.recipe.train.result == "best" and self.best and self.best["step"] == self.step:
             self.save()
+
+    def _evaluated(self, held_out: EvalSet) -> dict[str, Any]:
+        """The record of a held-out set at this step."""
+        job = self.job
+        started = time.monotonic()
+        self.watchdog.beat(f"the evaluation after step {self.step}")
+        found = self._with_less_memory(
+            lambda: evaluate(
+                job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device,
+                ranks=job.ranks, costs=job.costs, before_each=self._between,
+            ),
+            held_out.documents, f"in the evaluation after step {self.step}", self.step,
+        )  # fmt: skip
+        return {
+            "kind": "eval",
+            "step": self.step,
+            "epoch": round(job.order.epoch_after(self.step - 1), 6) if self.step else 0.0,
+            "set": held_out.name,
+            "content_hash": held_out.content_hash,
+            "rows": found.documents,
+            "target_tokens": found.target_tokens,
+            "nll": found.nll,
+            "perplexity": found.perplexity,
+            "accuracy": found.accuracy,
+            "entropy": found.entropy,
+            "seconds": time.monotonic() - started,
+        }
 
     def _due(self, what: str, every: Duration | None) -> bool:
         if every is None:
@@ -226,9 +321,12 @@ class Trainer:
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
+        saved = "it is saved" if self.step else "there was nothing to save"
+        if self.step:
+            self.save()
         self._emit({"kind": "event", "event": "interrupted", "signal": name, "step": self.step})
         raise InterruptedRun(
-            f"stopped by {name} after step {self.step} of {self.job.total_steps}; it is saved",
+            f"stopped by {name} after step {self.step} of {self.job.total_steps}; {saved}",
             signal_number=number,
             hint=f"`tunesmith resume {self.folder}` goes on",
         )
@@ -239,41 +337,19 @@ class Trainer:
         """
         job = self.job
         longest = job.documents[int(longest_paths(job.documents).argmax())]
-        plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
+
+        def attempt() -> None:
+            plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
+            for plan in plans[:1]:
+                job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
+
         with _random_state_kept():
-            try:
-                for plan in plans[:1]:
-                    job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise _out_of_memory(job.micro_tokens, longest.longest_path) from error
+            self._with_less_memory(attempt, [longest], "with the longest document", self.step)
         job.optimizer.zero_grad()
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(record)
-
-
-@contextmanager
-def _signals():
-    """SIGINT and SIGTERM are noted, to stop after the step; a second one stops at once. Main thread
-    only.
-    """
-    received: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, a notebook server's for one
-        old = {}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -283,15 +359,6 @@ def _random_state_kept():
         yield
     finally:
         restore_rng(state)
-
-
-def _out_of_memory(micro_tokens: int, longest: int | None = None) -> RunError:
-    what = f"the longest document, {longest} tokens," if longest else "a micro-batch"
-    return RunError(
-        f"out of memory: {what} does not fit with device.micro_tokens={micro_tokens}",
-        hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
-        "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
-    )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.cache import default_cache_folder
+from tunesmith.data.cache import default_cache_folder, discard
 from tunesmith.data.sources import Source
 from tunesmith.data.template import Template, load_template, wrap_tokenizer
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource
 from tunesmith.train.assemble.given import Given
@@ -52,14 +55,25 @@ def resolve_max_length(recipe: Recipe, template: Template) -> int:
     return template.context_length
 
 
-def preparation(recipe: Recipe) -> dict[str, Any]:
-    """Where prepared documents are kept, and how many processes prepare them."""
+@contextmanager
+def preparation(recipe: Recipe, ranks: Ranks) -> Iterator[dict[str, Any]]:
+    """Where prepared documents are kept, and how many processes prepare them.
+
+    Several ranks without a cache share a folder that is gone afterwards; what a rank has mapped
+    stays readable.
+    """
     cache, processes = recipe.device.cache, recipe.device.prepare_processes
     folder = default_cache_folder() if cache is True else cache
-    return {
-        "cache": Path(folder).expanduser() if folder else None,
-        "processes": None if processes == "auto" else processes,
-    }
+    options: dict[str, Any] = {"processes": None if processes == "auto" else processes}
+    if folder or ranks.alone:
+        yield {**options, "cache": Path(folder).expanduser() if folder else None}
+        return
+    own = tempfile.mkdtemp(prefix="tunesmith-") if ranks.first else None
+    shared = Path(ranks.share(own))
+    try:
+        yield {**options, "cache": shared}
+    finally:
+        discard(shared)
 
 
 def data_sources(

@@ -1,0 +1,27 @@
+"""Whether torchrun started this process, and the store it shares with the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+def launched(environment: Mapping[str, str] | None = None) -> int:
+    """How many ranks this process was started as one of, 1 if it was started by itself."""
+    found = os.environ if environment is None else environment
+    if "RANK" not in found or "MASTER_ADDR" not in found:
+        return 1
+    return int(found.get("WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """Whether this process is the first rank, or alone: the one whose output is shown."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def shared_store() -> Any:
+    """The small key-value store that outlives any rank."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]

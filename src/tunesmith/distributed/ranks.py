@@ -1,0 +1,191 @@
+"""The processes of a run, as one of them sees them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.distributed.failure import lost_rank
+from tunesmith.distributed.launched import launched, shared_store
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others inside a step before it calls them lost."""
+POLL = 0.02
+"""Seconds between two looks of a rank that waits for one that prepares data or writes results."""
+_WAITS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """A group of `count` processes; this one is `rank`. A process alone is the default.
+
+    All ranks must call the methods that send in the same order. On a process alone they give back
+    what they got.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1  # ranks on this machine
+
+    @property
+    def first(self) -> bool:
+        """True for the rank that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this rank, of the kind of `device`."""
+        import torch
+
+        if self.alone or device.type != "cuda":
+            return device
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums over the ranks, the same bits on each."""
+        return values if self.alone else self._reduced(values, "SUM")
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks."""
+        if self.alone:
+            return list(values)
+        return self._reduced(np.asarray(values, np.float64), "MAX").tolist()
+
+    def least(self, value: float) -> float:
+        """The smallest value of all ranks."""
+        return -self.most([-value])[0]
+
+    def _reduced(self, values: NDArray[np.float64], how: str) -> NDArray[np.float64]:
+        import torch
+        import torch.distributed as dist
+
+        sent = torch.from_numpy(values.astype(np.float64, copy=True))
+        with self.guarded():
+            dist.all_reduce(sent, op=getattr(dist.ReduceOp, how))
+        return sent.numpy()
+
+    def share(self, value: T | None = None) -> T:
+        """What the first rank has, on every rank; it must be picklable."""
+        if self.alone:
+            return value  # pyright: ignore[reportReturnType]
+        import torch.distributed as dist
+
+        box = [value]
+        with self.guarded():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # pyright: ignore[reportReturnType]
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors with those of the first rank."""
+        if self.alone:
+            return
+        import torch.distributed as dist
+
+        with self.guarded():
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+    def meet(self) -> None:
+        """Wait for every rank, as long as a step may take; the loss of one is noticed."""
+        self.most([0.0])
+
+    def wait(self) -> None:
+        """Wait until every rank is here, however long that takes."""
+        if self.alone:
+            return
+        store = shared_store()
+        place = f"tunesmith/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_WAITS)}"
+        if store.add(f"{place}/here", 1) == self.count:
+            store.set(f"{place}/all", b"1")
+        while not store.check([f"{place}/all"]):  # polled, so that signals get through
+            time.sleep(POLL)
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """Do `act` on the first rank, then on one rank of each other machine, then on the rest.
+
+        What the earlier ones leave in a cache the later ones find there, be it one for all machines
+        or one for each.
+        """
+        if self.alone:
+            return act()
+        turn = 0 if self.first else 1 if self.local_rank == 0 else 2
+        found: T | None = None
+        for number in range(3):
+            if number == turn:
+                found = act()
+            self.wait()
+        return found  # pyright: ignore[reportReturnType]
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """An error of communication inside becomes one that says which rank was lost.
+
+        Raises:
+            RunError: another rank ended or can't be reached.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.alone or not _of_communication(error):
+                raise
+            raise lost_rank(self.rank, self.count, shared_store(), error) from error
+
+    def close(self) -> None:
+        """Leave the group, once all have finished."""
+        if not self.alone:
+            import torch.distributed as dist
+
+            self.wait()
+            dist.destroy_process_group()
+
+
+def connect(kind: str = "auto") -> Ranks:
+    """Meet the other ranks that torchrun started; alone where it started none.
+
+    `kind` is that of the device: on a GPU gradients go by nccl, and everything else by gloo.
+    """
+    if launched() == 1:
+        return Ranks()
+    import torch
+    import torch.distributed as dist
+
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if not dist.is_initialized():
+        on_gpu = kind in ("auto", "cuda") and torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=count, timeout=PATIENCE)
+    return Ranks(rank, count, local, local_count)
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    import torch
+    import torch.distributed as dist
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset"))
