@@ -104,4 +104,8 @@ def _final_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         elif record.get("kind") == "eval":
             for name in ("nll", "perplexity", "accuracy"):
                 found[f"{record['set']}/{name}"] = record[name]
+        elif record.get("event") == "skipped":
+            found["skipped_steps"] = found.get("skipped_steps", 0) + 1
+        elif record.get("event") == "spike":
+            found["spikes"] = found.get("spikes", 0) + 1
     return found

@@ -27,13 +27,13 @@ KEYS = {
     "svd_iterations lr_ratio continue_from parameters top_layers",
     "optim": "name lr betas momentum eps weight_decay lr_factors schedule min_lr decay warmup "
     "max_grad_norm",
-    "train": "epochs steps seed result",
+    "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
     "activation_offload deterministic "
     "threads cache prepare_processes",
     "checkpoint": "every keep",
     "eval": "every samples max_new_tokens",
-    "log": "to project",
+    "log": "to project spike_loss spike_grad_norm on_spike",
 }
 
 

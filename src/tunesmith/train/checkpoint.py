@@ -240,6 +240,8 @@ def _encoded(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
+        if tensor.numel() == 0:  # its elements can't be seen as bytes
+            continue
         flat = tensor.detach().cpu().contiguous().view(-1)
         yield flat.view(torch.uint8).numpy().data
 

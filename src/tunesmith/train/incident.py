@@ -1,39 +1,125 @@
-"""What a step whose numbers went wrong leaves behind: its rows and the loss of each."""
+"""What a step whose numbers went wrong leaves behind: its rows, their text and the loss of each
+target.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tunesmith.train.pathkeys import document_target_keys, target_keys
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
+Decode = Callable[[Iterable[int]], str]
+
+MOST = 100
+"""Incident folders that a run keeps; later ones are counted only."""
+
 
 def save_incident(
-    folder: Path, step: int, *, documents: Sequence[Document], result: StepResult
-) -> Path:
-    """Write `incident-STEP/rows.json` for a step counted from 1; numbers that are not finite are
-    written as text.
+    folder: Path,
+    step: int,
+    *,
+    documents: Sequence[Document],
+    result: StepResult,
+    decode: Decode,
+    said: Mapping[str, Any] | None = None,
+    rank: int = 0,
+) -> Path | None:
+    """Write `incident-STEP/rows.json` for a step counted from 1, worst rows first; numbers that
+    are not finite are written as text. None if there are `MOST` of them or the disk does not take
+    it: that must not hide what happened.
+
+    Losses of single targets are those of this rank's micro-batches, null for others; a rank other
+    than the first writes `rows-rank-R.json`. `said` is put at the front.
     """
     place = folder / f"incident-{step}"
-    place.mkdir(parents=True, exist_ok=True)
+    if not place.exists() and sum(1 for _ in folder.glob("incident-*")) >= MOST:
+        return None
+    losses = _losses_by_path(result)
     rows = [
-        {
-            "row": str(document.origin),
-            "loss_sum": _number(float(loss)),
-            "weight_sum": _number(float(weight)),
-            "ids": [segment.ids.tolist() for segment in document.segments],
-        }
-        for document, loss, weight in zip(
-            documents, result.document_loss, result.document_weight, strict=True
-        )
+        {**entry, **_contents(document, number, losses, decode)}
+        for number, document, entry in ranked(documents, result)
     ]
-    record = {"step": step, "grad_norm": _number(result.grad_norm), "rows": rows}
-    (place / "rows.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record = {
+        "step": step,
+        "loss": number_or_text(result.loss),
+        "grad_norm": number_or_text(result.grad_norm),
+        **(said or {}),
+        "rows": rows,
+    }
+    name = "rows.json" if rank == 0 else f"rows-rank-{rank}.json"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        (place / name).write_text(text, encoding="utf-8")
+    except OSError:
+        return None
     return place
 
 
-def _number(value: float) -> float | str:
+def ranked(
+    documents: Sequence[Document], result: StepResult
+) -> list[tuple[int, Document, dict[str, Any]]]:
+    """Number, document and losses of each document of a step: those that are not finite first,
+    then by falling mean loss.
+    """
+    found: list[tuple[tuple[bool, float], int, dict[str, Any]]] = []
+    pairs = zip(result.document_loss.tolist(), result.document_weight.tolist(), strict=True)
+    for number, (loss, weight) in enumerate(pairs):
+        mean = loss / weight if weight else 0.0
+        entry = {
+            "row": str(documents[number].origin),
+            "loss": number_or_text(mean),
+            "loss_sum": number_or_text(loss),
+            "weight_sum": weight,
+        }
+        finite = math.isfinite(mean)
+        found.append(((finite, -mean if finite else 0.0), number, entry))
+    found.sort(key=lambda item: (item[0], item[1]))
+    return [(number, documents[number], entry) for _, number, entry in found]
+
+
+def number_or_text(value: float) -> float | str:
+    """The number, or `nan`, `inf` or `-inf`, which JSON doesn't have."""
     return value if math.isfinite(value) else str(value)
+
+
+def _losses_by_path(result: StepResult) -> dict[int, float]:
+    """The loss of each target, by the key of the path that it ends."""
+    found: dict[int, float] = {}
+    for plan, losses in result.micro_losses:
+        found.update(zip(target_keys(plan).tolist(), losses.tolist(), strict=True))
+    return found
+
+
+def _contents(
+    document: Document, number: int, losses: Mapping[int, float], decode: Decode
+) -> dict[str, Any]:
+    keys = iter(document_target_keys(document))
+    targets: list[dict[str, Any]] = []
+    for place, segment in enumerate(document.segments):
+        for index, weight in zip(segment.index.tolist(), segment.weight.tolist(), strict=True):
+            loss = losses.get(next(keys))
+            token = int(segment.ids[index])
+            targets.append(
+                {
+                    "segment": place,
+                    "index": index,
+                    "id": token,
+                    "text": decode([token]),
+                    "weight": weight,
+                    "loss": None if loss is None else number_or_text(loss),
+                }
+            )
+    return {
+        "document": number,
+        "parents": [segment.parent for segment in document.segments],
+        "ids": [segment.ids.tolist() for segment in document.segments],
+        "text": [decode(segment.ids.tolist()) for segment in document.segments],
+        "targets": targets,
+    }

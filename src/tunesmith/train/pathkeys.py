@@ -45,6 +45,18 @@ def target_keys(plan: MicrobatchPlan) -> NDArray[np.int64]:
     return np.fromiter((_step(key, token) for key, token in pairs), np.int64, len(sources))
 
 
+def document_target_keys(document: Document) -> list[int]:
+    """The key of the path that each target of the document ends, segment by segment."""
+    last: list[list[int]] = []
+    found: list[int] = []
+    for segment in document.segments:
+        above = last[segment.parent][-1] if segment.parent >= 0 else 0
+        keys = _along(above, segment.ids)
+        last.append(keys)
+        found += [keys[index] for index in segment.index.tolist()]
+    return found
+
+
 def path_ends(document: Document) -> dict[int, int]:
     """Key -> number of tokens of each path that is run for the document: from a root to a token
     that predicts a target and has no such token after it.

@@ -23,6 +23,10 @@ class TrainSection(Section):
     result: Literal["last", "best"] = Field(
         default="last", description="which weights become model/: best needs data.eval"
     )
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a step whose loss or gradient is not finite: stop, or leave it out, counted",
+    )
 
     @model_validator(mode="before")
     @classmethod

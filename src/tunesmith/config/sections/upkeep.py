@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tunesmith.config.fields import Every, Tracker
+from tunesmith.config.fields import Every, Number, Tracker
 from tunesmith.config.sections.base import Count, Section
 from tunesmith.config.values import Duration, parse_words
 
@@ -48,4 +48,14 @@ class LogSection(Section):
     )
     project: str = Field(
         default="tunesmith", description="the trackers' name for the group of runs"
+    )
+    spike_loss: Annotated[Number, Field(gt=1)] | None = Field(
+        default=None,
+        description="a step with a loss of this many times the running median is a spike",
+    )
+    spike_grad_norm: Annotated[Number, Field(gt=1)] | None = Field(
+        default=None, description="the same for the gradient norm before clipping"
+    )
+    on_spike: Literal["report", "stop"] = Field(
+        default="report", description="a spike's rows are named and kept; stop: and the run ends"
     )
