@@ -16,8 +16,8 @@ import tempfile
 import time
 from typing import Any
 
-KEEP = {"gradient_checkpointing": False}
-FLAT = {"padding_free": True, "max_length": None}
+KEEP = {"gradient_checkpointing": False, "max_length": None}
+FLAT = {"padding_free": True}
 PACKED = {"packing": True, "packing_strategy": "bfd", "micro": 1}
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -85,8 +85,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     with open(job["rows"], encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     for row in rows:
-        if "tools" in row:  # as a string, since Arrow would give every tool the keys of all others
-            row["tools"] = json.dumps(row["tools"])
+        as_strings(row)
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
@@ -121,6 +120,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         steps.clear()
         trainer.train()
     return {**_summary(steps, job["warmup"]), "weights": weights, "version": trl.__version__}
+
+
+def as_strings(row: dict[str, Any]) -> None:
+    """Turn tools and calls' arguments into JSON: Arrow would give each the keys of all others."""
+    if "tools" in row:
+        row["tools"] = json.dumps(row["tools"])
+    for message in [*row["prompt"], *row["completion"]]:
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
 
 
 def _lora(rank: int) -> Any:

@@ -35,11 +35,14 @@ from trl_run import PRECISIONS, SETTINGS, SHAPES
 
 HERE = Path(__file__).resolve().parent
 TUNESMITH = "tunesmith"
+UNSHARED = "tunesmith, prefixes not shared"
 
 
 def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """One run in its own process."""
-    script = "tunesmith_run.py" if name == TUNESMITH else "trl_run.py"
+    script = "tunesmith_run.py" if name in (TUNESMITH, UNSHARED) else "trl_run.py"
+    if name == UNSHARED:
+        job = {**job, "device": {"share_prefixes": False}}
     command = [sys.executable, str(HERE / script), json.dumps({**job, "setting": name})]
     environment = {
         **os.environ,
@@ -103,8 +106,9 @@ def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
     for name, entry in summary.items():
         speed, ratio = entry["tokens_per_second"], entry.get("tunesmith_faster")
         gap = entry.get("largest_loss_gap")
+        run = name if name in (TUNESMITH, UNSHARED) else f"TRL, {name}"
         lines.append(
-            f"| {name if name == TUNESMITH else 'TRL, ' + name} | {_range(speed, '.0f')} |"
+            f"| {run} | {_range(speed, '.0f')} |"
             f" {entry['peak_rss'] / 2**30:.2f} GiB | {_range(ratio, '.2f') if ratio else ''} |"
             f" {entry['first_loss']:.5f} | {'' if gap is None else f'{gap:.5f}'} |"
         )
@@ -204,7 +208,8 @@ def main() -> None:
             best = searched_best(settings)
         if arguments.search:
             return
-        names = [TUNESMITH, *(arguments.trl or ("default", best))]
+        own = [TUNESMITH, UNSHARED] if arguments.unshared else [TUNESMITH]
+        names = [*own, *(arguments.trl or ("default", best))]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name in names:
@@ -231,6 +236,7 @@ def parse() -> argparse.Namespace:
         "--tools", choices=("template", "text"), default="template",
         help="the chats' tools: given to the template (default), or written into a system message",
     )  # fmt: skip
+    parser.add_argument("--unshared", action="store_true", help="Tunesmith without sharing too")
     parser.add_argument("--report", default="vs_trl", help="name of the result files (vs_trl)")
     parser.add_argument("--search", action="store_true", help="rank the TRL settings, alone")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
