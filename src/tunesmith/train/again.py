@@ -15,6 +15,7 @@ from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.console import announce
 from tunesmith.train.folder import read_json
 from tunesmith.train.job import Job, run_files
+from tunesmith.train.memory_retry import take_over
 from tunesmith.train.own_objective import check_same
 from tunesmith.train.sources import check_unchanged
 from tunesmith.train.trainer import Trainer
@@ -82,6 +83,7 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
         found = newest_checkpoint(path)
         meta = load_checkpoint(found.path).meta
         lines += found.warnings
+        take_over(trainer.job, meta)
         now = trainer.meta()
         unlike = changed(meta, now)
         if meta.get("micro_tokens") != now["micro_tokens"]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tunesmith.config.fields import Number
 from tunesmith.config.sections.base import Count, Section
 
 
@@ -41,6 +42,11 @@ class DeviceSection(Section):
     )
     threads: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
         default="auto", description="CPU threads"
+    )
+    watchdog: Literal["auto"] | Annotated[Number, Field(gt=0)] | None = Field(
+        default="auto",
+        description="minutes without a micro-batch, save or evaluation after which the run is "
+        "ended and its stacks are written; auto: 60, or 20 times the longest so far",
     )
     cache: bool | str = Field(
         default=True,

@@ -1,0 +1,138 @@
+"""Work that is tried, and tried again with less at a time where memory runs out.
+
+A try that fails leaves nothing: its gradients are dropped and the random generators are set back,
+so that the next one is what a run with the smaller `micro_tokens` would have done from there, to
+the bit. By P3 that is the undisturbed step within rounding.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from tunesmith.data.packing import plan_step
+from tunesmith.errors import RunError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
+from tunesmith.train.job import Job
+from tunesmith.train.rng import RngState, capture_rng, restore_rng
+from tunesmith.train.stopping import AbandonedError
+from tunesmith.types import Document
+
+T = TypeVar("T")
+
+_SAID = ("can't allocate memory", "out of memory", "alloc_failed")
+"""How torch's allocators and libraries say it where they have no exception of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the error says that memory could not be had, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _SAID)
+
+
+def with_less_memory(
+    attempt: Callable[[], T],
+    job: Job,
+    *,
+    largest: Callable[[int], int],
+    note: Callable[[int, int], None],
+) -> T:
+    """What `attempt` returns; each time it runs out of memory, `job.micro_tokens` is halved until
+    micro-batches become smaller, `note(before, now)` is told, and it is tried again.
+
+    `largest` gives the tokens of the largest micro-batch at some `micro_tokens`. Several ranks
+    can't go back by themselves: for them, running out of memory is an error.
+
+    Raises:
+        RunError: out of memory, and nothing smaller is left to try, or weights had already begun
+            to change.
+        AbandonedError: as the attempt did; everything is then as it was before it.
+    """
+    while True:
+        state, steps = capture_rng(), job.optimizer.steps
+        try:
+            return attempt()
+        except AbandonedError:
+            _set_back(job, state)
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            before = job.micro_tokens
+            now = smaller(before, largest)
+            if now is None or job.optimizer.steps != steps or not job.ranks.alone:
+                raise out_of_memory(before, largest(before)) from error
+        # Out here the error is gone, and with it the tensors that its frames held.
+        _set_back(job, state)
+        job.micro_tokens = now
+        note(before, now)
+
+
+def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
+    """The first of its halves at which the largest micro-batch has fewer tokens; None if there is
+    none, since a micro-batch holds at least one path.
+    """
+    failed = largest(micro_tokens)
+    while micro_tokens > 1:
+        micro_tokens //= 2
+        if largest(micro_tokens) < failed:
+            return micro_tokens
+    return None
+
+
+def largest_microbatch(
+    model: CausalLM, documents: Sequence[Document], micro_tokens: int, *, share: bool = True
+) -> int:
+    """Tokens of the largest micro-batch as an evaluation cuts the documents."""
+    return max(
+        plan.tokens
+        for _, group in document_groups(documents, micro_tokens * GROUP_TOKENS)
+        for plan in plan_step(
+            group, micro_tokens=micro_tokens, share=share, isolated=model.isolated
+        )
+    )
+
+
+def take_over(job: Job, meta: Mapping[str, Any]) -> None:
+    """Go on with the `micro_tokens` that a run had come down to, unless others are asked for now;
+    `meta` is a checkpoint's.
+    """
+    if meta.get("micro_tokens_asked") == job.micro_tokens:
+        job.micro_tokens = int(meta["micro_tokens"])
+
+
+def retry_record(where: str, step: int, before: int, now: int) -> dict[str, Any]:
+    """The event of a retry, in metrics.jsonl and on the console."""
+    return {
+        "kind": "event",
+        "event": "out_of_memory",
+        "step": step,
+        "micro_tokens_before": before,
+        "micro_tokens": now,
+        "message": f"out of memory {where} with micro_tokens {before}: done again with {now}, "
+        "which the run keeps",
+    }
+
+
+def out_of_memory(micro_tokens: int, largest: int) -> RunError:
+    """The error where nothing smaller is left to try."""
+    return RunError(
+        f"out of memory: a micro-batch of {largest} tokens does not fit with "
+        f"device.micro_tokens={micro_tokens}",
+        hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
+        "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
+    )
+
+
+def _set_back(job: Job, state: RngState) -> None:
+    job.optimizer.zero_grad()
+    restore_rng(state)
+    gc.collect()
+    if job.device.type != "cpu":
+        torch.accelerator.empty_cache()
