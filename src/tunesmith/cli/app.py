@@ -40,6 +40,10 @@ COMMANDS = {
     "select": Command("select", "select", BEFORE, "Keep rows by rules, as a new data set."),
     "convert": Command("convert", "convert", BEFORE, "Write rows of another format as messages."),
     "plan": Command("plan", "plan", BEFORE, "Say what a run will take: memory, time, work."),
+    "bench": Command("bench", "bench", BEFORE, "Measure the speed of a run on this machine."),
+    "verify": Command(
+        "verify", "verify", BEFORE, "Prove the promises on your model, data and machine."
+    ),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tunesmith.model.memory import activation_bytes, free_memory
 from tunesmith.train.announcement import FEW_STEPS
 from tunesmith.train.build import build
 from tunesmith.train.job import Job
+from tunesmith.train.plan.flops import training_flops
 from tunesmith.train.plan.probe import Measured, probe
 from tunesmith.train.plan.work import Work, count_work
 
@@ -74,7 +75,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         ) from error
     finally:
         job.loss.close()
-    memory = _memory(job, measured)
+    memory = memory_parts(job, activations=measured.activations, working=measured.working)
     lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
     counts = [p.numel() for p in job.model.parameters()]
     return Forecast(
@@ -83,7 +84,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         memory=memory,
         measured=measured,
         work=work,
-        flops=_flops(job, work),
+        flops=training_flops(job.model, tokens=work.computed, targets=work.target_tokens),
         train_seconds=measured.seconds_per_token * work.computed,
         eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
         free=free,
@@ -97,16 +98,24 @@ def _on_cuda(recipe: Recipe) -> bool:
     return recipe.device.kind in ("auto", "cuda") and torch.cuda.is_available()
 
 
-def _memory(job: Job, measured: Measured) -> dict[str, int]:
-    weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+def memory_parts(job: Job, *, activations: int, working: int) -> dict[str, int]:
+    """Bytes that training holds, by what they are for."""
     trained = [p for p in job.model.parameters() if p.requires_grad]
-    return {
-        "weights": weights,
+    parts = {
+        "weights": tensor_bytes(job.model.parameters()),
         "gradients": 4 * sum(p.numel() for p in trained),
-        "optimizer": sum(t.numel() * t.element_size() for t in _tensors(job.optimizer)),
-        "activations": measured.activations,
-        "head and working memory": measured.working,
+        "optimizer": tensor_bytes(_tensors(job.optimizer)),
+        "activations": activations,
+        "head and working memory": working,
     }
+    if job.loss.base is not None and job.loss.base.frozen is not None:
+        parts["base model"] = tensor_bytes(job.loss.base.frozen.parameters())
+    return parts
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _tensors(optimizer: Any) -> list[torch.Tensor]:
@@ -122,19 +131,6 @@ def _tensors(optimizer: Any) -> list[torch.Tensor]:
         elif isinstance(one, list | tuple):
             waiting.extend(one)
     return list(found.values())
-
-
-def _flops(job: Job, work: Work) -> float:
-    """Two operations for each weight and token forward, two for the gradient of the input, two for
-    that of a trained weight; the head only at targets, lookups and attention's scores not counted.
-    """
-    head = job.model.head.weight
-    embedding = job.model.base.get_input_embeddings().weight
-    outside = {id(head), id(embedding)}
-    inner = [p for p in job.model.parameters() if p.dim() > 1 and id(p) not in outside]
-    per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in inner)
-    per_target = head.numel() * (6 if head.requires_grad else 4)
-    return float(per_token) * work.computed + float(per_target) * work.target_tokens
 
 
 def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:

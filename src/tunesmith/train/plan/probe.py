@@ -36,17 +36,17 @@ def probe(job: Job, work: Work) -> Measured:
     """Run the step with the largest micro-batch once to warm up, then some steps against the
     clock.
     """
-    _run_step(job, work.largest_step)
+    run_step(job, work.largest_step)
     seconds = tokens = timed = 0
     started = time.monotonic()
     for step in spread(job.total_steps, TIMED_STEPS):
-        took, computed = _run_step(job, step)
+        took, computed = run_step(job, step)
         seconds, tokens, timed = seconds + took, tokens + computed, timed + 1
         if time.monotonic() - started > SECONDS:
             break
     per_eval = _time_evaluation(job)
     peak = peak_memory(job.device)
-    activations, working = _activations(job, work)
+    activations, working = activation_bytes_of(job, work)
     return Measured(peak, activations, working, seconds / tokens, per_eval, timed)
 
 
@@ -62,7 +62,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _run_step(job: Job, step: int) -> tuple[float, int]:
+def run_step(job: Job, step: int) -> tuple[float, int]:
     """Seconds and computed tokens of a step."""
     started = time.monotonic()
     plans = planned(job, step)
@@ -86,7 +86,7 @@ def _time_evaluation(job: Job) -> float:
     return (time.monotonic() - started) / sum(document.tokens for document in documents)
 
 
-def _activations(job: Job, work: Work) -> tuple[int, int]:
+def activation_bytes_of(job: Job, work: Work) -> tuple[int, int]:
     """Bytes held after the largest micro-batch's decoder, and the most above them until its
     gradients are there.
     """

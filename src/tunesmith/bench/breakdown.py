@@ -1,0 +1,119 @@
+"""Where the time of a step goes, under names that a user knows.
+
+A step runs once under torch's profiler. Each operation's own time goes to the first part that it or
+what it is called from belongs to, by name: forward and backward alike, since the backward of an
+operation carries its name. On an accelerator its kernels' time is counted in place of the host's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tunesmith.train.job import Job
+from tunesmith.train.plan.work import documents_of, planned
+from tunesmith.train.step import Optimizer, train_step
+
+LINEAR = "linear maps of the decoder"
+ATTENTION = "attention"
+LIGHT = "norms, rotations, activations"
+HEAD = "head and embedding"
+OPTIMIZER = "optimizer, sums of gradients"
+PLANNING = "documents and their layout"
+OTHER = "other"
+PARTS = (LINEAR, ATTENTION, LIGHT, HEAD, OPTIMIZER, PLANNING, OTHER)
+
+_REGION = "tunesmith bench: "
+_WORDS = (
+    (HEAD, ("_headloss", "_widen", "embedding", "index_select", "indexselect")),
+    (ATTENTION, ("_flashtree", "attention", "flash", "flex", "varlen", "softmax", "bmm")),
+    (OPTIMIZER, ("accumulategrad",)),
+    (
+        LINEAR,
+        ("_wideproduct", "_product", "addmm", "::mm", "mmbackward", "linear", "_grouped_mm",
+         "_scaled_mm"),
+    ),
+)  # fmt: skip
+
+
+def part_of(name: str) -> str | None:
+    """The part an operation belongs to by its name; None for the light ones, which have many."""
+    if name.startswith(_REGION):
+        return name.removeprefix(_REGION)
+    lowered = name.lower()
+    return next((part for part, words in _WORDS if any(w in lowered for w in words)), None)
+
+
+class _Regions:
+    """An optimizer whose work is one region of the profile."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        with record_function(_REGION + OPTIMIZER):
+            return self.inner.clip_grad_norm(max_norm)
+
+    def step(self, lr: float) -> None:
+        with record_function(_REGION + OPTIMIZER):
+            self.inner.step(lr)
+
+    def zero_grad(self) -> None:
+        with record_function(_REGION + OPTIMIZER):
+            self.inner.zero_grad()
+
+
+def breakdown(job: Job, step: int) -> dict[str, float]:
+    """Seconds of each part of a step, counted from 0; they add up to the time it took.
+
+    The profiler itself takes some of it. The model's weights are as before: the rate is zero.
+    """
+    started = time.perf_counter()
+    documents, plans = documents_of(job, step), planned(job, step)
+    job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
+    planning = time.perf_counter() - started
+    on_host = job.device.type == "cpu"
+    activities = [ProfilerActivity.CPU, *([] if on_host else [ProfilerActivity.CUDA])]
+    with profile(activities=activities) as recorded:
+        started = time.perf_counter()
+        train_step(
+            job.model, _Regions(job.optimizer), plans, job.loss,
+            documents=len(documents), lr=0.0,
+            max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+        )  # fmt: skip
+        if not on_host:
+            torch.accelerator.synchronize(job.device)
+        seconds = time.perf_counter() - started
+    parts = dict.fromkeys(PARTS, 0.0)
+    parts[PLANNING] = planning
+    for part, own in _own_seconds(recorded.events() or (), on_host=on_host):
+        parts[part] += own
+    parts[OTHER] += planning + seconds - sum(parts.values())
+    return parts
+
+
+def _own_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str, float]]:
+    """For each operation its part and its own time; the time of a region itself is Python's."""
+    known: dict[int, str | None] = {}
+
+    def part(event: Any) -> str | None:
+        waiting = []
+        while event is not None and id(event) not in known:
+            waiting.append(event)
+            event = event.cpu_parent
+        found = None if event is None else known[id(event)]
+        for one in reversed(waiting):
+            found = found or part_of(one.name)
+            known[id(one)] = found
+        return found
+
+    for event in events:
+        if "CPU" not in str(event.device_type) or event.name.startswith("ProfilerStep"):
+            continue
+        own = event.self_cpu_time_total if on_host else event.self_device_time_total
+        yield part(event) or LIGHT, own / 1e6

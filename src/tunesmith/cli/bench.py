@@ -1,0 +1,84 @@
+"""`tunesmith bench`: how fast a run is here, how fast it could be, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.inputs import (
+    Arguments,
+    DataOption,
+    ModelOption,
+    recipe_from_arguments,
+    split_arguments,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.bench import Bench
+
+
+def bench(
+    arguments: Arguments = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Optimizer steps to time, spread over the run.")
+    ] = 5,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+    ] = False,
+) -> int:
+    """Time a few real steps that are thrown away; writes no run folder and no weights."""
+    from tunesmith.bench import bench as measure
+
+    recipe = recipe_from_arguments(arguments, model, data)
+    source, _ = split_arguments(arguments or ())
+    given = Path(source).expanduser() if source is not None else None
+    folders = [given if given.is_dir() else given.parent] if given is not None else []
+    found = measure(recipe, folders=folders, steps=steps)
+    if as_json:
+        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(lines(found)))
+    return 0
+
+
+def lines(found: Bench) -> list[str]:
+    """The page."""
+    rate, work = found.rate, found.work
+    each = [step.seconds for step in found.steps]
+    mean = found.seconds / len(each)
+    shape = " by ".join(str(side) for side in rate.shape)
+    memory = ", ".join(f"{name} {_bytes(size)}" for name, size in found.memory.items())
+    total = sum(found.parts.values())
+    page = [
+        f"model: {found.trained:,} of {found.parameters:,} parameters trained, {found.dtype} on "
+        f"{found.device} with {found.threads} threads, "
+        f"{found.chosen['micro_tokens']} tokens at a time",
+        f"speed: {found.tokens_per_second:,.0f} tokens/s; a step takes {mean:.2f} s "
+        f"({min(each):.2f} to {max(each):.2f}, {len(each)} steps)",
+        f"floor: {found.floor_share:.0%} of it; the products that a step needs are "
+        f"{sum(s.flops for s in found.steps) / len(each):.3g} operations, at the "
+        f"{rate.flops_per_second / 1e9:,.0f} GFLOP/s of {rate.dtype} measured here ({shape}) "
+        f"{found.floor_seconds / len(each):.2f} s",
+        f"memory: peak {_bytes(found.peak)}; {memory}",
+        f"a step of {total:.2f} s, under the profiler:",
+    ]
+    page += [
+        f"  {name:<32} {seconds:8.2f} s {seconds / total:5.0%}"
+        for name, seconds in found.parts.items()
+    ]
+    return [
+        *page,
+        f"padding avoided: {found.padding_avoided:,} tokens; padded to the longest row of its "
+        f"step {work.padded:,} would be computed for {work.unshared:,} of the rows",
+        f"repeats avoided: {found.repeats_avoided:,} tokens; {work.computed:,} are computed for "
+        f"{work.unshared:,}",
+    ]
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
