@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.strategies import Packs, Spans, best_fit, split, wrap
@@ -76,6 +76,7 @@ def test_the_published_example(strategy: str, expected: list[list[tuple[int, int
     assert ours([5, 2, 3, 1], 4, strategy) == expected
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, capacity=CAPACITY)
 def test_best_fit_places_every_item_once_and_overfills_nothing(
     lengths: list[int], capacity: int
@@ -90,6 +91,7 @@ def test_best_fit_places_every_item_once_and_overfills_nothing(
         assert sum(sorted(packs.tokens.tolist())[:2]) > capacity
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, capacity=CAPACITY)
 def test_cut_pieces_are_the_tokens_in_order(lengths: list[int], capacity: int) -> None:
     tokens = [token for item in tokens_of(lengths) for token in item]

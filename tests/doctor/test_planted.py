@@ -42,7 +42,7 @@ def patient(folder: Path, rows: Planted) -> Patient:
     recipe = read_recipe({"model": str(model), "data": data})
     template = load_template(model)
     corpus = read_corpus(recipe, template)
-    return Patient(corpus, read_setup(recipe, template, plan_order(recipe, corpus)), folder)
+    return Patient(corpus, read_setup(recipe, template, plan_order(recipe, corpus)[0]), folder)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ KEYS = {
     "model": "name dtype quantization double_quantization revision trust_remote_code",
     "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length "
     "too_long bad_rows shuffle",
-    "batch": "documents tokens",
+    "batch": "documents tokens packing pack_tokens group_by_prefix",
     "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
     "warmup_epochs neftune router_aux scheduled_sampling",
     "adapter": "kind rank alpha dropout targets rank_pattern alpha_pattern rotation_size "
@@ -30,7 +30,7 @@ KEYS = {
     "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
     "activation_offload deterministic "
-    "threads watchdog cache prepare_processes",
+    "threads watchdog cache prepare_processes shard shard_offload",
     "checkpoint": "every keep",
     "eval": "every samples max_new_tokens",
     "log": "to project spike_loss spike_grad_norm on_spike",

@@ -18,9 +18,50 @@ def check_combinations(document: Document, *, held_out: bool = False) -> None:
             "best is chosen by the loss on held-out data, and data.eval names none",
             "hold out a share of the rows with data.eval=2%, or name a file",
         )
+    _check_batch(document)
     _check_quantization(document)
     _check_adapter(document)
     _check_objective(document)
+
+
+def _check_batch(document: Document) -> None:
+    batch, data = _section(document, "batch"), _section(document, "data")
+    packing = batch.get("packing", "none")
+    train = data.get("train")
+    sources = cast("list[Any]", train) if isinstance(train, list) else []
+    mixed = any(isinstance(one, dict) and ("weight" in one or "epochs" in one) for one in sources)
+    if packing != "none":
+        if batch.get("pack_tokens") is None and data.get("max_length", "auto") == "auto":
+            document.complain(
+                ("batch", "packing"),
+                "needs the tokens of a pack",
+                "add batch.pack_tokens=2048, or give data.max_length as a number",
+            )
+        if data.get("too_long") == "split":
+            document.complain(
+                ("data", "too_long"),
+                "is split, and batch.packing cuts as well",
+                "take data.too_long away; batch.packing=bfd_split makes pieces of long documents",
+            )
+    if mixed and packing == "wrapped":
+        document.complain(
+            ("batch", "packing"),
+            "is one stream of all documents, and weights or epochs of sources are another order",
+            "batch.packing=bfd, or take weight and epochs away",
+        )
+    if batch.get("group_by_prefix") is True:
+        if mixed:
+            document.complain(
+                ("batch", "group_by_prefix"),
+                "gathers like documents, and weights or epochs of sources spread them evenly",
+                "take one of the two away",
+            )
+        if data.get("shuffle") is False:
+            document.complain(
+                ("batch", "group_by_prefix"),
+                "chooses the order of documents, and data.shuffle=false keeps that of the data",
+                "take one of the two away",
+            )
 
 
 def _check_quantization(document: Document) -> None:

@@ -109,6 +109,39 @@ class Ledger:
         self._count(origin, Totals(rows=1, rows_held_out=1))
         self.explain(origin, HELD_OUT)
 
+    def take_back(
+        self,
+        origin: Origin,
+        *,
+        targets: int,
+        context: int,
+        reason: str,
+        whole: bool,
+        truncated: bool,
+    ) -> None:
+        """Targets and context of a row that are not learned from or read after all: cut off, or
+        with `whole` all that was left of the row. `truncated`: it was cut before.
+        """
+        counts = self.sources[origin.source]
+        counts.tokens_trained -= targets
+        counts.tokens_context -= context
+        if truncated:
+            counts.rows_truncated -= 1
+        else:
+            counts.rows_trained -= 1
+        if whole:
+            counts.rows_dropped += 1
+            counts.tokens_dropped += targets + context
+        else:
+            counts.rows_truncated += 1
+            counts.tokens_truncated += targets + context
+        self.explain(origin, reason, tokens=targets + context)
+
+    def relearn(self, source: str, *, targets: int) -> None:
+        """So many tokens of a source's context are targets now; below 0 the other way round."""
+        self.sources[source].tokens_trained += targets
+        self.sources[source].tokens_context -= targets
+
     def note_holdout(self, asked: str, choice: HoldoutChoice) -> None:
         """What was asked to be held out, how many rows that is, and the hashes of them."""
         contents = sorted(digest.hex() for digest in choice.digests)

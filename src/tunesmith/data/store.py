@@ -92,36 +92,26 @@ def _joined(arrays: Iterable[IntArray]) -> IntArray:
     return np.concatenate([np.empty(0, np.int32), *arrays])
 
 
-class Documents(Sequence[Document]):
+class Counted(Sequence[Document]):
+    """Documents whose sizes are known without building them."""
+
+    names: tuple[str, ...]  # of the sources that the documents are from
+    sources: IntArray  # for each document the place of its source in `names`
+    tokens: IntArray  # of each document
+    target_tokens: IntArray  # targets of each document
+    longest_paths: IntArray  # of each document, in tokens
+
+
+class Documents(Counted):
     """The documents of `Columns`; each is built when it is asked for and shares their memory."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Sources that the documents are from."""
-        return self._columns.names
-
-    @property
-    def sources(self) -> IntArray:
-        """For each document the place of its source in `names`."""
-        return self._columns.documents["source"]
-
-    @property
-    def tokens(self) -> IntArray:
-        """Tokens of each document."""
-        return self._columns.documents["tokens"]
-
-    @property
-    def target_tokens(self) -> IntArray:
-        """Targets of each document."""
-        return self._columns.documents["targets"]
-
-    @property
-    def longest_paths(self) -> IntArray:
-        """Longest path of each document, in tokens."""
-        return self._columns.documents["longest"]
+        self.names = columns.names
+        self.sources = columns.documents["source"]
+        self.tokens = columns.documents["tokens"]
+        self.target_tokens = columns.documents["targets"]
+        self.longest_paths = columns.documents["longest"]
 
     def __len__(self) -> int:
         return len(self._columns.documents)
@@ -238,7 +228,7 @@ def _mapped(path: Path, kind: np.dtype[Any]) -> Records:
 
 def source_numbers(documents: Sequence[Document]) -> tuple[tuple[str, ...], IntArray]:
     """Names of the sources, and for each document the place of its own among them."""
-    if isinstance(documents, Documents):
+    if isinstance(documents, Counted):
         return documents.names, documents.sources
     names: dict[str, int] = {}
     numbers = [names.setdefault(one.origin.source, len(names)) for one in documents]
@@ -247,20 +237,20 @@ def source_numbers(documents: Sequence[Document]) -> tuple[tuple[str, ...], IntA
 
 def token_counts(documents: Sequence[Document]) -> IntArray:
     """Tokens of each document, without building them where they are stored."""
-    if isinstance(documents, Documents):
+    if isinstance(documents, Counted):
         return documents.tokens
     return np.array([document.tokens for document in documents], np.int32)
 
 
 def target_counts(documents: Sequence[Document]) -> IntArray:
     """Targets of each document, without building them where they are stored."""
-    if isinstance(documents, Documents):
+    if isinstance(documents, Counted):
         return documents.target_tokens
     return np.array([document.target_tokens for document in documents], np.int32)
 
 
 def longest_paths(documents: Sequence[Document]) -> IntArray:
     """Longest path of each document in tokens, without building them where they are stored."""
-    if isinstance(documents, Documents):
+    if isinstance(documents, Counted):
         return documents.longest_paths
     return np.array([document.longest_path for document in documents], np.int32)

@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith.config.schema import Holdout, Recipe
 from tunesmith.data.conversation import Example
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.formats import detect_format, to_example
+from tunesmith.data.ledger import Ledger
 from tunesmith.data.loader import StepOrder
-from tunesmith.data.prepare import PreparedRow, iter_prepared
+from tunesmith.data.prepare import Prepared, PreparedRow, iter_prepared
 from tunesmith.data.render import render_example
 from tunesmith.data.sources import Source
+from tunesmith.data.store import source_numbers, token_counts
 from tunesmith.data.template import Template, load_template
 from tunesmith.doctor.catalogue import run_checks
 from tunesmith.doctor.corpus import Case, Corpus, Setup
@@ -23,8 +27,9 @@ from tunesmith.doctor.outcome import Finding
 from tunesmith.doctor.summary import summarize
 from tunesmith.errors import ModelError
 from tunesmith.model.source import resolve_model
-from tunesmith.train.assemble.order import step_order
+from tunesmith.train.assemble.order import pack_prepared, step_order
 from tunesmith.train.sources import choose_held_out, make_sources
+from tunesmith.types import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +53,10 @@ def diagnose(
         InputError: the recipe's data or model can't be read at all.
     """
     corpus = read_corpus(recipe, template, folders=folders, rows=rows)
-    order = plan_order(recipe, corpus)
+    order, documents = plan_order(recipe, corpus)
     setup = read_setup(recipe, template, order)
-    return Diagnosis(summarize(corpus, setup, order), run_checks(corpus, setup))
+    summary = summarize(corpus, setup, order, documents)
+    return Diagnosis(summary, run_checks(corpus, setup))
 
 
 def read_corpus(
@@ -118,21 +124,39 @@ def _within(case: Case, example: Example, template: Template, recipe: Recipe, li
     return replace(case, rendered=kept, over_long=True)
 
 
-def plan_order(recipe: Recipe, corpus: Corpus) -> StepOrder | None:
-    """The order of the steps over what is trained on; None where nothing is.
+def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[StepOrder | None, Sequence[Document]]:
+    """The order of the steps over what is trained on, None where nothing is, and the documents
+    (with `batch.packing` pieces of them) that it numbers.
 
     Raises:
-        DataError: the sources can't be mixed as asked.
+        DataError: the sources can't be mixed or packed as asked.
     """
-    kept = [
-        (case.rendered.document.tokens, case.section)
-        for case in corpus.train
-        if case.rendered is not None and case.rendered.document is not None
-    ]
-    if not kept:
-        return None
-    lengths, sections = zip(*kept, strict=True)
-    return step_order(recipe, recipe.data.train, lengths=lengths, sections=sections)
+    ledger = Ledger()
+    documents: list[Document] = []
+    section_of: dict[str, int] = {}
+    for case in corpus.train:
+        if case.rendered is None or case.rendered.document is None:
+            continue
+        document = case.rendered.document
+        documents.append(document)
+        section_of[document.origin.source] = case.section
+        tokens, targets = document.tokens, document.target_tokens
+        ledger.add_trained(
+            document.origin, tokens=tokens, targets=targets, context=tokens - targets
+        )
+    if not documents:
+        return None, documents
+    prepared = Prepared(documents, ledger, {}, "", [])
+    pack_prepared(recipe, prepared)
+    names, numbers = source_numbers(prepared.documents)
+    order = step_order(
+        recipe,
+        recipe.data.train,
+        lengths=token_counts(prepared.documents),
+        sections=np.array([section_of[name] for name in names], np.int32)[numbers],
+        documents=prepared.documents,
+    )
+    return order, prepared.documents
 
 
 def _example(row: PreparedRow, format: str, template: Template) -> Example | None:

@@ -25,8 +25,12 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _PROBED = 3  # steps whose prefixes are merged
 
 
-def summarize(corpus: Corpus, setup: Setup, order: StepOrder | None) -> dict[str, Any]:
-    """Plain values for JSON and for the page; lengths in tokens of the longest path."""
+def summarize(
+    corpus: Corpus, setup: Setup, order: StepOrder | None, ordered: Sequence[Document]
+) -> dict[str, Any]:
+    """Plain values for JSON and for the page; lengths in tokens of the longest path. `order`
+    numbers the documents of `ordered`.
+    """
     documents = [
         case.rendered.document
         for case in corpus.train
@@ -53,7 +57,7 @@ def summarize(corpus: Corpus, setup: Setup, order: StepOrder | None) -> dict[str
         "target_tokens": sum(targets),
         "steps_per_epoch": order.steps_per_epoch if order is not None else 0,
         "total_steps": setup.total_steps or 0,
-        "shared_prefix_share": _shared(documents, order),
+        "shared_prefix_share": _shared(ordered, order),
     }
 
 

@@ -76,10 +76,11 @@ def _shortened(text: str) -> str:
 
 
 def _batch(recipe: Recipe) -> str:
+    what = "documents" if recipe.batch.packing == "none" else "packs"
     return (
         f"{recipe.batch.tokens} tokens"
         if recipe.batch.tokens
-        else f"{recipe.batch.documents} documents"
+        else f"{recipe.batch.documents} {what}"
     )
 
 

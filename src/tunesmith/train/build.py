@@ -13,7 +13,6 @@ import torch
 from tunesmith.config.schema import Recipe
 from tunesmith.data.store import longest_paths
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.reduce import Replicated
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import Mode
@@ -46,7 +45,8 @@ from tunesmith.train.assemble.objective import (
     own_objective,
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
-from tunesmith.train.assemble.order import pin, plan_steps
+from tunesmith.train.assemble.order import pack_prepared, pin, plan_steps
+from tunesmith.train.assemble.ranks import check_sharing, share_model
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
@@ -76,6 +76,7 @@ def build(
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
     given = given or Given()
+    check_sharing(recipe, ranks)
     device = ranks.device(choose_device(recipe))
     if device.type == "cpu":
         keep_freed_memory()
@@ -104,6 +105,7 @@ def build(
             )
         )
     notes += prepared.notes
+    packing = pack_prepared(recipe, prepared)
     room = int(ranks.least(_room(device, ranks)))
     model = load_model(recipe, source, given, device, template=template)
     notes += model.notes
@@ -116,7 +118,7 @@ def build(
     micro_tokens, checkpointing = fit_device(
         recipe, model, device, longest=longest, room=room, held=size
     )
-    steps = plan_steps(recipe, prepared, train)
+    steps = plan_steps(recipe, prepared, train, packing)
     order, total = steps.order, steps.total
     notes += steps.notes
     resolved = pin(
@@ -126,6 +128,12 @@ def build(
     )
     assert isinstance(resolved.optim.lr, float)
     model.train()
+    costs = model_costs(model)
+    loss = make_loss(recipe, model, order, total_steps=total, own=own)
+    reduce = share_model(recipe, model, ranks)
+    shards = reduce.sharded
+    optimizer = make_optimizer(resolved, model, None if shards is None else shards.parts)
+    optimizer.sharing = shards
     job = Job(
         recipe=resolved,
         model=model,
@@ -143,8 +151,8 @@ def build(
             min_lr=resolved.optim.min_lr,
             decay=resolved.optim.decay,
         ),
-        optimizer=make_optimizer(resolved, model),
-        loss=make_loss(recipe, model, order, total_steps=total, own=own),
+        optimizer=optimizer,
+        loss=loss,
         device=device,
         micro_tokens=micro_tokens,
         share=_share(recipe, tested, model),
@@ -153,11 +161,9 @@ def build(
         own_objective=own,
         notes=notes,
         ranks=ranks,
-        costs=model_costs(model),
+        reduce=reduce,
+        costs=costs,
     )
-    if not ranks.alone:
-        job.reduce = Replicated(ranks, job.optimizer.parameters)
-        ranks.copy_from_first(job.optimizer.parameters)
     job.chosen = _chosen(job, tested, checkpointing)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from tunesmith.config.schema import Holdout, Recipe, SourceSection
 from tunesmith.data.loader import StepOrder
 from tunesmith.data.mixture import Portion, mix
+from tunesmith.data.packs import WRAPPED, Packing, make_packs
+from tunesmith.data.prefixes import PrefixGroups
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import Source
 from tunesmith.data.store import source_numbers, token_counts
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.train.sources import is_mixture
-from tunesmith.types import IntArray
+from tunesmith.types import Document, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,57 @@ class Steps:
     notes: list[str]
 
 
-def plan_steps(recipe: Recipe, prepared: Prepared, sources: Sequence[Source]) -> Steps:
+def pack_prepared(recipe: Recipe, prepared: Prepared) -> Packing | None:
+    """Cut or join the prepared documents as `batch.packing` says; None where it says none.
+
+    Raises:
+        DataError: they can't be packed as asked.
+    """
+    batch = recipe.batch
+    if batch.packing == "none":
+        return None
+    capacity = pack_length(recipe)
+    packing = make_packs(prepared, kind=batch.packing, capacity=capacity)
+    if packing.cut and batch.packing == "bfd_split" and is_mixture(recipe.data.train):
+        raise DataError(
+            f"{packing.cut:,} documents are longer than a pack of {capacity} tokens, and their "
+            "pieces have no place in a mixture, which counts documents",
+            where="batch.packing",
+            hint="larger packs with batch.pack_tokens, or data.max_length and data.too_long=drop",
+        )
+    return packing
+
+
+def pack_length(recipe: Recipe) -> int:
+    """Tokens of a pack: `batch.pack_tokens`, else `data.max_length`."""
+    found = recipe.batch.pack_tokens or recipe.data.max_length
+    if isinstance(found, str):
+        raise RecipeError(
+            "needs the tokens of a pack", where="batch.packing", hint="batch.pack_tokens=2048"
+        )
+    return found
+
+
+def plan_steps(
+    recipe: Recipe,
+    prepared: Prepared,
+    sources: Sequence[Source],
+    packing: Packing | None = None,
+) -> Steps:
     """The steps of a run over prepared documents; the plan is entered in their ledger."""
     lengths = token_counts(prepared.documents)
-    names, numbers = source_numbers(prepared.documents)
-    section_of = {source.name: source.section for source in sources}
-    sections = np.array([section_of[name] for name in names], np.int32)[numbers]
+    sections = _sections(prepared.documents, sources)
     written = recipe.data.train if any(source.path for source in sources) else []
-    order = step_order(recipe, written, lengths=lengths, sections=sections)
+    order = step_order(
+        recipe, written, lengths=lengths, sections=sections, documents=prepared.documents
+    )
     total = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
-    plan = _plan(written, order.visits(total), lengths=lengths, sections=sections)
+    visits = order.visits(total)
+    if packing is not None:
+        # The plan speaks of rows: of one in pieces, the first stands for it.
+        visits = np.where(packing.first < 0, 0, visits[packing.first])
+        lengths, sections = token_counts(packing.given), _sections(packing.given, sources)
+    plan = _plan(written, visits, lengths=lengths, sections=sections)
     if any(section.weight is not None for section in written):
         plan.update(mix_by=recipe.data.mix_by, mix_stop=recipe.data.mix_stop)
     plan["steps"] = total
@@ -47,8 +91,19 @@ def plan_steps(recipe: Recipe, prepared: Prepared, sources: Sequence[Source]) ->
         entry["commit"] = inside[0].commit
         if entry["source"] is None:
             entry["source"] = inside[0].name
+    notes = [plan_line(plan)] if is_mixture(written) else []
+    if packing is not None:
+        plan["packing"] = packing_record(packing, prepared.documents, order)
+        notes.append(packing_line(plan["packing"]))
     prepared.ledger.plan = plan
-    return Steps(order, total, [plan_line(plan)] if is_mixture(written) else [])
+    return Steps(order, total, notes)
+
+
+def _sections(documents: Sequence[Document], sources: Sequence[Source]) -> IntArray:
+    """For each document the number of the section of data.train that it is from."""
+    names, numbers = source_numbers(documents)
+    section_of = {source.name: source.section for source in sources}
+    return np.array([section_of[name] for name in names], np.int32)[numbers]
 
 
 def step_order(
@@ -57,9 +112,10 @@ def step_order(
     *,
     lengths: Sequence[int] | IntArray,
     sections: Sequence[int] | IntArray,
+    documents: Sequence[Document] = (),
 ) -> StepOrder:
     """The order of documents with `lengths` tokens, each from the source of `written` that
-    `sections` numbers.
+    `sections` numbers; `documents` themselves are looked at to group them by prefix.
 
     Raises:
         DataError: the sources can't be mixed as asked.
@@ -82,10 +138,14 @@ def step_order(
             )
         data = recipe.data
         mixture = mix(portions, by=data.mix_by, stop=data.mix_stop, seed=seed, shuffle=shuffle)
+    batch = recipe.batch
+    whole = batch.packing not in ("none", WRAPPED)
     return StepOrder(
         lengths,
-        documents=None if recipe.batch.tokens else recipe.batch.documents,
-        tokens=recipe.batch.tokens,
+        documents=None if batch.tokens else batch.documents,
+        tokens=batch.tokens,
+        pack_tokens=pack_length(recipe) if whole else None,
+        groups=PrefixGroups(documents) if batch.group_by_prefix else None,
         seed=seed,
         shuffle=shuffle,
         mixture=mixture,
@@ -141,6 +201,42 @@ def plan_line(plan: Mapping[str, Any]) -> str:
             f"seen {entry['passes']:.3g} times{missing}"
         )
     return f"mix: {'; '.join(parts)}"
+
+
+def packing_record(
+    packing: Packing, documents: Sequence[Document], order: StepOrder
+) -> dict[str, Any]:
+    """Packs, how full they are, and what was cut, in plain values."""
+    packs = order.packs(0)
+    tokens = int(token_counts(documents).sum())
+    count = len(documents) if packs is None else len(packs)
+    room = max(1, count * packing.capacity)
+    return {
+        "kind": packing.kind,
+        "pack_tokens": packing.capacity,
+        "documents": len(packing.given),
+        "pieces": len(documents) if packs is not None else None,
+        "packs": count,
+        "fill": round(tokens / room if packs is None else packs.fill, 6),
+        "rows_cut": packing.cut,
+        "tokens_lost": packing.lost,
+        "targets_lost": packing.unlearned,
+        "targets_gained": packing.learned,
+    }
+
+
+def packing_line(record: Mapping[str, Any]) -> str:
+    """The packs in one line, with what was cut."""
+    line = (
+        f"packing: {record['kind']}, {record['documents']:,} documents in {record['packs']:,} "
+        f"packs of {record['pack_tokens']:,} tokens, {record['fill']:.2%} full"
+    )
+    if record["rows_cut"]:
+        line += (
+            f"; {record['rows_cut']:,} documents cut, {record['tokens_lost']:,} tokens and "
+            f"{record['targets_lost']:,} targets lost"
+        )
+    return line
 
 
 def pin(

@@ -1,0 +1,87 @@
+"""Which documents begin alike, and orders of all documents in which those follow each other.
+
+Prefixes are compared in blocks of `BLOCK` tokens: shorter ones save next to nothing, and a step of
+nothing but answers that begin with the same word would be no fair sample. Of a document the path
+to its first leaf is looked at. Blocks are compared by hashes of 64 bits; should two meet, unlike
+documents come together, which is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.types import Document, IntArray
+
+BLOCK = 16
+"""Tokens by which prefixes grow."""
+
+_Hashes = NDArray[np.uint64]
+_FACTORS = np.random.Generator(np.random.PCG64(0)).integers(1, 2**64, BLOCK, np.uint64) | np.uint64(
+    1
+)
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)
+
+
+class PrefixGroups:
+    """Documents in groups that share a prefix, these in groups that share a longer one, ..."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._count = len(documents)
+        self._levels: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        hashes = [prefix_hashes(documents[number]) for number in range(self._count)]
+        depth = np.array([len(one) for one in hashes], np.int64)
+        begin = np.cumsum(depth) - depth
+        flat = np.concatenate([np.empty(0, np.uint64), *hashes])
+        alive, groups, level = np.flatnonzero(depth > 0), 0, 0
+        while len(alive):
+            _, which, count = np.unique(
+                flat[begin[alive] + level], return_inverse=True, return_counts=True
+            )
+            shared = count[which] > 1
+            members = alive[shared]
+            found = int((count > 1).sum())
+            # A level that divides nobody from anybody adds nothing.
+            if len(members) and (found != groups or len(members) < len(alive)):
+                self._levels.append((members, which[shared]))
+            level, groups = level + 1, found
+            alive = members[depth[members] > level]
+
+    @property
+    def grouped(self) -> int:
+        """Documents that share a prefix with another."""
+        return len(self._levels[0][0]) if self._levels else 0
+
+    def order(self, seed: Sequence[int]) -> IntArray:
+        """All documents once, groups in random order, each with its members in random order.
+
+        A pure function of `seed`, which is not used elsewhere with a 1 behind it. [documents] int32
+        """
+        random = np.random.Generator(np.random.PCG64((*seed, 1)))
+        keys = [random.random(self._count)]
+        for members, group in reversed(self._levels):
+            # Who is in no group at this depth stands where its own number falls.
+            key = random.random(self._count)
+            key[members] = random.random(int(group.max()) + 1)[group]
+            keys.append(key)
+        return np.lexsort(keys).astype(np.int32)
+
+
+def prefix_hashes(document: Document) -> _Hashes:
+    """A number for each whole block of the path to the first leaf: that of all tokens up to it."""
+    parts: list[IntArray] = []
+    at = 0
+    while at >= 0:
+        parts.append(document.segments[at].ids)
+        at = next((n for n, one in enumerate(document.segments) if one.parent == at), -1)
+    ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    blocks = len(ids) // BLOCK
+    table = ids[: blocks * BLOCK].astype(np.uint64).reshape(blocks, BLOCK)
+    mixed = ((table + np.uint64(1)) * _FACTORS).sum(axis=1, dtype=np.uint64)
+    mixed += np.arange(1, blocks + 1, dtype=np.uint64) * _STRIDE
+    mixed ^= mixed >> np.uint64(31)
+    mixed *= _STRIDE
+    mixed ^= mixed >> np.uint64(29)
+    return np.cumsum(mixed, dtype=np.uint64)
