@@ -125,7 +125,7 @@ def _templated_text(template: Template, made: random.Random) -> list[dict[str, A
 def slowly(template: Template) -> Template:
     """The same template, asked through transformers alone."""
     slow = dataclasses.replace(template)
-    slow._memo.tried = True
+    slow.memo.tried = True
     return slow
 
 

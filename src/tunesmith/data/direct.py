@@ -8,6 +8,9 @@ from typing import Any, cast
 from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
+from tunesmith.data.clock import TooSlow
+from tunesmith.data.limits import compile_bounded
+
 CAPTURE = "{{ tunesmith_take(messages, tools) }}"
 """A template that hands over what transformers makes of messages and tools before rendering."""
 
@@ -29,6 +32,7 @@ class Memo:
         self.texts: dict[tuple[int, ...], str] = {}
         self.direct: DirectTemplate | None = None
         self.tried = False
+        self.form: Any = None
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()
@@ -47,17 +51,16 @@ def find_direct(tokenizer: Any, jinja: str | None, *, apply: Apply) -> DirectTem
     try:
         found = DirectTemplate(jinja, apply=apply, tokens=tokenizer.special_tokens_map)
         return found if found.agrees() else None
+    except TooSlow:
+        raise
     except Exception:
         # Not all versions of transformers compile alike; the public way works with all of them.
         return None
 
 
 def compile_template(text: str) -> Any:
-    """The template as transformers compiles it. Raises TemplateSyntaxError."""
-    from transformers.utils import chat_template_utils
-
-    compiled: Any = chat_template_utils._compile_jinja_template  # pyright: ignore
-    return compiled(text)
+    """The template as transformers compiles it, within limits. Raises TemplateSyntaxError."""
+    return compile_bounded(text)
 
 
 class DirectTemplate:
@@ -147,6 +150,8 @@ class DirectTemplate:
     def _outcome(render: Callable[[Any], str | None], probe: Mapping[str, Any]) -> str | None:
         try:
             return render(probe)
+        except TooSlow:
+            raise
         except Exception as error:
             # A template is foreign code: any exception is a refusal, to be the same both ways.
             return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Rows that bring their own control tokens or their own ids: parts, templated text, tokens.
+"""Rows that bring their own control tokens or their own ids: parts and tokens.
 
 Nothing is added to them, so what inference has to send is exactly what stands before a learned run.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunesmith.data.conversation import Parts, TemplatedText, Tokens
+from tunesmith.data.conversation import Parts, Tokens
 from tunesmith.data.faults import refuse
 from tunesmith.data.paths import make_segment
 from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
@@ -42,40 +42,18 @@ def render_parts(
 
 
 def prompt_of_own_text(
-    example: Parts | TemplatedText | Tokens, template: Template
+    example: Parts | Tokens, template: Template
 ) -> tuple[list[int], list[int] | None]:
-    """Ids before the last learned run, and those of the run; all ids and None without one.
-
-    Raises:
-        RowError: the row can't be told apart.
-    """
+    """Ids before the last learned run, and those of the run; all ids and None without one."""
     if isinstance(example, Tokens):
         ids = list(example.ids)
         runs = _runs(example.learned)
         return (ids[: runs[-1][0]], ids[slice(*runs[-1])]) if runs else (ids, None)
-    if isinstance(example, TemplatedText):
-        example = _told_apart(example, template)
     texts = _merged(example)
     last = max((at for at, (_, learned) in enumerate(texts) if learned), default=None)
     found = template.encode([text for text, _ in texts[: None if last is None else last + 1]])
     answer = None if last is None else found.pop()
     return [token for ids in found for token in ids], answer
-
-
-def render_templated(
-    example: TemplatedText,
-    template: Template,
-    train_on: str | list[str],
-    limit: Limit,
-    origin: Origin,
-) -> Rendering:
-    """The document of a conversation that a template has written: the answers are learned.
-
-    An answer stands between the template's own opening of one and the next stop token, which
-    belongs to it.
-    """
-    parts = _told_apart(example, template)
-    return (yield from render_parts(parts, template, train_on, limit, origin))
 
 
 def _merged(example: Parts) -> list[tuple[str, bool]]:
@@ -87,58 +65,6 @@ def _merged(example: Parts) -> list[tuple[str, bool]]:
         elif text:
             texts.append((text, learned))
     return texts
-
-
-def _told_apart(example: TemplatedText, template: Template) -> Parts:
-    """The conversation's prompts and answers, by the template's own marks."""
-    opening = answer_opening(template)
-    pieces = example.text.split(opening)
-    if len(pieces) == 1:
-        refuse(
-            "no-turn-marker",
-            f"the text never opens an answer with {opening!r}, as the chat template does",
-            "the data may be made with another model's template: data.template=FOLDER or FILE",
-        )
-    texts, prompt = list[tuple[str, bool]](), pieces[0] + opening
-    for number, piece in enumerate(pieces[1:]):
-        end = _answer_end(piece, template)
-        if end is None:
-            refuse("no-stop-token", f"answer {number} has no stop token: {piece[-40:]!r}")
-        texts += [(prompt, False), (piece[:end], True)]
-        prompt = piece[end:] + opening
-    rest = pieces[-1][len(texts[-1][0]) :]
-    if rest:
-        texts.append((rest, False))
-    return Parts(tuple(texts))
-
-
-def answer_opening(template: Template) -> str:
-    """What the chat template writes to ask for an answer.
-
-    Raises:
-        RowError: there is no chat template, or it writes nothing for it.
-    """
-    probe = [{"role": "user", "content": "x"}]
-    before = template.render(probe)
-    asked = template.render(probe, add_generation_prompt=True)
-    opening = asked[len(before) :] if asked.startswith(before) else ""
-    if not opening.strip():
-        refuse(
-            "no-turn-marker",
-            "the chat template writes nothing before an answer by which one could be found",
-            "give the rows as messages",
-        )
-    return opening
-
-
-def _answer_end(piece: str, template: Template) -> int | None:
-    """Where the first stop token of the text ends."""
-    ends = [
-        at + len(text)
-        for text in (template.token_text(stop) for stop in template.stop_ids)
-        if (at := piece.find(text)) >= 0
-    ]
-    return min(ends, default=None)
 
 
 def render_tokens(
@@ -168,13 +94,18 @@ def _runs(learned: Sequence[bool]) -> list[_Run]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _wanted(runs: Sequence[_Run], length: int, train_on: str | list[str]) -> list[_Run]:
+def refuse_roles(train_on: str | list[str]) -> None:
+    """Raises RowError if `train_on` names roles, which these rows don't have."""
     if isinstance(train_on, list):
         refuse(
             "conflicting-wishes",
             f"data.train_on names roles ({', '.join(train_on)}), but the row has none",
             "data.train_on=auto learns what the row marks",
         )
+
+
+def _wanted(runs: Sequence[_Run], length: int, train_on: str | list[str]) -> list[_Run]:
+    refuse_roles(train_on)
     if train_on == "all":
         return [(0, length)]
     return list(runs[-1:]) if train_on == "last" else list(runs)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tunesmith.types import IntArray, Segment
+from tunesmith.data.rendered import TOO_LONG, Limit, Rendered, over_long
+from tunesmith.types import Document, IntArray, Origin, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,26 @@ def make_segment(
         weight=np.repeat(np.array([t[2] for t in ordered], np.float32), counts),
         message=np.repeat(np.array([t[3] for t in ordered], np.int32), counts),
     )
+
+
+def fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: int) -> Rendered:
+    """The paths' document; under a limit, of the paths that fit, since a path is never cut.
+
+    Raises:
+        RowError: a path is too long, and over-long rows are errors.
+    """
+    segments = merge_paths(paths)
+    tokens = sum(len(segment.ids) for segment in segments) + unused
+    max_length, too_long = limit
+    longest = max(len(path.ids) for path in paths)
+    if max_length is None or longest <= max_length:
+        return Rendered(Document(segments, origin), "trained", None, tokens, unused)
+    if too_long == "error":
+        raise over_long(longest, max_length)
+    kept = [path for path in paths if len(path.ids) <= max_length]
+    if too_long == "drop" or not kept:
+        return Rendered(None, "dropped", TOO_LONG, tokens, 0)
+    return Rendered(Document(merge_paths(kept), origin), "truncated", TOO_LONG, tokens, unused)
 
 
 def common_length(a: IntArray, b: IntArray) -> int:

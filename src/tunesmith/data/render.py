@@ -18,10 +18,11 @@ from tunesmith.data.conversation import (
 )
 from tunesmith.data.encoding import Wanted
 from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.own_text import render_parts, render_templated, render_tokens
-from tunesmith.data.paths import TokenPath, make_segment, merge_paths
+from tunesmith.data.own_text import render_parts, render_tokens
+from tunesmith.data.paths import TokenPath, fit_paths, make_segment
 from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
 from tunesmith.data.template import Template
+from tunesmith.data.templated import render_templated
 from tunesmith.data.turns import Turn, read_turns, render_all
 from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
@@ -135,7 +136,7 @@ def _chat(
         for number, turn in enumerate(turns)
         if (path := _path(turn, ids[2 * number], ids[2 * number + 1], template)) is not None
     ]
-    return _fit_paths(paths, limit, origin, unused)
+    return fit_paths(paths, limit, origin, unused)
 
 
 def _path(turn: Turn, prompt: IntArray, target: IntArray, template: Template) -> TokenPath | None:
@@ -183,21 +184,6 @@ def _no_stop(turn: Turn, target: IntArray, template: Template) -> RowError:
             "generation_config.json names as eos",
         )
     )
-
-
-def _fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: int) -> Rendered:
-    segments = merge_paths(paths)
-    tokens = sum(len(segment.ids) for segment in segments) + unused
-    max_length, too_long = limit
-    longest = max(len(path.ids) for path in paths)
-    if max_length is None or longest <= max_length:
-        return Rendered(Document(segments, origin), "trained", None, tokens, unused)
-    if too_long == "error":
-        raise over_long(longest, max_length)
-    kept = [path for path in paths if len(path.ids) <= max_length]
-    if too_long == "drop" or not kept:
-        return Rendered(None, "dropped", TOO_LONG, tokens, 0)
-    return Rendered(Document(merge_paths(kept), origin), "truncated", TOO_LONG, tokens, unused)
 
 
 def _stream(

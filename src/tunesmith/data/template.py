@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tunesmith.data.clock import TooSlow
 from tunesmith.data.dates import check_dates
 from tunesmith.data.direct import Memo, compile_template, find_direct
 from tunesmith.data.faults import Fault, RowError
+from tunesmith.data.limits import bounded_sandbox
 from tunesmith.data.stops import closing_tokens
 from tunesmith.data.template_choice import NewToken, choose, with_tokens
 from tunesmith.errors import DataError, ModelError
@@ -22,6 +24,7 @@ _UNBOUNDED = 10**9
 _SHORT = 8
 """Runs of ids up to this long are decoded once: ends of turns, single tokens."""
 _TEXTS_KEPT = 4096
+_REASON = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Template:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     added: tuple[NewToken, ...] = ()
     named: Mapping[str, str] = field(default_factory=dict[str, str])
-    _memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -71,12 +74,12 @@ class Template:
         if not self.has_chat_template:
             raise RowError(_no_chat_template())
         arguments = {**self.kwargs, **(kwargs or {})}
-        if not self._memo.tried:
-            self._memo.tried = True
-            self._memo.direct = find_direct(self.tokenizer, self.jinja, apply=self._apply)
+        if not self.memo.tried:
+            self.memo.tried = True
+            self.memo.direct = find_direct(self.tokenizer, self.jinja, apply=self._apply)
         try:
-            if self._memo.direct is not None:
-                text = self._memo.direct.render(
+            if self.memo.direct is not None:
+                text = self.memo.direct.render(
                     messages,
                     tools=tools,
                     add_generation_prompt=add_generation_prompt,
@@ -87,6 +90,8 @@ class Template:
             return self._apply(
                 messages, tools=tools, add_generation_prompt=add_generation_prompt, **arguments
             )
+        except TooSlow:
+            raise
         except Exception as error:
             # A template is foreign code: whatever it raises means that it can't take this row.
             raise RowError(_refusal(error)) from error
@@ -101,14 +106,15 @@ class Template:
         **arguments: Any,
     ) -> str:
         # As a batch of one, since an empty conversation is read only there.
-        texts = self.tokenizer.apply_chat_template(
-            [list(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=chat_template or self.jinja,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **arguments,
-        )
+        with bounded_sandbox():
+            texts = self.tokenizer.apply_chat_template(
+                [list(messages)],
+                tools=list(tools) if tools else None,
+                chat_template=chat_template or self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **arguments,
+            )
         return str(texts[0])
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
@@ -129,15 +135,15 @@ class Template:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens written out."""
         key = tuple(int(token) for token in ids)
-        text = self._memo.texts.get(key)
+        text = self.memo.texts.get(key)
         if text is None:
             text = str(
                 self.tokenizer.decode(
                     list(key), skip_special_tokens=False, clean_up_tokenization_spaces=False
                 )
             )
-            if len(key) <= _SHORT and len(self._memo.texts) < _TEXTS_KEPT:
-                self._memo.texts[key] = text
+            if len(key) <= _SHORT and len(self.memo.texts) < _TEXTS_KEPT:
+                self.memo.texts[key] = text
         return text
 
     def token_text(self, token: int) -> str:
@@ -286,7 +292,7 @@ def _check_syntax(text: str, path: Path) -> None:
 
 
 def _refusal(error: Exception) -> Fault:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_REASON]
     return Fault(
         "template-refused",
         f"the chat template can't render this row: {reason}",

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.conversation import Chat, Completion, Example, Text
+from tunesmith.data.conversation import Chat, Completion, Example, TemplatedText, Text
 from tunesmith.data.own_text import prompt_of_own_text
 from tunesmith.data.template import Template
+from tunesmith.data.templated import find_answers
 from tunesmith.generate.batched import visible_text
 from tunesmith.types import NO_MESSAGE, Document, IntArray
 
@@ -35,6 +36,11 @@ def prompt_from(example: Example, template: Template) -> Prompt:
         return _raw_prompt(example.prompt, template, reference=example.completion or None)
     if isinstance(example, Text):
         return _raw_prompt(example.text, template, reference=None)
+    if isinstance(example, TemplatedText):
+        text, spans = find_answers(example, template, last_only=True)
+        start, end = spans[-1]
+        asked, answer = template.encode([text[:start], text[start:end]])
+        return Prompt(tuple(asked), text[:start], _until_stop(answer, template))
     asked, answer = prompt_of_own_text(example, template)
     reference = None if answer is None else _until_stop(answer, template)
     return Prompt(tuple(asked), template.decode(asked), reference)
