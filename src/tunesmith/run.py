@@ -16,7 +16,15 @@ from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.train.folder import RunFolder, is_run, open_run, read_json, write_json, write_text
+from tunesmith.train.folder import (
+    RunFolder,
+    is_run,
+    open_run,
+    read_json,
+    write_json,
+    write_text,
+    writing_result,
+)
 from tunesmith.train.job import run_files
 from tunesmith.train.lock import LOCK
 
@@ -143,10 +151,14 @@ def _open(ranks: Ranks, open_first: Callable[[], RunFolder]) -> RunFolder:
 
 
 def resume(
-    run: str | PathLike[str], *, overrides: Sequence[str | Override] = (), progress: bool = True
+    run: str | PathLike[str],
+    *,
+    overrides: Sequence[str | Override] = (),
+    changed_data: bool = False,
+    progress: bool = True,
 ) -> Run:
     """Go on with a run from its newest good checkpoint; overrides may change `device`, `log` and
-    `checkpoint` only.
+    `checkpoint` only. Rows that are no longer what they were are refused but for `changed_data`.
 
     Raises:
         InputError: not a run, another process trains in it, or an override changes what is learned.
@@ -167,7 +179,10 @@ def resume(
     ranks = connect(asked.device.kind)
     with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
         beside = _recipe_folders(path)
-        return _run(folder, asked, Given(), ranks=ranks, beside=beside, progress=progress)
+        return _run(
+            folder, asked, Given(),
+            ranks=ranks, beside=beside, changed_data=changed_data, progress=progress,
+        )  # fmt: skip
 
 
 def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any:
@@ -211,6 +226,7 @@ def _run(
     *,
     ranks: Ranks,
     beside: Sequence[Path],
+    changed_data: bool = False,
     progress: bool,
 ) -> Run:
     """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
@@ -233,7 +249,7 @@ def _run(
     if folder.resumed:
         from tunesmith.train.again import check_data
 
-        check_data(path, job)
+        check_data(path, job, changed_data=changed_data)
     elif ranks.first:
         _write_start(path, asked, job)
     try:
@@ -318,8 +334,9 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     take_best(trainer)
     metrics: Mapping[str, float] = {}
     if job.ranks.first:
-        trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
-        metrics = write_result(path, job)
+        with writing_result(path):
+            trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
+            metrics = write_result(path, job)
     job.ranks.wait()
     metrics = job.ranks.share(metrics)
     return Run(

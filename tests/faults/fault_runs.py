@@ -19,6 +19,16 @@ OPTIONS = [
     "device.threads=1",
     "optim.lr=0.01",
 ]
+KILL_AFTER = """
+import os, signal
+from tunesmith.train.trainer import Trainer
+save = Trainer.save
+def saved(self):
+    save(self)
+    if self.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.save = saved
+"""
 UNLIKE = ("seconds", "tokens_per_second", "peak_memory")
 
 
@@ -29,11 +39,14 @@ class Place:
     folder: Path
     server: Server
 
-    def arguments(self, out: Path, options: Sequence[str] = ()) -> list[str]:
+    def arguments(
+        self, out: Path, options: Sequence[str] = (), *, rows: Path | None = None
+    ) -> list[str]:
         """Of a run that starts, or goes on, in `out`."""
         return [
             "train", "--model", str(self.folder / "model"),
-            "--data", str(self.folder / "rows.jsonl"), "--eval", str(self.folder / "eval.jsonl"),
+            "--data", str(rows or self.folder / "rows.jsonl"),
+            "--eval", str(self.folder / "eval.jsonl"),
             "--out", str(out), "--resume", *OPTIONS, *options,
         ]  # fmt: skip
 
@@ -42,6 +55,12 @@ class Place:
 
     def run(self, out: Path, options: Sequence[str] = (), *, prelude: str = "") -> Running:
         return self.server.run(self.arguments(out, options), prelude=prelude)
+
+    def killed_after(self, out: Path, step: int, options: Sequence[str] = ()) -> Path:
+        """A run that was killed once this step was saved."""
+        done = self.run(out, options, prelude=KILL_AFTER.format(step=step))
+        assert done.code == -9, done.said
+        return out
 
     def resume(self, out: Path, options: Sequence[str] = (), *, prelude: str = "") -> Running:
         return self.server.run(["resume", str(out), *options], prelude=prelude)

@@ -15,11 +15,14 @@ def resume(
             metavar="[SECTION.KEY=VALUE]...", help="Changes under device, log or checkpoint."
         ),
     ] = None,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="Go on although the rows have changed.")
+    ] = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""
     from tunesmith.distributed.launched import speaks
     from tunesmith.run import resume as go_on
 
-    finished = go_on(run, overrides=overrides or ())
+    finished = go_on(run, overrides=overrides or (), changed_data=changed_data)
     if speaks():
         print(finished.model_folder)

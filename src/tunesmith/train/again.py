@@ -9,11 +9,11 @@ from tunesmith.config.dump import Difference, differences
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import SCIENCE, Recipe
-from tunesmith.errors import RecipeError
+from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.train.checkpoint import differences as changed
 from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.console import announce
-from tunesmith.train.folder import read_json
+from tunesmith.train.folder import read_json, write_json
 from tunesmith.train.job import Job, run_files
 from tunesmith.train.memory_retry import take_over
 from tunesmith.train.own_objective import check_same
@@ -61,14 +61,37 @@ def resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
     return new
 
 
-def check_data(path: Path, job: Job) -> None:
-    machine = read_json(run_files(path)["machine"])
-    check_unchanged(machine["data"], job.prepared.content_hashes)
+def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
+    """Refuse to go on with other rows, another template or another objective than before.
+
+    With `changed_data` other rows are taken: the run's machine.json and ledger then have them.
+
+    Raises:
+        DataError: names the source that differs.
+    """
+    file = run_files(path)["machine"]
+    machine = read_json(file)
     check_unchanged(
         {"the chat template": machine["template"]["sha256"]},
         {"the chat template": job.template.sha256},
+        hint="put it back, or start anew: tunesmith train RUN/recipe.yaml --out NEW",
     )
     check_same(machine.get("objective"), job.own_objective)
+    data = dict(job.prepared.content_hashes)
+    held_out = {held.name: held.content_hash for held in job.eval_sets}
+    if not changed_data:
+        check_unchanged(machine["data"], data)
+        check_unchanged(machine["eval"], held_out)
+    elif (data, held_out) != (machine["data"], machine["eval"]) and job.ranks.first:
+        if job.loss.outer is not None:
+            raise DataError(
+                "psft compares with what the model made of the rows before, so they can't change",
+                where=str(path),
+                hint="put them back, or start a new run",
+            )
+        before = [*machine.get("data_before", []), {**machine["data"], **machine["eval"]}]
+        write_json(file, {**machine, "data": data, "eval": held_out, "data_before": before})
+        job.prepared.ledger.save(run_files(path)["ledger"])
 
 
 def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
@@ -89,7 +112,19 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
         if meta.get("micro_tokens") != now["micro_tokens"]:
             unlike.append(f"micro_tokens was {meta.get('micro_tokens')}, is {now['micro_tokens']}")
         trainer.restore(found.path)
+        if meta.get("data", now["data"]) != now["data"]:
+            trainer.rows.forget()
+            unlike.append("the rows differ, and rows.parquet begins anew")
+            lines.append("resume: the data has changed; order and schedule are the new data's")
         exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
+        if found.step > trainer.job.total_steps:
+            raise RunError(
+                f"the run has done {found.step} steps, and with this data it has "
+                f"{trainer.job.total_steps}",
+                where=str(path),
+                hint="put the data back, or start a new run from its result: "
+                f"tunesmith train --model {path}",
+            )
         lines.append(f"resume: from step {found.step}, {exact}")
     if progress:
         announce(lines)

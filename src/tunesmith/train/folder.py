@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from safetensors import SafetensorError
 
 from tunesmith.errors import InputError, RunError
 from tunesmith.train.lock import LOCK, FolderLock, take_lock
@@ -150,6 +153,24 @@ def read_json(path: Path) -> Any:
         raise InputError("there is no such file", where=str(path)) from None
     except ValueError as error:
         raise InputError(f"is not JSON: {error}", where=str(path)) from None
+
+
+@contextmanager
+def writing_result(folder: Path) -> Iterator[None]:
+    """Inside, the result of a finished training is written.
+
+    Raises:
+        RunError: it can't be, in place of what the system says.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(
+            f"the result can't be written: {reason}; the training is done and saved",
+            where=str(folder),
+            hint=f"`tunesmith resume {folder}` writes it once it can be written",
+        ) from error
 
 
 def sync_folder(path: Path) -> None:

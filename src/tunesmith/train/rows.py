@@ -51,6 +51,10 @@ class RowLosses:
         self._loss = [tensors["rows.loss"].numpy()]
         self._weight = [tensors["rows.weight"].numpy()]
 
+    def forget(self) -> None:
+        """Begin anew, since the documents are others now."""
+        self.__init__()
+
     def _columns(self) -> dict[str, NDArray[np.generic]]:
         if not self._step:
             none, zero = np.empty(0, np.int32), np.empty(0)

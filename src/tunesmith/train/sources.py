@@ -173,16 +173,22 @@ def _joint_hash(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def check_unchanged(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_unchanged(
+    before: Mapping[str, str], now: Mapping[str, str], *, hint: str | None = None
+) -> None:
     """Refuse to go on with a run whose data is no longer what it was.
 
     Raises:
-        DataError: names the source whose contents differ.
+        DataError: names the source whose contents differ, or that there was not.
     """
-    for name, digest in before.items():
-        if now.get(name) != digest:
+    for name in [*before, *sorted({*now} - {*before})]:
+        if now.get(name) != before.get(name):
             raise DataError(
-                "its contents are not what this run was started with",
+                "its contents are not what this run was started with"
+                if name in before
+                else "this source is new since the run was started",
                 where=name,
-                hint="put the file back, or start anew: tunesmith train RUN/recipe.yaml --out NEW",
+                hint=hint
+                or "put it back as it was, or start anew: tunesmith train RUN/recipe.yaml --out "
+                "NEW; `tunesmith resume RUN --changed-data` goes on with it",
             )

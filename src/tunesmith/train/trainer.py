@@ -148,6 +148,7 @@ class Trainer:
             "micro_tokens": self.job.micro_tokens,
             "micro_tokens_asked": self._asked_micro_tokens,
             "owed_evaluation": self._owed,
+            "data": dict(self.job.prepared.content_hashes),
             "best": self.best,
         }
 
