@@ -12,12 +12,12 @@ import torch
 from tiny import tiny_config, tiny_folder
 from tunesmith.errors import ModelError
 from tunesmith.model import memory
+from tunesmith.model.activations import Cost, choose_micro_tokens, computed_cost
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.memory import (
     ModelSize,
     check_fits,
-    choose_micro_tokens,
     estimate,
     free_memory,
     measure,
@@ -107,11 +107,10 @@ def test_free_memory_respects_control_groups(tmp_path: Path, monkeypatch) -> Non
 
 def test_micro_tokens_grow_with_room_and_recompute_only_where_they_must() -> None:
     config = tiny_config("llama", hidden_size=1024, intermediate_size=4096)
+    cost = computed_cost(config, dtype=torch.float32)
 
     def choose(room: int, longest: int = 1000, device: str = "cpu"):
-        return choose_micro_tokens(
-            config, dtype=torch.float32, device=device, room=room, longest=longest
-        )
+        return choose_micro_tokens(cost, device=device, room=room, longest=longest)
 
     large, small = choose(2**36), choose(2**29)
     assert large.tokens == 1024
@@ -120,6 +119,25 @@ def test_micro_tokens_grow_with_room_and_recompute_only_where_they_must() -> Non
     assert small.tokens >= 512
     assert choose(2**36, device="meta").tokens == 32768
     assert choose(2**29, longest=100).tokens < 1024
+
+
+def test_a_measured_cost_is_trusted_further_than_a_formula() -> None:
+    assert Cost(100.0).tokens(10**6) == 5000
+    assert Cost(100.0, measured=True).tokens(10**6) == 8000
+    assert Cost(100.0, fixed=3e5, measured=True).tokens(10**6) == 5000
+    assert Cost(100.0, fixed=9e5, measured=True).tokens(10**6) == 0
+
+
+def test_a_frozen_copy_is_counted_and_can_be_given_up() -> None:
+    full = estimate(BIG, dtype=torch.bfloat16, rank=None, frozen_copy=True)
+    assert full.base == full.weights == 2 * 10**9
+    assert full.total == (2 + 4 + 8 + 2 + 2) * 10**9
+    assert estimate(BIG, dtype=torch.bfloat16, rank=8, frozen_copy=True).base == 0
+    free = full.total - 1
+    with pytest.raises(ModelError) as caught:
+        check_fits(BIG, dtype=torch.bfloat16, rank=None, free=free, name="m", frozen_copy=True)
+    assert "frozen copy 1.9 GiB" in str(caught.value)
+    assert "objective.kl=0 needs" in (caught.value.hint or "")
 
 
 def test_the_estimate_knows_what_each_rule_keeps() -> None:

@@ -17,17 +17,11 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import Mode, as_mode
 from tunesmith.model.logits import LogitTransform
 from tunesmith.model.quantized import Quantization, quantizable
 from tunesmith.model.source import ModelSource, refuse_foreign_code
 
 _GIB = 2**30
-_RECOMPUTED = {
-    "layers": ", recomputed",
-    "selective": ", all but products and attention recomputed",
-}
-_MICRO_TOKENS = {"cpu": (512, 1024), "other": (1024, 32768)}  # least and most, by kind of device
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +33,22 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+    base: int = 0  # a frozen copy of the model, where an objective compares with it
 
     @property
     def total(self) -> int:
         """Bytes of all parts."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.base
 
     def __str__(self) -> str:
         parts = (
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
+            ("frozen copy", self.base),
         )
-        return (
-            f"{_show(self.total)} ("
-            + ", ".join(f"{name} {_show(size)}" for name, size in parts)
-            + ")"
-        )
+        shown = ", ".join(f"{name} {show(size)}" for name, size in parts if size)
+        return f"{show(self.total)} ({shown})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +137,13 @@ def estimate(
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
     optimizer: str = "adamw",
+    frozen_copy: bool = False,
 ) -> MemoryEstimate:
-    """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank."""
+    """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank.
+
+    `frozen_copy`: the objective compares with the model as it was. Full training keeps a copy of it
+    for that; with an adapter the model itself is still there.
+    """
     added = 0
     if rank is not None:
         added = adapter_parameters(size, kind, rank=rank, rotation_size=rotation_size)
@@ -162,6 +160,7 @@ def estimate(
         weights=weights,
         gradients=4 * trained,
         optimizer=rest * trained + _state_bytes(size, optimizer, trained, full=rank is None),
+        base=weights if frozen_copy and rank is None else 0,
     )
 
 
@@ -200,6 +199,7 @@ def check_fits(
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
     optimizer: str = "adamw",
+    frozen_copy: bool = False,
 ) -> MemoryEstimate:
     """The estimate, if it leaves room.
 
@@ -211,6 +211,7 @@ def check_fits(
         "rotation_size": rotation_size,
         "quantization": quantization,
         "optimizer": optimizer,
+        "frozen_copy": frozen_copy,
     }
     needed = estimate(size, dtype=dtype, rank=rank, **same)
     if needed.total <= free:
@@ -219,6 +220,9 @@ def check_fits(
     lines = [] if dtype != torch.float32 else ["model.dtype=bfloat16"]
     if lines:
         options.append((lines[0], estimate(size, dtype=torch.bfloat16, rank=rank, **same)))
+    if frozen_copy and rank is None:
+        plain = estimate(size, dtype=dtype, rank=None, **{**same, "frozen_copy": False})
+        options.append(("objective.kl=0", plain))
     if rank is None:
         options.append(("adapter=lora", estimate(size, dtype=dtype, rank=16)))
         if lines:
@@ -228,77 +232,14 @@ def check_fits(
     elif rank > 8 and kind not in ("oft", "boft", "ia3"):
         options.append(("adapter.rank=8", estimate(size, dtype=dtype, rank=8, **same)))
     fitting = [
-        f"{line} needs {_show(option.total)}" for line, option in options if option.total <= free
+        f"{line} needs {show(option.total)}" for line, option in options if option.total <= free
     ]
     hint = "; ".join(fitting) or "nothing fits here: take a smaller model or a larger device"
     raise ModelError(
-        f"training {size.parameters / 1e6:,.0f}M parameters needs {needed}, free are {_show(free)}",
+        f"training {size.parameters / 1e6:,.0f}M parameters needs {needed}, free are {show(free)}",
         where=name,
         hint=hint,
     )
-
-
-def activation_bytes(
-    config: Any, *, dtype: torch.dtype, checkpointing: bool | Mode = "none"
-) -> int:
-    """Bytes of activations that the backward of one token keeps.
-
-    A layer keeps about 8 vectors of the hidden size (its input, two norms' inputs and outputs,
-    query, key and value, attention output, residuals) and 4 of each width of the feed-forward used
-    by a token (gate, up, activation, product). One that recomputes keeps its input, under
-    `selective` also about 6 results of products at the hidden size and 2 at the feed-forward's;
-    the layer that is being recomputed is counted once.
-    """
-    text = config.get_text_config()
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    width = getattr(text, "intermediate_size", None) or 4 * hidden
-    active = getattr(text, "num_experts_per_tok", None) or 1
-    if getattr(text, "moe_intermediate_size", None):
-        width = text.moe_intermediate_size
-    layer = 8 * hidden + 4 * int(width) * int(active)
-    mode = as_mode(checkpointing)
-    if mode == "none":
-        return layers * layer * dtype.itemsize
-    recomputing = -(-layers // mode) if isinstance(mode, int) else layers
-    each = 7 * hidden + 2 * int(width) * int(active) if mode == "selective" else hidden
-    kept = recomputing * each + (layers - recomputing) * layer + layer
-    return kept * dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class MicroChoice:
-    """Tokens that go through the device at a time, and which activations are recomputed to make
-    room for them.
-    """
-
-    tokens: int
-    checkpointing: Mode
-    reason: str
-
-
-def choose_micro_tokens(
-    config: Any, *, dtype: torch.dtype, device: torch.device | str, room: int, longest: int
-) -> MicroChoice:
-    """`device.micro_tokens: auto` from the bytes left for activations (`room`) and the longest path
-    of the data.
-
-    Half of the room is used. The cheapest mode of checkpointing is taken in which the longest path
-    fits: none, selective, then layers. A CPU gains nothing from more than a thousand tokens at a
-    time: its caches are small.
-    """
-    kind = "cpu" if torch.device(device).type == "cpu" else "other"
-    least, most = _MICRO_TOKENS[kind]
-    modes: tuple[Mode, ...] = ("none", "selective", "layers")
-    checkpointing, per_token, fits = modes[0], 1, 0
-    for checkpointing in modes:
-        per_token = activation_bytes(config, dtype=dtype, checkpointing=checkpointing)
-        fits = room // 2 // per_token
-        if fits >= max(longest, least):
-            break
-    tokens = int(max(min(fits, most), least))
-    tokens = 2 ** (tokens.bit_length() - 1)
-    text = f"{_show(per_token * tokens)} of activations, {_show(room)} are left for them"
-    return MicroChoice(tokens, checkpointing, text + _RECOMPUTED.get(str(checkpointing), ""))
 
 
 def _widths(module: Any) -> tuple[int, int]:
@@ -347,5 +288,6 @@ def _cache(limit_file: Path) -> int:
     return int(fields.get("inactive_file", fields.get("total_inactive_file", 0)))
 
 
-def _show(size: int) -> str:
+def show(size: int) -> str:
+    """The size for people."""
     return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"

@@ -35,7 +35,8 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
         f"{recipe.optim.name} lr {recipe.optim.lr:g} {recipe.optim.schedule}{_factors(recipe)}",
         f"device: {job.micro_tokens} tokens at a time, "
         f"prefixes {'shared' if job.share else 'not shared'}, "
-        f"{'one path at a time' if job.model.isolated else 'packed'}",
+        f"{'one path at a time' if job.model.isolated else 'packed'}; "
+        f"gradient_checkpointing {job.chosen['gradient_checkpointing']}: {job.chosen['memory']}",
     ]
     lines += _loss_line(prepared.ledger)
     lines += [_eval_line(held) for held in job.eval_sets] or [

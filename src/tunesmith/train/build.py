@@ -13,9 +13,9 @@ import torch
 from tunesmith.config.schema import Recipe
 from tunesmith.data.store import longest_paths
 from tunesmith.distributed.ranks import Ranks
+from tunesmith.model.activations import MicroChoice
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import Mode
 from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
@@ -37,6 +37,7 @@ from tunesmith.train.assemble.data import (
     resolve_max_length,
 )
 from tunesmith.train.assemble.given import Given
+from tunesmith.train.assemble.memory import fit_device
 from tunesmith.train.assemble.model import check_memory, load_model
 from tunesmith.train.assemble.objective import (
     make_loss,
@@ -50,10 +51,10 @@ from tunesmith.train.assemble.ranks import check_sharing, share_model
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
-    fit_device,
     keep_freed_memory,
     seed_everything,
 )
+from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
 from tunesmith.train.own_objective import COPY, is_own
 from tunesmith.train.sources import prepare_all
@@ -115,8 +116,8 @@ def build(
     tested = self_test(model, max_length=longest)
     notes += tested.notes
     trained = choose_trained(recipe, model)
-    micro_tokens, checkpointing = fit_device(
-        recipe, model, device, longest=longest, room=room, held=size
+    fit = fit_device(
+        recipe, model, device, longest=longest, room=room, held=size, probes=ranks.alone
     )
     steps = plan_steps(recipe, prepared, train, packing)
     order, total = steps.order, steps.total
@@ -154,7 +155,7 @@ def build(
         optimizer=optimizer,
         loss=loss,
         device=device,
-        micro_tokens=micro_tokens,
+        micro_tokens=fit.tokens,
         share=_share(recipe, tested, model),
         trained_parameters=trained.trained,
         chosen={},
@@ -164,10 +165,10 @@ def build(
         reduce=reduce,
         costs=costs,
     )
-    job.chosen = _chosen(job, tested, checkpointing)
+    job.chosen = _chosen(job, tested, fit)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
-    job.notes = [*said, *start_lines(job, trained), *notes]
+    job.notes = [*said, *start_lines(job, trained), *idle_line(job, ranks.count), *notes]
     return job
 
 
@@ -223,7 +224,7 @@ def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
     return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
 
 
-def _chosen(job: Job, tested: SelfTest, checkpointing: Mode) -> dict[str, Any]:
+def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
     return {
         "device": str(job.device),
         "dtype": job.recipe.model.dtype,
@@ -232,7 +233,8 @@ def _chosen(job: Job, tested: SelfTest, checkpointing: Mode) -> dict[str, Any]:
         "micro_tokens": job.micro_tokens,
         "share_prefixes": job.share,
         "attention": "isolated" if job.model.isolated else "sdpa",
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": fit.checkpointing,
+        "memory": fit.reason,
         "activation_offload": job.model.offload,
         "total_steps": job.total_steps,
         "self_test": {"tolerance": tested.tolerance, **tested.differences},

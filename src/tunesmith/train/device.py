@@ -1,4 +1,4 @@
-"""Where a run runs: the device, determinism, seeds, and how much goes through at a time."""
+"""Where a run runs: the device, determinism, seeds, memory that is kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import InputError
-from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import Mode, as_mode, set_checkpointing
-from tunesmith.model.memory import MemoryEstimate, choose_micro_tokens
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's mallopt(3)."""
@@ -66,41 +63,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def fit_device(
-    recipe: Recipe,
-    model: CausalLM,
-    device: torch.device,
-    *,
-    longest: int,
-    room: int,
-    held: MemoryEstimate | None,
-) -> tuple[int, Mode]:
-    """Tokens at a time, and how activations are recomputed: as asked, or as room requires.
-
-    Raises:
-        InputError: activations are to be offloaded from a CPU.
-        ModelError: the architecture can't recompute.
-    """
-    if recipe.device.activation_offload:
-        if device.type == "cpu":
-            raise InputError(
-                "on a CPU activations are in the host's memory already",
-                where="device.activation_offload",
-                hint="device.activation_offload=false, or device.gradient_checkpointing=layers",
-            )
-        model.offload = True
-    left = max(room - (held.total if held else 0), room // 8)
-    choice = choose_micro_tokens(
-        model.config,
-        dtype=next(model.base.parameters()).dtype,
-        device=device,
-        room=left,
-        longest=longest,
-    )
-    asked = recipe.device.gradient_checkpointing
-    checkpointing = choice.checkpointing if asked == "auto" else as_mode(asked)
-    set_checkpointing(model.base, checkpointing)
-    tokens = choice.tokens if recipe.device.micro_tokens == "auto" else recipe.device.micro_tokens
-    return tokens, checkpointing

@@ -30,6 +30,7 @@ def check_memory(
         rotation_size=recipe.adapter.rotation_size,
         quantization=chosen_quantization(recipe),
         optimizer=recipe.optim.name,
+        frozen_copy=bool(recipe.objective.kl),
         free=free_memory(device),
         name=recipe.model.name,
     )

@@ -11,11 +11,14 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
+from tunesmith.distributed.launch import ranks_to_start
 from tunesmith.errors import RunError
+from tunesmith.model.activations import activation_bytes
 from tunesmith.model.checkpointing import Mode
-from tunesmith.model.memory import activation_bytes, free_memory
+from tunesmith.model.memory import free_memory
 from tunesmith.train.announcement import FEW_STEPS
 from tunesmith.train.build import build
+from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
 from tunesmith.train.plan.flops import training_flops
 from tunesmith.train.plan.probe import Measured, probe
@@ -38,6 +41,7 @@ class Forecast:
     chosen: dict[str, Any]
     warnings: tuple[str, ...]
     would_fit: tuple[str, ...]  # changes to the recipe, where the run does not fit
+    packing: dict[str, Any] | None = None  # packs, their fill and what was cut, if any are made
 
     @property
     def fits(self) -> bool:
@@ -61,6 +65,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         InputError: what `train` would refuse too, a model that does not fit among it.
         RunError: a micro-batch does not fit; with recipe lines that need less.
     """
+    ranks = ranks_to_start(recipe.device.kind, recipe.device.ranks)
     device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
     free = free_memory(device)
     job = build(recipe, folders=folders)
@@ -89,8 +94,9 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
         free=free,
         chosen=job.chosen,
-        warnings=_warnings(work),
+        warnings=(*_warnings(work), *idle_line(job, ranks)),
         would_fit=lines,
+        packing=(job.prepared.ledger.plan or {}).get("packing"),
     )
 
 

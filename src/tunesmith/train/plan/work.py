@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.data.loader import StepOrder
 from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.prefixes import PrefixGroups
+from tunesmith.data.store import token_counts
 from tunesmith.train.job import Job
 from tunesmith.train.pathkeys import path_ends
+from tunesmith.train.sources import is_mixture
 from tunesmith.types import Document
 
 MOST_STEPS = 200
@@ -27,21 +31,26 @@ class Work:
     target_tokens: int
     largest_step: int  # number of the counted step with the largest micro-batch, from 0
     largest: int  # tokens of that micro-batch
+    grouped: int | None = None  # `computed` if steps were grouped by prefix; None where they can't
 
 
-def planned(job: Job, step: int, *, share: bool | None = None) -> list[MicrobatchPlan]:
-    """The micro-batches of a step, as the trainer cuts it."""
+def planned(
+    job: Job, step: int, *, share: bool | None = None, order: StepOrder | None = None
+) -> list[MicrobatchPlan]:
+    """The micro-batches of a step, as the trainer cuts it; in another order than the job's, if one
+    is given.
+    """
     return plan_step(
-        documents_of(job, step),
+        documents_of(job, step, order=order),
         micro_tokens=job.micro_tokens,
         share=job.share if share is None else share,
         isolated=job.model.isolated,
     )
 
 
-def documents_of(job: Job, step: int) -> list[Document]:
+def documents_of(job: Job, step: int, *, order: StepOrder | None = None) -> list[Document]:
     """The documents of a step, counted from 0."""
-    return [job.documents[int(number)] for number in job.order.step_indices(step)]
+    return [job.documents[int(number)] for number in (order or job.order).step_indices(step)]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -66,8 +75,33 @@ def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
         most_here = max((plan.tokens for plan in plans), default=0)
         if most_here > largest:
             largest, largest_step = most_here, step
+    other = _grouped_order(job)
+    if other is not None:
+        sums["grouped"] = sum(plan.tokens for n in steps for plan in planned(job, n, order=other))
     scaled = {name: value * job.total_steps // len(steps) for name, value in sums.items()}
     return Work(job.total_steps, len(steps), largest_step=largest_step, largest=largest, **scaled)
+
+
+def _grouped_order(job: Job) -> StepOrder | None:
+    """The job's order as batch.group_by_prefix would make it; None where it is that already, or
+    excluded, or of no use.
+    """
+    recipe = job.recipe
+    batch = recipe.batch
+    excluded = batch.packing != "none" or not recipe.data.shuffle or is_mixture(recipe.data.train)
+    if batch.group_by_prefix or excluded or not job.share or job.model.isolated:
+        return None
+    groups = PrefixGroups(job.documents)
+    if not groups.grouped:
+        return None
+    return StepOrder(
+        token_counts(job.documents),
+        documents=None if batch.tokens else batch.documents,
+        tokens=batch.tokens,
+        seed=recipe.train.seed,
+        shuffle=True,
+        groups=groups,
+    )
 
 
 def row_lengths(documents: Sequence[Document]) -> list[int]:
