@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateSyntaxError
+
+from tunesmith.data.clock import TooSlow
 from tunesmith.data.direct import compile_template
 from tunesmith.errors import DataError
 
@@ -65,12 +68,17 @@ def _dated(jinja: str, arguments: Mapping[str, Any]) -> str | None:
 
         return now
 
-    compiled = compile_template(jinja)
+    try:
+        compiled = compile_template(jinja)
+    except TemplateSyntaxError:
+        return None  # its rows are refused, with the reason
     for probe in _probes():
         texts: set[str] = set()
         for day in _DAYS:
             try:
                 texts.add(compiled.render(**{**probe, **arguments, _CLOCK: clock(day)}))
+            except TooSlow:
+                raise
             except Exception:
                 # Foreign code: a template that refuses a conversation writes no date in it.
                 texts.add("")

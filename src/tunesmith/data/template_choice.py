@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data import chatml
+from tunesmith.data.clock import TooSlow
+from tunesmith.data.limits import bounded_sandbox
 from tunesmith.errors import DataError, InputError
 
 NONE = "none"
@@ -177,14 +179,17 @@ def _written(tokenizer: Any, jinja: str) -> set[str]:
     for messages, tools in _conversations():
         for asked in (False, True):
             try:
-                text = tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=jinja,
-                    add_generation_prompt=asked,
-                    tokenize=False,
-                )
+                with bounded_sandbox():
+                    text = tokenizer.apply_chat_template(
+                        messages,
+                        tools=tools,
+                        chat_template=jinja,
+                        add_generation_prompt=asked,
+                        tokenize=False,
+                    )
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            except TooSlow:
+                raise
             except Exception:
                 # Foreign code: a template that refuses a conversation needs no token for it.
                 continue
