@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,39 +18,56 @@ import json, os, sys, traceback
 import torch, torch.distributed
 import transformers, peft, tunesmith.run
 import tunesmith.result, tunesmith.train.build, tunesmith.train.trainer
+from tunesmith.distributed.failure import is_told_here
+from tunesmith.train.trainer import Trainer
 from tunesmith.distributed.ranks import connect
 
 torch.set_num_threads(1)
 spec = json.loads(sys.argv[1])
+one_step = Trainer._one_step
+
+def raise_signal(rank, at):
+    def step(self):
+        one_step(self)
+        if [rank, self.step] == at[:2]:
+            os.kill(os.getpid(), at[2])
+    Trainer._one_step = step if at else one_step
 
 def run(rank, group):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(group["ranks"]), LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(group["ranks"]), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(group["port"]),
+        RANK=str(rank), WORLD_SIZE=str(group["ranks"]),
+        LOCAL_RANK=str(rank % group["machine"]),
+        LOCAL_WORLD_SIZE=str(group["machine"]), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
     )
     code = 0
     for job in group["jobs"]:
+        raise_signal(rank, job.pop("signal_after", None))
         try:
             if job.pop("call", "train") == "resume":
                 tunesmith.resume(job["out"], overrides=job["overrides"], progress=False)
             else:
                 tunesmith.train(progress=False, **job)
         except tunesmith.TunesmithError as error:
-            if not job.get("may_fail"):
+            if is_told_here(error):
                 print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
+            break
         except BaseException:
             print(f"rank {rank}:", file=sys.stderr)
             traceback.print_exc()
             code = 9
+            break
     try:
-        connect().close()
+        if code == 0:
+            connect().close()
     finally:
         os._exit(code)
 
 codes = []
 for group in spec["groups"]:
+    # as torchrun does, the store is held by who starts the ranks
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(group["ranks"]):
         child = os.fork()
@@ -63,33 +79,35 @@ print(json.dumps(codes))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def run_groups(
+    groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], *, machine: int | None = None
+) -> tuple[list[list[int]], str]:
+    """Exit codes of the ranks of each group, and what they said; a group is (ranks, jobs), a job
+    what `train` takes, or with `call: resume` an `out` and its overrides.
 
-
-def run_groups(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> list[list[int]]:
-    """Exit codes of the ranks of each group; a group is (ranks, jobs), a job what `train` takes,
-    or with `call: resume` an `out` and its overrides.
+    `machine`: ranks that count as on one machine. `signal_after: [rank, step, number]` in a job
+    has a rank send itself a signal after a step.
     """
     spec = {
         "groups": [
-            {"ranks": ranks, "jobs": list(jobs), "port": free_port()} for ranks, jobs in groups
+            {
+                "ranks": ranks,
+                "jobs": list(jobs),
+                "machine": min(ranks, machine or ranks),
+            }
+            for ranks, jobs in groups
         ]
     }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(spec)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    if any(code for group in codes for code in group):
-        sys.stderr.write(done.stderr)  # what pytest shows of a failure
-    return codes
+    sys.stderr.write(done.stderr)  # what pytest shows of a failure
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def weights(run: Path) -> dict[str, Any]:

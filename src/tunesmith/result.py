@@ -13,6 +13,7 @@ from tunesmith.report import write_report
 from tunesmith.train.checkpoint import load_checkpoint
 from tunesmith.train.job import Job, run_files
 from tunesmith.train.metrics import JsonlSink, read_records
+from tunesmith.train.optimizer_state import load_optimizer
 from tunesmith.train.trainer import Trainer
 
 
@@ -61,7 +62,7 @@ def take_best(trainer: Trainer) -> None:
     step = int(trainer.best["step"])
     if step != trainer.step:
         checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
-        trainer.job.optimizer.load_state_dict(load_checkpoint(checkpoint).optimizer)
+        load_optimizer(trainer.job, checkpoint, load_checkpoint(checkpoint))
 
 
 def write_result(path: Path, job: Job) -> dict[str, float]:

@@ -14,6 +14,7 @@ from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
+from tunesmith.distributed.launch import ranks_to_start
 from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.train.folder import (
@@ -121,7 +122,7 @@ def train_recipe(
     from tunesmith.model.load import settings_kept
     from tunesmith.train.assemble.given import Given
 
-    ranks = connect(asked.device.kind)
+    ranks = _connect(asked)
     folder = _open(
         ranks,
         lambda: open_run(
@@ -139,6 +140,22 @@ def train_recipe(
             same_recipe(folder.path, asked)
         beside = _recipe_folders(recipe_file)
         return _run(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
+
+
+def _connect(asked: Recipe) -> Ranks:
+    """The ranks that this process is one of.
+
+    Raises:
+        RecipeError: more than one is asked for, and this process was started alone.
+    """
+    ranks = connect(asked.device.kind)
+    if ranks.alone and asked.device.ranks not in ("auto", 1):
+        raise RecipeError(
+            f"a call from Python runs on one rank, not on {asked.device.ranks}",
+            where="device.ranks",
+            hint="`tunesmith train` and `resume` start as many, and torchrun for a script",
+        )
+    return ranks
 
 
 def _open(ranks: Ranks, open_first: Callable[[], RunFolder]) -> RunFolder:
@@ -167,6 +184,23 @@ def resume(
     from tunesmith.train.assemble.given import Given
 
     path = Path(run)
+    asked = _resumed(path, overrides)
+    ranks = _connect(asked)
+    with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
+        beside = _recipe_folders(path)
+        return _run(
+            folder, asked, Given(),
+            ranks=ranks, beside=beside, changed_data=changed_data, progress=progress,
+        )  # fmt: skip
+
+
+def ranks_of(run: str | PathLike[str], overrides: Sequence[str | Override] = ()) -> int:
+    """How many ranks a resume of the run should be started on, on this machine."""
+    device = _resumed(Path(run), overrides).device
+    return ranks_to_start(device.kind, device.ranks)
+
+
+def _resumed(path: Path, overrides: Sequence[str | Override]) -> Recipe:
     if not is_run(path):
         raise InputError(
             "this is not a run",
@@ -175,14 +209,7 @@ def resume(
         )
     from tunesmith.train.again import resumed_recipe
 
-    asked = resumed_recipe(path, overrides)
-    ranks = connect(asked.device.kind)
-    with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
-        beside = _recipe_folders(path)
-        return _run(
-            folder, asked, Given(),
-            ranks=ranks, beside=beside, changed_data=changed_data, progress=progress,
-        )  # fmt: skip
+    return resumed_recipe(path, overrides)
 
 
 def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any:
@@ -332,6 +359,8 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     for sink in sinks:
         sink.close()
     take_best(trainer)
+    if job.reduce.sharded is not None:
+        job.reduce.sharded.gather()
     metrics: Mapping[str, float] = {}
     if job.ranks.first:
         with writing_result(path):

@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path
             overrides = [*COMMON, *options]
             jobs.append({**inputs, "out": str(out[name, ranks]), "overrides": overrides})
         groups.append((ranks, jobs))
-    codes = run_groups(groups)
+    codes, _ = run_groups(groups)
     assert codes == [[0] * ranks for ranks in RANKS]
     return out
 

@@ -18,11 +18,17 @@ def resume(
     changed_data: Annotated[
         bool, typer.Option("--changed-data", help="Go on although the rows have changed.")
     ] = False,
-) -> None:
+) -> int | None:
     """Go on with a run from its newest good checkpoint."""
+    from tunesmith.distributed.launch import start
     from tunesmith.distributed.launched import speaks
+    from tunesmith.run import ranks_of
     from tunesmith.run import resume as go_on
 
+    count = ranks_of(run, overrides or ())
+    if count > 1:
+        return start(count, ["resume", run, *(overrides or ())])
     finished = go_on(run, overrides=overrides or (), changed_data=changed_data)
     if speaks():
         print(finished.model_folder)
+    return None

@@ -29,14 +29,22 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run that is in the folder.")
     ] = False,
-) -> None:
+) -> int | None:
     """Fine-tune a model on demonstrations."""
     from tunesmith.cli.inputs import split_arguments
+    from tunesmith.distributed.launch import ranks_to_start, start
     from tunesmith.distributed.launched import speaks
     from tunesmith.run import train_recipe
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
     source, _ = split_arguments(arguments or ())
+    count = ranks_to_start(recipe.device.kind, recipe.device.ranks)
+    if count > 1:
+        options = [("--model", model), *(("--data", file) for file in data or ()), ("--eval", eval)]
+        words = [word for pair in [*options, ("--out", out)] if pair[1] for word in pair if word]
+        words += ["--resume"] * resume + ["--overwrite"] * overwrite
+        return start(count, ["train", *(arguments or ()), *words])
     run = train_recipe(recipe, out=out, resume=resume, overwrite=overwrite, recipe_file=source)
     if speaks():
         print(run.model_folder)
+    return None

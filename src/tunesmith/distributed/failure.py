@@ -23,12 +23,10 @@ class LostRankError(RunError):
 
 def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankError:
     """The error of a rank that could not reach another one."""
-    store.set(f"tunesmith/alive/{rank}", b"1")
-    until = time.monotonic() + SECONDS
-    living: tuple[int, ...] = (rank,)
-    while time.monotonic() < until and len(living) < count - 1:
-        time.sleep(0.05)
-        living = tuple(r for r in range(count) if store.check([f"tunesmith/alive/{r}"]))
+    try:
+        living = _living(rank, count, store)
+    except RuntimeError:  # without torchrun the first rank holds the store
+        living = tuple(range(1, count))
     gone = [r for r in range(count) if r not in living]
     names = ", ".join(str(r) for r in gone[:8])
     if not gone:
@@ -39,6 +37,17 @@ def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankEr
         what = f"ranks {names} of {count} ended or can't be reached"
     hint = "its own message, if it had one, says why; `tunesmith resume RUN` goes on"
     return LostRankError(what, living=living, hint=hint)
+
+
+def _living(rank: int, count: int, store: Any) -> tuple[int, ...]:
+    """The ranks that have noticed the loss too."""
+    store.set(f"tunesmith/alive/{rank}", b"1")
+    until = time.monotonic() + SECONDS
+    living: tuple[int, ...] = (rank,)
+    while time.monotonic() < until and len(living) < count - 1:
+        time.sleep(0.05)
+        living = tuple(r for r in range(count) if store.check([f"tunesmith/alive/{r}"]))
+    return living
 
 
 def is_told_here(error: TunesmithError) -> bool:
@@ -54,8 +63,8 @@ def is_told_here(error: TunesmithError) -> bool:
         return rank == 0
     try:
         return _is_told(error, rank, shared_store())
-    except RuntimeError:  # whoever holds the store is gone
-        return True
+    except RuntimeError:  # whoever holds the store is gone: without torchrun the first rank
+        return isinstance(error, LostRankError) and rank == min(error.living)
 
 
 def _is_told(error: TunesmithError, rank: int, store: Any) -> bool:

@@ -7,6 +7,7 @@ ranks beforehand, so the sum over the ranks is the gradient of the whole step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +16,20 @@ from torch import Tensor
 
 from tunesmith.distributed.ranks import Ranks
 
+if TYPE_CHECKING:
+    from tunesmith.distributed.shard import Sharded
+
 BUCKET = 1 << 24
 """Elements that are sent at a time: 64 MiB of float32."""
 
 
 class Alone:
     """One process: its sums are the step's."""
+
+    @property
+    def sharded(self) -> Sharded | None:
+        """Itself where the weights are spread over the ranks."""
+        return None
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The values as they are."""

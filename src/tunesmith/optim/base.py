@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,18 @@ class Slot:
         return self.parameter.detach().view(-1)
 
 
+class Sharing(Protocol):
+    """What an optimizer needs where its parameters are parts of weights that several ranks hold."""
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of the gradients of all ranks."""
+        ...
+
+    def drop_gradients(self) -> None:
+        """Forget gradients that have not reached the parts."""
+        ...
+
+
 class Optimizer:
     """Decoupled weight decay, and a rule of a subclass, on float32 masters.
 
@@ -85,6 +98,7 @@ class Optimizer:
     ) -> None:
         self.weight_decay = weight_decay
         self.steps = 0
+        self.sharing: Sharing | None = None
         self._clip = 1.0
         self._scratch: dict[torch.device, Tensor] = {}
         self._slots: dict[str, Slot] = {}
@@ -136,6 +150,8 @@ class Optimizer:
         accelerator this waits for the norm, which a step has to look at anyway.
         """
         norm = grad_norm(self.parameters)
+        if self.sharing is not None:
+            norm = self.sharing.norm(norm)
         self._clip = 1.0 if max_norm is None else clip_factor(float(norm), max_norm)
         return norm
 
@@ -158,6 +174,8 @@ class Optimizer:
         self._clip = 1.0
         for slot in self._slots.values():
             slot.parameter.grad = None
+        if self.sharing is not None:
+            self.sharing.drop_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as float32 tensors `master.NAME`, what the rule keeps as `KIND.NAME`, and

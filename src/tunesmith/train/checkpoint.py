@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from tunesmith.train.rng import RngState
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+PARTS = "parts"
+"""Folder of an optimizer that several ranks wrote together, each a part."""
 TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
@@ -60,6 +62,7 @@ class TrainState:
     optimizer: Mapping[str, Tensor]  # float32 masters of the trained parameters, moments, counter
     rng: RngState
     meta: Mapping[str, Any]  # JSON: recipe hash, versions, world size, threads, best eval, ...
+    parts: Callable[[Path], None] | None = None  # writes the optimizer into a folder with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,11 @@ def save_checkpoint(run: Path, state: TrainState, *, keep: int, best: int | None
     clean_checkpoints(run)
     _prune(parent, state.step, keep=keep, best=best)
     return final
+
+
+def parts_folder(run: Path, step: int) -> Path:
+    """Where the other ranks write their parts while the first one saves the checkpoint."""
+    return run / "checkpoints" / f"step-{step}{ASIDE}" / PARTS
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:
@@ -215,6 +223,14 @@ def _write_files(folder: Path, state: TrainState) -> None:
     files: dict[str, dict[str, Any]] = {}
     for name, group in zip(TENSOR_FILES, tensors, strict=True):
         files[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", _encoded(group))
+    if state.parts is not None:
+        state.parts(folder / PARTS)
+        for file in sorted((folder / PARTS).iterdir()):
+            files[f"{PARTS}/{file.name}"] = {
+                "bytes": file.stat().st_size,
+                "sha256": _file_digest(file),
+            }
+        sync_folder(folder / PARTS)
     rest = {
         "step": state.step,
         "meta": dict(state.meta),

@@ -19,15 +19,21 @@ from tunesmith.config.dump import science_dict
 from tunesmith.config.values import Duration
 from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
-from tunesmith.errors import InterruptedRun, RunError
+from tunesmith.errors import InterruptedRun
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from tunesmith.train.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    parts_folder,
+    save_checkpoint,
+)
 from tunesmith.train.dealt import dealt_to, plan_for_ranks
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
 from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
 from tunesmith.train.metrics import Sink, versions
+from tunesmith.train.optimizer_state import load_optimizer, parts_writer, whole_optimizer
 from tunesmith.train.rng import capture_rng, restore_rng, seed_step
 from tunesmith.train.rows import RowLosses
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
@@ -77,7 +83,7 @@ class Trainer:
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
-        with self.watchdog.watching():
+        with self.watchdog.watching(), self.job.ranks.guarded():
             self._try_longest()
             if self.step == 0 or self._owed:
                 self._evaluate()
@@ -103,12 +109,7 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, to the bit where it was saved."""
         state = load_checkpoint(checkpoint)
-        try:
-            self.job.optimizer.load_state_dict(state.optimizer)
-        except (KeyError, ValueError) as error:
-            raise RunError(
-                f"the checkpoint is of another model: {error}", where=str(checkpoint)
-            ) from error
+        load_optimizer(self.job, checkpoint, state)
         self.rows.restore(state.model)
         self.job.loss.restore(state.model)
         self.guard.restore(state.model)
@@ -126,12 +127,15 @@ class Trainer:
         state = TrainState(
             step=self.step,
             model={**self.rows.tensors(), **self.guard.tensors(), **self.job.loss.tensors()},
-            optimizer=self.job.optimizer.state_dict(),
+            optimizer=whole_optimizer(self.job),
             rng=capture_rng(),
             meta=self.meta(),
+            parts=parts_writer(self.job),
         )
         if self.job.ranks.first:
             save_checkpoint(self.folder, state, keep=self.job.recipe.checkpoint.keep, best=best)
+        elif state.parts is not None:
+            state.parts(parts_folder(self.folder, self.step))
         self.job.ranks.meet()
         self._saved = self.step
         self._emit({"kind": "event", "event": "checkpoint", "step": self.step})

@@ -57,3 +57,16 @@ class DeviceSection(Section):
         default="auto",
         description="processes that prepare the data; auto: more than one where it takes long",
     )
+    ranks: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+        default="auto",
+        description="processes that learn together on this machine, where torchrun starts none; "
+        "auto: one for each GPU",
+    )
+    shard: Literal["none", "full", "hybrid"] = Field(
+        default="none",
+        description="what several ranks hold of the model: none, each all of it; full, each a "
+        "part; hybrid, each a part of its machine's copy",
+    )
+    shard_offload: bool = Field(
+        default=False, description="keep shards and optimizer in the host's memory"
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
@@ -13,9 +14,12 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon, Optimizer, undecayed
 
 
-def make_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
+def make_optimizer(
+    recipe: Recipe, model: CausalLM, parts: Mapping[str, Tensor] | None = None
+) -> Optimizer:
+    """The optimizer over the model's parameters, or over a rank's `parts` of them by name."""
     optim = recipe.optim
-    named = list(model.named_parameters())
+    named = list(model.named_parameters() if parts is None else parts.items())
     shared: dict[str, Any] = {
         "weight_decay": optim.weight_decay,
         "undecayed": undecayed(model),

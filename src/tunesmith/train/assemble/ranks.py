@@ -1,0 +1,108 @@
+"""How several ranks share a model: what each holds, and which recipes that goes with."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tunesmith.config.schema import Recipe
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.reduce import Alone, Replicated
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+
+ELEMENTWISE = ("adamw", "lion", "sgd")
+"""Optimizers that treat each element by itself, and so a part of a weight as the whole."""
+ADAPTERS = ("none", "lora")
+
+
+def check_sharing(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what can't be spread over ranks, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    if recipe.device.shard == "none":
+        if recipe.device.shard_offload:
+            raise RecipeError(
+                "only shards are kept in the host's memory",
+                where="device.shard_offload",
+                hint="add device.shard=full, or take it away",
+            )
+        return
+    if ranks.alone:
+        raise RecipeError(
+            "one process has nobody to share the model with",
+            where="device.shard",
+            hint="device.ranks=2 or more, torchrun, or device.shard=none",
+        )
+    _check_hybrid(recipe, ranks)
+    _check_kind(recipe)
+
+
+def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
+    nodes, rest = divmod(ranks.count, ranks.local_count)
+    if recipe.device.shard == "hybrid" and (nodes < 2 or rest or ranks.local_count < 2):
+        raise RecipeError(
+            f"hybrid spreads over the ranks of a machine and copies across machines, and these "
+            f"{ranks.count} ranks are {ranks.local_count} a machine",
+            where="device.shard",
+            hint="device.shard=full",
+        )
+
+
+def _check_kind(recipe: Recipe) -> None:
+    shard = recipe.device.shard
+    for key, value, taken, hint in (
+        ("optim.name", recipe.optim.name, ELEMENTWISE, "looks at whole weights"),
+        ("adapter.kind", recipe.adapter.kind, ADAPTERS, "needs whole weights of its base"),
+        ("model.quantization", recipe.model.quantization, ("none",), "can't be taken apart"),
+    ):
+        if value not in taken:
+            raise RecipeError(
+                f"{value} {hint}, and device.shard={shard} gives each rank a part",
+                where=key,
+                hint=f"{key}={taken[0]}, or device.shard=none",
+            )
+    if recipe.eval.samples:
+        raise RecipeError(
+            f"answers can't be generated while the model is spread by device.shard={shard}",
+            where="eval.samples",
+            hint="eval.samples=0; `tunesmith generate RUN` answers afterwards",
+        )
+
+
+def share_model(recipe: Recipe, model: CausalLM, ranks: Ranks) -> Alone:
+    """Let the ranks begin from the same trained weights, and spread the model if that is asked."""
+    if ranks.alone:
+        return Alone()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ranks.copy_from_first(trained)
+    if recipe.device.shard == "none":
+        return Replicated(ranks, trained)
+    from tunesmith.distributed.shard import Sharding, shard_model
+
+    first = next(model.base.parameters())
+    how = Sharding(
+        compute=first.dtype,
+        across=recipe.device.shard == "hybrid",
+        offload=recipe.device.shard_offload,
+    )
+    return shard_model(model, decoder_layers(model), ranks, how, first.device)
+
+
+def decoder_layers(model: CausalLM) -> list[nn.Module]:
+    """The decoder's layers, in order.
+
+    Raises:
+        ModelError: they aren't one list.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.decoder.modules() if isinstance(m, nn.ModuleList)]
+    found = [layers for layers in lists if len(layers) == wanted]
+    if len(found) != 1:
+        raise ModelError(
+            f"{model.config.model_type} has no one list of layers to spread",
+            where="device.shard",
+            hint="device.shard=none",
+        )
+    return list(found[0])

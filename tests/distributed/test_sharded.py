@@ -1,0 +1,107 @@
+"""Spread over ranks, a model learns what it learns on one; its checkpoints fit any number."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gang import losses, records, run_groups, weights
+from tiny import chat_rows, tiny_folder, write_jsonl
+
+STEPS = 6
+COMMON = [
+    f"train.steps={STEPS}",
+    "model.dtype=float32",
+    "optim.lr=0.003",
+    "device.micro_tokens=96",
+    "batch.documents=6",
+]
+LORA = ["adapter=lora", "adapter.rank=4"]
+LAYERS = ["device.gradient_checkpointing=layers"]
+SHARD = ["device.shard=full"]
+CASES = {
+    "full": (2, "plain", []),
+    "uneven": (3, "plain", LAYERS),
+    "tied": (2, "tied", ["optim=sgd", "batch.documents=1"]),
+    "lora": (2, "tied", LORA),
+    "hybrid": (4, "plain", []),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("shards")
+    models = {
+        "plain": str(tiny_folder(folder / "model-plain", num_hidden_layers=2, vocab_size=449)),
+        "tied": str(
+            tiny_folder(
+                folder / "model-tied", "gemma2", num_hidden_layers=2, tie_word_embeddings=True
+            )
+        ),
+    }
+    data = str(write_jsonl(folder / "rows.jsonl", chat_rows(14)))
+    held_out = str(write_jsonl(folder / "eval.jsonl", chat_rows(19)[14:]))
+
+    def job(name: str, model: str, options: list[str], **more):
+        inputs = {"model": models[model], "data": data, "eval": held_out}
+        return {**inputs, "out": str(folder / name), "overrides": [*COMMON, *options], **more}
+
+    alone = [job(f"{name}-alone", model, rest) for name, (_, model, rest) in CASES.items()]
+    groups = [(1, alone)]
+    for name, (ranks, model, rest) in CASES.items():
+        shard = ["device.shard=hybrid"] if name == "hybrid" else SHARD
+        groups.append((ranks, [job(name, model, [*rest, *shard])]))
+    for name in ("halted-1", "halted-4"):
+        stopped = job(name, "plain", SHARD, signal_after=[1, 3, signal.SIGTERM])
+        groups.append((2, [stopped]))
+    none = ["device.shard=none"]
+    groups.append((1, [{"call": "resume", "out": str(folder / "halted-1"), "overrides": none}]))
+    groups.append((4, [{"call": "resume", "out": str(folder / "halted-4"), "overrides": []}]))
+    refused = [(2, [job("refused", "plain", [*SHARD, "optim=muon"])])]
+    codes, said = run_groups([*groups, *refused], machine=2)
+    sys.stderr.write(f"{codes}")
+    assert codes == [[0]] + [[0] * case[0] for case in CASES.values()] + [
+        [143, 143], [143, 143], [0], [0] * 4, [2, 2],
+    ]  # fmt: skip
+    return folder, said
+
+
+def assert_same_learning(wanted: Path, found: Path) -> None:
+    assert [r["step"] for r in records(found, "train")] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(losses(found), losses(wanted), rtol=2e-5)
+    norms = [[r["grad_norm"] for r in records(run, "train")] for run in (wanted, found)]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=2e-4)
+    for a, b in zip(records(wanted, "eval"), records(found, "eval"), strict=True):
+        np.testing.assert_allclose(b["nll"], a["nll"], rtol=2e-5)
+    one, many = weights(wanted), weights(found)
+    assert set(one) == set(many)
+    for key, tensor in one.items():
+        assert many[key].dtype == tensor.dtype
+        torch.testing.assert_close(many[key], tensor, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_spread_weights_learn_what_whole_ones_do(runs, name: str) -> None:
+    folder, _ = runs
+    assert_same_learning(folder / f"{name}-alone", folder / name)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_with_another_number(runs, ranks: int) -> None:
+    folder, _ = runs
+    run = folder / f"halted-{ranks}"
+    first = run / "checkpoints" / "step-3" / "parts"
+    assert len(list(first.glob("*.distcp"))) == 2
+    assert_same_learning(folder / "full-alone", run)
+
+
+def test_what_needs_whole_weights_is_refused(runs) -> None:
+    folder, said = runs
+    assert said.count("muon looks at whole weights") == 1
+    assert "optim.name=adamw" in said
+    assert not (folder / "refused").exists()

@@ -1,0 +1,97 @@
+"""What ranks can't do together is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tunesmith.config.read import read_recipe
+from tunesmith.distributed import launch
+from tunesmith.distributed.launched import launched, speaks
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.errors import RecipeError
+from tunesmith.train.assemble.ranks import check_sharing
+
+TWO = Ranks(0, 2, 0, 2)
+
+
+def check(ranks: Ranks, *overrides: str) -> None:
+    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["device.shard=full", "optim=muon"], "optim.name"),
+        (["device.shard=full", "optim=adamw_8bit"], "optim.name"),
+        (["device.shard=full", "adapter=dora"], "adapter.kind"),
+        (["device.shard=full", "model.quantization=nf4", "adapter=lora"], "model.quantization"),
+        (["device.shard=full", "eval.samples=2", "data.eval=2%"], "eval.samples"),
+        (["device.shard=hybrid"], "device.shard"),
+        (["device.shard_offload=true"], "device.shard_offload"),
+    ],
+)
+def test_what_needs_whole_weights_names_its_key(overrides: list[str], key: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(TWO, *overrides)
+    assert caught.value.where == key
+    assert caught.value.hint
+
+
+def test_one_process_has_nothing_to_share() -> None:
+    check(Ranks())
+    with pytest.raises(RecipeError, match="nobody to share"):
+        check(Ranks(), "device.shard=full")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_elementwise_optimizers_and_lora_may_be_spread(name: str) -> None:
+    check(TWO, "device.shard=full", f"optim={name}", "adapter=lora")
+    check(Ranks(0, 8, 0, 4), "device.shard=hybrid", f"optim={name}")
+
+
+def test_ranks_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "_gpus", lambda: 4)
+    assert launch.ranks_to_start("auto", "auto") == 4
+    assert launch.ranks_to_start("cuda", 3) == 3
+    assert launch.ranks_to_start("cpu", "auto") == 1
+    assert launch.ranks_to_start("cpu", 8) == 8
+    with pytest.raises(RecipeError, match="there are 4"):
+        launch.ranks_to_start("auto", 5)
+    with pytest.raises(RecipeError, match="one process"):
+        launch.ranks_to_start("mps", 2)
+    monkeypatch.setattr(launch, "_gpus", lambda: 0)
+    assert launch.ranks_to_start("auto", "auto") == 1
+    assert launch.ranks_to_start("auto", 2) == 2
+    started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    assert launch.ranks_to_start("auto", 2) == 1
+    assert launched() == 2
+    assert not speaks()
+
+
+def test_a_call_from_python_is_one_rank(llama_folder, chats) -> None:
+    with pytest.raises(RecipeError, match="one rank, not on 2"):
+        tunesmith.train(model=llama_folder, data=chats, overrides=["device.ranks=2"])
+
+
+@pytest.mark.parametrize("key", ["context_parallel", "tensor_parallel"])
+def test_other_ways_to_share_have_no_key(key: str) -> None:
+    with pytest.raises(RecipeError):
+        read_recipe({"model": "M", "data": "D.jsonl"}, [f"device.{key}=2"])
+
+
+def test_torch_distributed_is_known_in_one_place() -> None:
+    package = Path(tunesmith.__file__).parent
+    allowed = {package / "train" / "checkpoint.py"}
+    for file in package.rglob("*.py"):
+        if "distributed" in file.relative_to(package).parts or file in allowed:
+            continue
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"(import|from) torch\.distributed", text), file
