@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,15 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
 
-def save_checkpoint(run: Path, state: TrainState, *, keep: int, best: int | None = None) -> Path:
+def save_checkpoint(
+    run: Path, state: TrainState, *, keep: int, best: int | None = None, good: int | None = None
+) -> Path:
     """Write `state` to `run/checkpoints/step-N`, then delete what is no longer to be kept.
 
     Kept are the newest `keep` checkpoints and the one of step `best`. Checkpoints of later steps
-    belong to a future that was given up, and go. Nothing is deleted before the new one is on the
-    disk.
+    belong to a future that was given up, and go. What there is beyond `keep` goes first, to make
+    room; else nothing is deleted before the new one is on the disk, and that of step `good`, which
+    is known to be whole, not at all.
 
     Raises:
         CheckpointError: it can't be written; the earlier ones are as they were.
@@ -90,6 +93,7 @@ def save_checkpoint(run: Path, state: TrainState, *, keep: int, best: int | None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         clean_checkpoints(run)
+        _prune(parent, state.step, keep=keep, spared={best, good}, later=False)
         aside.mkdir()
         _write_files(aside, state)
         sync_folder(aside)
@@ -101,7 +105,7 @@ def save_checkpoint(run: Path, state: TrainState, *, keep: int, best: int | None
         shutil.rmtree(aside, ignore_errors=True)
         raise _write_error(run, final, error) from error
     clean_checkpoints(run)
-    _prune(parent, state.step, keep=keep, best=best)
+    _prune(parent, state.step, keep=keep, spared={best}, later=True)
     return final
 
 
@@ -292,11 +296,16 @@ def _checkpoints(parent: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), entry) for match, entry in found), reverse=True)
 
 
-def _prune(parent: Path, step: int, *, keep: int, best: int | None) -> None:
+def _prune(
+    parent: Path, step: int, *, keep: int, spared: Collection[int | None], later: bool
+) -> None:
+    """Delete all but the newest `keep` up to `step` and the spared; of later steps only if so
+    asked.
+    """
     checkpoints = _checkpoints(parent)
-    spared = [number for number, _ in checkpoints if number <= step][: max(1, keep)]
+    newest = [number for number, _ in checkpoints if number <= step][: max(1, keep)]
     for number, path in checkpoints:
-        if number not in spared and number != best:
+        if number not in newest and number not in spared and (later or number <= step):
             # Renamed first, so that a crash can't leave a half-deleted folder under its name.
             doomed = path.with_name(f"{path.name}{ASIDE}")
             os.rename(path, doomed)

@@ -133,7 +133,8 @@ class Trainer:
             parts=parts_writer(self.job),
         )
         if self.job.ranks.first:
-            save_checkpoint(self.folder, state, keep=self.job.recipe.checkpoint.keep, best=best)
+            keep = self.job.recipe.checkpoint.keep
+            save_checkpoint(self.folder, state, keep=keep, best=best, good=self._saved)
         elif state.parts is not None:
             state.parts(parts_folder(self.folder, self.step))
         self.job.ranks.meet()
