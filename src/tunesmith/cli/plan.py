@@ -66,6 +66,16 @@ def lines(found: Forecast) -> list[str]:
         f"{_time(found.eval_seconds)}), from {seen.steps} steps on this machine; loading and "
         "writing come on top",
     ]
+    if work.grouped is not None and work.computed:
+        page.append(
+            f"batch.group_by_prefix=true would compute {work.grouped:,} tokens, "
+            f"{1 - work.grouped / work.computed:.1%} fewer; it changes which documents meet in a "
+            "step"
+        )
+    if found.packing is not None:
+        from tunesmith.train.assemble.order import packing_line
+
+        page.append(packing_line(found.packing))
     if work.counted < work.steps:
         page.append(f"counted: {work.counted} of {work.steps:,} steps, scaled up")
     if not found.fits:

@@ -29,7 +29,10 @@ def _check_batch(document: Document) -> None:
     packing = batch.get("packing", "none")
     train = data.get("train")
     sources = cast("list[Any]", train) if isinstance(train, list) else []
-    mixed = any(isinstance(one, dict) and ("weight" in one or "epochs" in one) for one in sources)
+    mixed = any(
+        isinstance(one, dict) and (one.get("weight") is not None or one.get("epochs") is not None)
+        for one in cast("list[dict[str, Any]]", sources)
+    )
     if packing != "none":
         if batch.get("pack_tokens") is None and data.get("max_length", "auto") == "auto":
             document.complain(
