@@ -1,23 +1,15 @@
-"""report.html: a run on one page that needs nothing but itself. Every text of data or model is
-escaped.
-"""
+"""report.html: a run on one page that needs nothing but itself. No text of the data is markup."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from tunesmith.pages.html import page, text
 from tunesmith.train.folder import write_text
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
-    "padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}"
-    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1rem;overflow:auto}"
-)
+_STYLE = "body{max-width:60rem}pre{background:var(--panel);padding:1rem;overflow:auto}"
 _WIDTH, _HEIGHT = 720, 220
 
 
@@ -36,7 +28,7 @@ def write_report(
     for record in evals:
         curves.setdefault(f"{record['set']} loss", []).append((record["step"], record["nll"]))
     body = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{text(title)}</h1>",
         _plot(curves),
         _table(
             "Evaluation",
@@ -49,40 +41,32 @@ def write_report(
             steps[-1:],
         ),
         f"<h2>Ledger</h2>{_tree(ledger)}",
-        f"<h2>Recipe</h2><pre>{escape(recipe)}</pre>",
+        f"<h2>Recipe</h2><pre>{text(recipe)}</pre>",
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    write_text(
-        path,
-        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n',
-    )
+    write_text(path, page(title, "".join(body), style=_STYLE))
 
 
 def _table(title: str, columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         return ""
-    header = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    header = "".join(f"<th>{text(name)}</th>" for name in columns)
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{escape(_shown(record.get(name)))}</td>" for name in columns)
-        + "</tr>"
+        "<tr>" + "".join(f"<td>{text(_shown(record.get(name)))}</td>" for name in columns) + "</tr>"
         for record in records
     )
-    return f"<h2>{escape(title)}</h2><table><tr>{header}</tr>{rows}</table>"
+    return f"<h2>{text(title)}</h2><table><tr>{header}</tr>{rows}</table>"
 
 
 def _tree(value: Any) -> str:
     """Nested values as nested lists; long lists are cut, the files of the run hold them whole."""
     if isinstance(value, Mapping):
-        items = "".join(
-            f"<li>{escape(str(key))}: {_tree(item)}</li>" for key, item in value.items()
-        )
+        items = "".join(f"<li>{text(str(key))}: {_tree(item)}</li>" for key, item in value.items())
         return f"<ul>{items}</ul>"
     if isinstance(value, list | tuple):
         items = "".join(f"<li>{_tree(item)}</li>" for item in value[:20])
         more = f"<li>and {len(value) - 20} more</li>" if len(value) > 20 else ""
         return f"<ul>{items}{more}</ul>"
-    return escape(_shown(value))
+    return text(_shown(value))
 
 
 def _shown(value: Any) -> str:
@@ -110,7 +94,7 @@ def _plot(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         )
         parts.append(
             f'<text x="{_WIDTH - 20}" y="{24 + 16 * number}" fill="{colour}" '
-            f'text-anchor="end">{escape(name)}</text>'
+            f'text-anchor="end">{text(name)}</text>'
         )
     parts.append(f'<text x="0" y="24" font-size="11">{high:.3g}</text>')
     parts.append(f'<text x="0" y="{_HEIGHT - 16}" font-size="11">{low:.3g}</text>')
