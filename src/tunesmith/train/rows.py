@@ -16,13 +16,18 @@ from tunesmith.types import Document, IntArray
 
 
 class RowLosses:
-    """One entry for each time a document was learned from."""
+    """One entry for each time a document was learned from; 28 bytes each, in arrays that double
+    when they are full.
+    """
 
     def __init__(self) -> None:
-        self._step: list[IntArray] = []
-        self._document: list[IntArray] = []
-        self._loss: list[NDArray[np.float64]] = []
-        self._weight: list[NDArray[np.float64]] = []
+        self._used = 0
+        self._held: dict[str, NDArray[np.generic]] = {
+            "step": np.empty(0, np.int32),
+            "document": np.empty(0, np.int64),
+            "loss": np.empty(0, np.float64),
+            "weight": np.empty(0, np.float64),
+        }
 
     def add(
         self,
@@ -33,10 +38,14 @@ class RowLosses:
         weight: NDArray[np.float64],
     ) -> None:
         """Note a step's documents with their sums of weight * loss and of weight."""
-        self._step.append(np.full(len(document), step, np.int32))
-        self._document.append(document)
-        self._loss.append(loss)
-        self._weight.append(weight)
+        start, self._used = self._used, self._used + len(document)
+        added = {"step": step, "document": document, "loss": loss, "weight": weight}
+        for name, values in added.items():
+            held = self._held[name]
+            if self._used > len(held):
+                self._held[name] = np.empty(max(256, 2 * self._used), held.dtype)
+                self._held[name][:start] = held[:start]
+            self._held[name][start : self._used] = values
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything noted, for a checkpoint."""
@@ -46,25 +55,18 @@ class RowLosses:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint holds."""
-        self._step = [tensors["rows.step"].numpy()]
-        self._document = [tensors["rows.document"].numpy()]
-        self._loss = [tensors["rows.loss"].numpy()]
-        self._weight = [tensors["rows.weight"].numpy()]
+        self._held = {
+            name: tensors[f"rows.{name}"].numpy().astype(held.dtype)
+            for name, held in self._held.items()
+        }
+        self._used = len(self._held["step"])
 
     def forget(self) -> None:
         """Begin anew, since the documents are others now."""
         self.__init__()
 
     def _columns(self) -> dict[str, NDArray[np.generic]]:
-        if not self._step:
-            none, zero = np.empty(0, np.int32), np.empty(0)
-            return {"step": none, "document": none, "loss": zero, "weight": zero}
-        return {
-            "step": np.concatenate(self._step),
-            "document": np.concatenate(self._document),
-            "loss": np.concatenate(self._loss),
-            "weight": np.concatenate(self._weight),
-        }
+        return {name: held[: self._used] for name, held in self._held.items()}
 
     def write(
         self, path: Path, documents: Sequence[Document], epoch_of: Callable[[int], int]
