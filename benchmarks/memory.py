@@ -1,11 +1,14 @@
-"""Memory and time of a micro-batch in each mode of keeping activations.
+"""Memory, time and gradients of a micro-batch in each way of keeping activations.
 
-    python benchmarks/memory.py --model MODEL          # writes results/memory.json and memory.md
+    python benchmarks/memory.py --model MODEL              # results/memory.json and memory.md
+    python benchmarks/memory.py --model MODEL --only selective    # one, put into the results
 
-One document of `--tokens` random tokens, all of them targets, forward and backward with the head;
-the gradients are there before, so what is counted is activations, the head and temporaries. Bytes
-are those of torch's allocator above what was held before. Each mode is timed after one pass that
-warms up.
+One document of `--tokens` random tokens, all of them targets, forward and backward with the head.
+Each way runs in a process of its own; the gradients are there before, so what is counted is
+activations, the head and temporaries. Bytes are those of torch's allocator above what was held
+before. One pass counts memory and its gradients are held against those of `none`, a second is
+timed. With `+offload` activations go to the host's memory; on a CPU, which is the host, what would
+move is counted, and what stays on the device is what was kept without it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +33,14 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import set_checkpointing
 from tunesmith.model.footprint import footprint
 from tunesmith.model.load import load_causal_lm, resolve_model
+from tunesmith.model.offload import offloaded
 from tunesmith.objectives import head_loss, nll
 from tunesmith.train.device import keep_freed_memory
 from tunesmith.types import Batch, Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MODES = ("none", "selective", 2, "layers")
+WAYS = ("none", "selective", "2", "layers", "none+offload", "layers+offload")
+HEAD = functools.partial(head_loss, objective=nll)
 
 
 def random_batch(tokens: int, vocabulary: int, device: torch.device) -> Batch:
@@ -44,45 +53,112 @@ def random_batch(tokens: int, vocabulary: int, device: torch.device) -> Batch:
     return collate(plan, device)
 
 
-def measure(model: CausalLM, batch: Batch, mode: str | int, device: torch.device) -> dict[str, Any]:
-    """Bytes kept for the backward pass, the most in a pass, and seconds of a pass."""
-    head = functools.partial(head_loss, objective=nll)
-    set_checkpointing(model.base, "none" if mode == "offload" else mode)
-    model.offload = mode == "offload"
-
-    def once() -> float:
-        started = time.perf_counter()
-        model(batch, head).loss_sum.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    with footprint(device) as whole:  # warms up on the way
-        once()
-    with footprint(device) as forward:
+def measure(model: CausalLM, batch: Batch, way: str, device: torch.device) -> dict[str, Any]:
+    """Bytes kept for the backward pass, moved to the host, and the most in a pass; seconds of a
+    pass. The gradients of one pass are left in the model.
+    """
+    mode, _, offload = way.partition("+")
+    set_checkpointing(model.base, int(mode) if mode.isdigit() else mode)
+    moved: list[int] = []
+    note = lambda tensor: moved.append(tensor.numel() * tensor.element_size())  # noqa: E731
+    host = offloaded(model, copied=note) if offload else nullcontext()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with footprint(device) as forward, host:
         hidden = model.hidden(batch)
-    del hidden
-    seconds = once()
-    return {"mode": mode, "kept": forward.held, "peak": whole.peak, "seconds": seconds}
+    with footprint(device) as backward:
+        through_head(model, hidden, batch)
+        del hidden
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.offload = bool(offload)
+    started = time.perf_counter()
+    model(batch, HEAD).loss_sum.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name)
+    return {
+        "way": way,
+        "kept": forward.held,
+        "moved": sum(moved),
+        "peak": max(forward.peak, forward.held + backward.peak),
+        "seconds": seconds,
+    }
+
+
+def through_head(model: CausalLM, hidden: torch.Tensor, batch: Batch) -> None:
+    """Loss and gradients from hidden states."""
+    HEAD(
+        hidden, model.head.weight, model.head.bias,
+        source=batch.source, target=batch.target, target_weight=batch.weight,
+        transform=None if model.logits.identity else model.logits.apply,
+    ).loss_sum.backward()  # fmt: skip
+
+
+def difference(model: CausalLM, file: Path) -> float | None:
+    """The largest relative L2 difference of a gradient from those in the file; they are written
+    there if it is not.
+    """
+    mine = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if not file.exists():
+        torch.save(mine, file)
+        return None
+    first = torch.load(file)
+    return max(float((mine[n] - first[n]).norm() / first[n].norm()) for n in first)
+
+
+def one(given: argparse.Namespace) -> None:
+    """Measure one way and put it into the results."""
+    keep_freed_memory()
+    device = torch.device(given.device)
+    model = load_causal_lm(resolve_model(given.model), dtype="float32", device=device).train()
+    batch = random_batch(given.tokens, model.config.vocab_size, device)
+    found = measure(model, batch, given.only, device)
+    found["gradients_off"] = difference(model, given.gradients)
+    about = {
+        "model": Path(given.model).name,
+        "dtype": "float32",
+        "tokens": given.tokens,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+    }
+    file = RESULTS / "memory.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    same = all(kept.get(key) == value for key, value in about.items())
+    ways = {w["way"]: w for w in kept.get("ways", [])} if same else {}
+    ways[given.only] = found
+    whole = {**about, "ways": [ways[way] for way in WAYS if way in ways]}
+    file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "memory.md").write_text(page(whole), encoding="utf-8")
 
 
 def page(found: dict[str, Any]) -> str:
-    """The table, relative to the first mode."""
-    first = found["modes"][0]
+    """The table, relative to the first way."""
+    first = found["ways"][0]
     lines = [
         "# Memory of activations",
         "",
         f"{found['model']}, {found['dtype']}, {found['tokens']} tokens in one micro-batch, "
-        f"{found['device']}, {found['threads']} threads.",
+        f"{found['device']}, {found['threads']} threads. Gradients: the largest relative L2 "
+        f"difference from those of {first['way']}, 0 is the same to the bit.",
         "",
-        "| gradient_checkpointing | kept MiB | peak MiB | peak | time |",
-        "|---|---|---|---|---|",
+        "| activations | kept MiB | to the host MiB | peak MiB | peak | time | gradients |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {m['mode']} | {m['kept'] / 2**20:.0f} | {m['peak'] / 2**20:.0f} "
-        f"| {m['peak'] / first['peak']:.2f} | {m['seconds'] / first['seconds']:.2f} |"
-        for m in found["modes"]
-    ]
+    for way in found["ways"]:
+        off = way["gradients_off"]
+        lines.append(
+            f"| {way['way']} | {way['kept'] / 2**20:.0f} | {way['moved'] / 2**20:.0f} "
+            f"| {way['peak'] / 2**20:.0f} | {way['peak'] / first['peak']:.2f} "
+            f"| {way['seconds'] / first['seconds']:.2f} | {'-' if off is None else f'{off:.1g}'} |"
+        )
+    if found["device"] == "CPU":
+        lines += [
+            "",
+            "A CPU has no other memory to move to, so there `kept` and `peak` hold the copies too; "
+            "on a device `kept` is less by what moves.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -91,26 +167,19 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=WAYS, help="measure this way alone")
+    parser.add_argument("--gradients", type=Path, help="file of the gradients of none")
     given = parser.parse_args()
-    keep_freed_memory()
-    device = torch.device(given.device)
-    model = load_causal_lm(resolve_model(given.model), dtype="float32", device=device).train()
-    batch = random_batch(given.tokens, model.config.vocab_size, device)
-    head = functools.partial(head_loss, objective=nll)
-    model(batch, head).loss_sum.backward()  # the gradients are there from here
-    modes: list[str | int] = [*MODES, *(["offload"] if device.type != "cpu" else [])]
-    found = {
-        "model": Path(given.model).name,
-        "dtype": "float32",
-        "tokens": given.tokens,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "modes": [measure(model, batch, mode, device) for mode in modes],
-    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "memory.md").write_text(page(found), encoding="utf-8")
-    print(page(found))
+    with tempfile.TemporaryDirectory() as folder:
+        given.gradients = given.gradients or Path(folder) / "gradients.pt"
+        if given.only:
+            one(given)
+        else:
+            for way in WAYS:
+                words = [*sys.argv, "--only", way, "--gradients", str(given.gradients)]
+                subprocess.run([sys.executable, *words], check=True)
+    print((RESULTS / "memory.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `tunesmith plan` says against what the run then takes, each in a process of its own.
 
     python benchmarks/plan.py --model MODEL --data gsm8k/train.jsonl   # results/plan.{json,md}
+    python benchmarks/plan.py --model MODEL --data FILE --kinds lora   # that row alone, anew
 
 Time is that of the steps (the sum of their `seconds`); memory is the highest resident size of the
 process on a CPU, of the allocator on CUDA.
@@ -19,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KINDS = {"full": [], "lora": ["adapter=lora"]}
+KINDS = {
+    "full": [],
+    "lora": ["adapter=lora"],
+    "nf4 lora": ["adapter=lora", "model.quantization=nf4"],
+}
 
 
 def command(words: list[str]) -> str:
@@ -82,11 +87,22 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_earlier(runs: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """These runs and, of the kinds that are not among them, those in the results with the same
+    settings.
+    """
+    file = RESULTS / "plan.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    same = all(kept.get(key) == value for key, value in about.items())
+    by_kind = {run["kind"]: run for run in [*(kept.get("runs", []) if same else []), *runs]}
+    return [by_kind[kind] for kind in KINDS if kind in by_kind]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     given = parser.parse_args()
@@ -98,11 +114,12 @@ def main() -> None:
             compare(given.model, str(rows), kind=kind, threads=given.threads)
             for kind in given.kinds
         ]
-    found = {
+    about = {
         "rows": given.rows, "threads": given.threads, "machine": platform.machine() + " CPU",
-        "model": Path(given.model).name, "runs": runs,
+        "model": Path(given.model).name,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
+    found = {**about, "runs": with_earlier(runs, about)}
     (RESULTS / "plan.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "plan.md").write_text(page(found), encoding="utf-8")
     print(page(found))

@@ -18,7 +18,7 @@ from tunesmith.train.job import Job
 from tunesmith.train.memory_retry import is_out_of_memory, out_of_memory
 from tunesmith.train.plan.flops import training_flops
 from tunesmith.train.plan.forecast import memory_parts
-from tunesmith.train.plan.probe import activation_bytes_of, peak_memory, run_step
+from tunesmith.train.plan.probe import activation_bytes_of, peak_memory, run_longest, run_step
 from tunesmith.train.plan.work import Work, count_work, documents_of, planned, spread
 
 STEPS = 5
@@ -122,7 +122,8 @@ def _measured(job: Job, work: Work, steps: int) -> Bench:
     shapes = product_shapes(job.model, work.largest)
     dtype = product_dtype(job.model)
     before = matmul_rate(shapes, dtype=dtype, device=job.device)
-    run_step(job, work.largest_step)  # warms up, and is the one that needs most
+    run_longest(job)  # as a run begins
+    run_step(job, work.largest_step)
     timed = tuple(_timed(job, step) for step in spread(job.total_steps, steps))
     after = matmul_rate(shapes, dtype=dtype, device=job.device)
     peak = peak_memory(job.device)

@@ -12,7 +12,7 @@ import torch
 from tunesmith.config.schema import Recipe
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import plan_step
-from tunesmith.errors import InputError, ModelError
+from tunesmith.errors import InputError
 from tunesmith.model.activations import (
     MODES,
     Cost,
@@ -22,7 +22,12 @@ from tunesmith.model.activations import (
     tokens_range,
 )
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import Mode, as_mode, set_checkpointing
+from tunesmith.model.checkpointing import (
+    Mode,
+    as_mode,
+    checkpointed_layers,
+    set_checkpointing,
+)
 from tunesmith.model.footprint import footprint
 from tunesmith.model.memory import MemoryEstimate
 from tunesmith.objectives import head_loss, nll
@@ -147,13 +152,8 @@ def _batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
 
 
 def _possible(model: CausalLM) -> tuple[Mode, ...]:
-    """The modes that `auto` may take: the last where the architecture can recompute."""
-    try:
-        set_checkpointing(model.base, "layers")
-    except ModelError:
-        return MODES[:1]
-    set_checkpointing(model.base, "none")
-    return MODES
+    """The modes that `auto` may take: the first alone where the architecture can't recompute."""
+    return MODES if checkpointed_layers(model.base) else MODES[:1]
 
 
 def _matters(cost: Cost, device: torch.device, *, needed: int, room: int) -> bool:
