@@ -143,6 +143,7 @@ def test_prints_one_object_and_leaves_nothing_behind(
     assert len(found["steps"]) == 1
     assert found["memory"]["weights"] == 4 * found["parameters"]
     assert found["memory"]["activations"] > 0
+    assert sum(found["memory"].values()) == found["peak"]
     assert found["work"]["padded"] - found["work"]["unshared"] == found["padding_avoided"] > 0
     assert found["repeats_avoided"] > 0
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -36,8 +36,9 @@ def test_counts_are_those_of_the_run(llama_folder: Path, chats: Path, tmp_path: 
     assert found.work.target_tokens == sum(step["target_tokens"] for step in steps)
     assert found.work.padded >= found.work.unshared >= found.work.computed
     assert found.memory["gradients"] == found.memory["weights"] == 4 * found.trained
-    assert found.memory["optimizer"] >= 2 * 4 * found.trained
+    assert found.memory["optimizer"] == 2 * 4 * found.trained
     assert found.memory["activations"] > 0
+    assert sum(found.memory.values()) == found.measured.peak
     assert found.train_seconds > 0
     assert found.fits
 
@@ -52,6 +53,14 @@ def test_prints_one_object_and_leaves_nothing_behind(
     assert found["chosen"]["gradient_checkpointing"] == "selective"
     assert found["trained"] == found["parameters"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Path) -> None:
+    changes = [*SETTINGS, "model.dtype=bfloat16", "objective.kl=0.1"]
+    recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)
+    found = forecast(recipe)
+    assert found.memory["weights"] == found.memory["base model"] == 2 * found.trained
+    assert found.memory["optimizer"] == (2 + 2 * 4) * found.trained
 
 
 def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:

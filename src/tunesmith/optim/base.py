@@ -142,6 +142,12 @@ class Optimizer:
         """The trained parameters."""
         return [slot.parameter for slot in self._slots.values()]
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is kept between steps, parameters and gradients left out."""
+        kept = (t for slot in self._slots.values() for t in (slot.rest, *slot.state.values()))
+        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """The norm of all gradients; the next `step` scales them down to `max_norm` as it goes.

@@ -104,39 +104,29 @@ def _on_cuda(recipe: Recipe) -> bool:
     return recipe.device.kind in ("auto", "cuda") and torch.cuda.is_available()
 
 
-def memory_parts(job: Job, *, activations: int, working: int) -> dict[str, int]:
-    """Bytes that training holds, by what they are for."""
+def memory_parts(job: Job, *, peak: int, activations: int, working: int) -> dict[str, int]:
+    """Bytes that training holds, by what they are for; they add up to `peak`.
+
+    What the peak has besides is the process itself, on a CPU, and freed memory that the allocator
+    could not use again.
+    """
     trained = [p for p in job.model.parameters() if p.requires_grad]
     parts = {
         "weights": tensor_bytes(job.model.parameters()),
         "gradients": 4 * sum(p.numel() for p in trained),
-        "optimizer": tensor_bytes(_tensors(job.optimizer)),
+        "optimizer": job.optimizer.held_bytes,
         "activations": activations,
         "head and working memory": working,
     }
     if job.loss.base is not None and job.loss.base.frozen is not None:
         parts["base model"] = tensor_bytes(job.loss.base.frozen.parameters())
+    parts["process and allocator"] = max(0, peak - sum(parts.values()))
     return parts
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of all of them."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _tensors(optimizer: Any) -> list[torch.Tensor]:
-    """Each tensor that the optimizer's state holds, once."""
-    found: dict[int, torch.Tensor] = {}
-    waiting: list[Any] = [optimizer.state_dict()]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            found[one.data_ptr()] = one
-        elif isinstance(one, dict):
-            waiting.extend(one.values())
-        elif isinstance(one, list | tuple):
-            waiting.extend(one)
-    return list(found.values())
 
 
 def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:
