@@ -103,12 +103,19 @@ def test_true_false_and_one_are_modes() -> None:
 
 
 def test_an_architecture_without_such_layers_is_refused() -> None:
-    class Bare:
-        def gradient_checkpointing_enable(self, **_: object) -> None:
-            raise ValueError("not supported")
-
+    bare = torch.nn.Linear(2, 2)
+    assert set_checkpointing(bare, "none") == 0
     with pytest.raises(ModelError, match="can't recompute"):
-        set_checkpointing(Bare(), "layers")
+        set_checkpointing(bare, "layers")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_embedding_is_not_asked_for_a_gradient() -> None:
+    model = wrapped("llama")
+    model.requires_grad_(False)
+    set_checkpointing(model.base, "layers")
+    set_checkpointing(model.base, "none")
+    assert not model.hidden(collate(micro_batch(20), torch.device("cpu"))).requires_grad
 
 
 @pytest.mark.parametrize("mode", ["none", "layers"])

@@ -1,183 +1,154 @@
-"""Memory, time and work of a run, from its recipe and a few real steps."""
+"""The measurement: a few real steps of a run, timed, and what they should have taken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tunesmith.bench.breakdown import breakdown
+from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.config.schema import Recipe
-from tunesmith.config.values import Duration
-from tunesmith.distributed.launch import ranks_to_start
-from tunesmith.errors import RunError
-from tunesmith.model.activations import activation_bytes
-from tunesmith.model.checkpointing import Mode
-from tunesmith.model.memory import free_memory
-from tunesmith.train.announcement import FEW_STEPS
 from tunesmith.train.build import build
-from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
+from tunesmith.train.memory_retry import is_out_of_memory, out_of_memory
 from tunesmith.train.plan.flops import training_flops
-from tunesmith.train.plan.probe import Measured, probe
-from tunesmith.train.plan.work import Work, count_work
+from tunesmith.train.plan.forecast import memory_parts
+from tunesmith.train.plan.probe import activation_bytes_of, peak_memory, run_longest, run_step
+from tunesmith.train.plan.work import Work, count_work, documents_of, planned, spread
+
+STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a run will take. Bytes, seconds, floating point operations."""
+class StepTime:
+    """One timed step."""
 
+    step: int  # counted from 0
+    seconds: float
+    tokens: int  # of its documents, repeats counted
+    computed: int  # that went through the decoder
+    flops: float  # that had to be done
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was seen. Bytes, seconds, floating point operations."""
+
+    device: str
+    threads: int
+    dtype: str
     parameters: int
     trained: int
-    memory: dict[str, int]  # weights, gradients, optimizer, activations, head and working
-    measured: Measured
-    work: Work
-    flops: float
-    train_seconds: float
-    eval_seconds: float
-    free: int
+    steps: tuple[StepTime, ...]
+    rate: MatmulRate
+    memory: dict[str, int]  # by part
+    peak: int
+    parts: dict[str, float]  # seconds of a step by where they went, under the profiler
+    work: Work  # of the whole run
     chosen: dict[str, Any]
-    warnings: tuple[str, ...]
-    would_fit: tuple[str, ...]  # changes to the recipe, where the run does not fit
-    packing: dict[str, Any] | None = None  # packs, their fill and what was cut, if any are made
-
-    @property
-    def fits(self) -> bool:
-        """The measured peak is within what was free."""
-        return self.measured.peak <= self.free
 
     @property
     def seconds(self) -> float:
-        """Of all steps and evaluations; loading and writing come on top."""
-        return self.train_seconds + self.eval_seconds
+        """Of all timed steps."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the documents, repeats counted, over the time of their steps."""
+        return sum(step.tokens for step in self.steps) / self.seconds
+
+    @property
+    def floor_seconds(self) -> float:
+        """What the timed steps would take if nothing but their products with weights took time."""
+        return sum(step.flops for step in self.steps) / self.rate.flops_per_second
+
+    @property
+    def floor_share(self) -> float:
+        """1 if the timed steps took no longer than their floor."""
+        return self.floor_seconds / self.seconds
+
+    @property
+    def padding_avoided(self) -> int:
+        """Tokens of padding, if each path of a step were a row as long as its longest; whole
+        run.
+        """
+        return self.work.padded - self.work.unshared
+
+    @property
+    def repeats_avoided(self) -> int:
+        """Tokens that sharing prefixes and leaving out last targets saves; whole run."""
+        return self.work.unshared - self.work.computed
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values."""
-        return {**asdict(self), "fits": self.fits, "seconds": self.seconds}
+        derived = (
+            "seconds", "tokens_per_second", "floor_seconds", "floor_share", "padding_avoided",
+            "repeats_avoided",
+        )  # fmt: skip
+        each = [step.seconds for step in self.steps]
+        return {
+            **asdict(self),
+            **{name: getattr(self, name) for name in derived},
+            "median_step_seconds": statistics.median(each),
+        }
 
 
-def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
-    """Build the run, probe it and forget it; nothing is written but prepared data to the cache.
+def bench(recipe: Recipe, *, folders: Sequence[Path] = (), steps: int = STEPS) -> Bench:
+    """Build the run, time `steps` of its steps and forget it. Nothing is written but prepared data
+    to the cache.
 
     Raises:
-        InputError: what `train` would refuse too, a model that does not fit among it.
-        RunError: a micro-batch does not fit; with recipe lines that need less.
+        InputError: what `train` would refuse too.
+        RunError: a micro-batch does not fit.
     """
-    ranks = ranks_to_start(recipe.device.kind, recipe.device.ranks)
-    device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
-    free = free_memory(device)
     job = build(recipe, folders=folders)
     work = count_work(job)
     try:
-        measured = probe(job, work)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(
-            f"out of memory: a micro-batch of {work.largest} tokens does not fit",
-            hint="device.gradient_checkpointing=layers, "
-            f"device.micro_tokens={max(256, job.micro_tokens // 2)}, or adapter=lora",
-        ) from error
+        return _measured(job, work, steps)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(job.micro_tokens, work.largest) from error
     finally:
         job.loss.close()
-    memory = memory_parts(
-        job, peak=measured.peak, activations=measured.activations, working=measured.working
-    )
-    lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
-    counts = [p.numel() for p in job.model.parameters()]
-    return Forecast(
-        parameters=sum(counts),
-        trained=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-        memory=memory,
-        measured=measured,
+
+
+def _measured(job: Job, work: Work, steps: int) -> Bench:
+    shapes = product_shapes(job.model, work.largest)
+    dtype = product_dtype(job.model)
+    before = matmul_rate(shapes, dtype=dtype, device=job.device)
+    run_longest(job)  # as a run begins
+    run_step(job, work.largest_step)
+    timed = tuple(_timed(job, step) for step in spread(job.total_steps, steps))
+    after = matmul_rate(shapes, dtype=dtype, device=job.device)
+    peak = peak_memory(job.device)
+    parts = breakdown(job, timed[-1].step)
+    activations, working = activation_bytes_of(job, work)
+    parameters = list(job.model.parameters())
+    return Bench(
+        device=str(job.device),
+        threads=torch.get_num_threads(),
+        dtype=str(job.model.head.weight.dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        steps=timed,
+        rate=max(before, after, key=lambda rate: rate.flops_per_second),
+        memory=memory_parts(job, peak=peak, activations=activations, working=working),
+        peak=peak,
+        parts=parts,
         work=work,
-        flops=training_flops(job.model, tokens=work.computed, targets=work.target_tokens),
-        train_seconds=measured.seconds_per_token * work.computed,
-        eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
-        free=free,
         chosen=job.chosen,
-        warnings=(*_warnings(work), *idle_line(job, ranks)),
-        would_fit=lines,
-        packing=(job.prepared.ledger.plan or {}).get("packing"),
     )
 
 
-def _on_cuda(recipe: Recipe) -> bool:
-    return recipe.device.kind in ("auto", "cuda") and torch.cuda.is_available()
-
-
-def memory_parts(job: Job, *, peak: int, activations: int, working: int) -> dict[str, int]:
-    """Bytes that training holds, by what they are for; they add up to `peak`.
-
-    What the peak has besides is the process itself, on a CPU, and freed memory that the allocator
-    could not use again.
-    """
-    trained = [p for p in job.model.parameters() if p.requires_grad]
-    parts = {
-        "weights": tensor_bytes(job.model.parameters()),
-        "gradients": 4 * sum(p.numel() for p in trained),
-        "optimizer": job.optimizer.held_bytes,
-        "activations": activations,
-        "head and working memory": working,
-    }
-    if job.loss.base is not None and job.loss.base.frozen is not None:
-        parts["base model"] = tensor_bytes(job.loss.base.frozen.parameters())
-    parts["process and allocator"] = max(0, peak - sum(parts.values()))
-    return parts
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all of them."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:
-    tokens = sum(document.tokens for held in job.eval_sets for document in held.documents)
-    steps_seconds = measured.seconds_per_token * work.computed
-    return tokens * evaluations(
-        job.recipe.eval.every,
-        steps=job.total_steps,
-        epochs=job.order.epoch_after(job.total_steps - 1),
-        seconds=steps_seconds,
-    )
-
-
-def evaluations(every: Duration | None, *, steps: int, epochs: float, seconds: float) -> int:
-    """How often a run evaluates: before the first step, every so often, after the last."""
-    if every is None:
-        return 2
-    whole = {"steps": float(steps), "minutes": seconds / 60}.get(every.unit, epochs)
-    inside = int(whole / every.value + 1e-9)
-    at_end = abs(whole / every.value - inside) < 1e-9  # the last step's is one of them
-    return 1 + inside + (0 if at_end and inside else 1)
-
-
-def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) -> tuple[str, ...]:
-    """Changes to the recipe, one at a time, with which the peak would be within `free`."""
-    dtype = next(job.model.base.parameters()).dtype
-    now: Mode = job.chosen["gradient_checkpointing"]
-    usual = activation_bytes(job.model.config, dtype=dtype, checkpointing=now)
-    lines: list[str] = []
-    for mode in ("selective", "layers"):
-        each = activation_bytes(job.model.config, dtype=dtype, checkpointing=mode)
-        saved = measured.activations * (1 - each / usual)
-        if saved > 0 and measured.peak - saved <= free:
-            lines.append(f"device.gradient_checkpointing={mode}")
-    half = (measured.activations + measured.working) / 2
-    if job.micro_tokens >= 512 and measured.peak - half <= free:
-        lines.append(f"device.micro_tokens={job.micro_tokens // 2}")
-    state = memory["gradients"] + memory["optimizer"]
-    adapter_share = 0.05  # of the state that an adapter needs of its own, at most
-    spared = state * (1 - adapter_share)
-    if job.recipe.adapter.kind == "none" and measured.peak - spared <= free:
-        lines.append("adapter=lora")
-    return tuple(lines)
-
-
-def _warnings(work: Work) -> tuple[str, ...]:
-    if work.steps >= FEW_STEPS:
-        return ()
-    return (
-        f"only {work.steps} optimizer steps: "
-        "a smaller batch.documents or more train.epochs gives more",
-    )
+def _timed(job: Job, step: int) -> StepTime:
+    seconds, computed = run_step(job, step)
+    targets = sum(len(plan.target) for plan in planned(job, step))
+    tokens = sum(document.tokens for document in documents_of(job, step))
+    flops = training_flops(job.model, tokens=computed, targets=targets)
+    return StepTime(step, seconds, tokens, computed, flops)

@@ -1,9 +1,10 @@
 """Which activations the backward pass finds and which it computes again.
 
 The decoder's layers are transformers' checkpointing layers: each has a flag and the function that
-wraps its forward. Modes: `none`; `layers`, every layer keeps its input only; a number N, so every
-N-th layer; `selective`, every layer keeps its input and the results of matrix products and of
-attention, and computes the cheap rest again (norms, rotations, gates).
+wraps its forward. Both are set here and not by the model's own switch, which would also let the
+embedding ask for a gradient that nobody needs. Modes: `none`; `layers`, every layer keeps its input
+only; a number N, so every N-th layer; `selective`, every layer keeps its input and the results of
+matrix products and of attention, and computes the cheap rest again (norms, rotations, gates).
 """
 
 from __future__ import annotations
@@ -52,24 +53,21 @@ def set_checkpointing(model: Any, mode: bool | Mode) -> int:
         ModelError: the architecture has no layers that can recompute.
     """
     mode = as_mode(mode)
+    layers = checkpointed_layers(model)
     if mode == "none":
-        if any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules()):
-            model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.gradient_checkpointing = False
         return 0
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
+    if not layers or not model.supports_gradient_checkpointing:
         raise ModelError(
             "this architecture can't recompute its activations",
             where="device.gradient_checkpointing",
             hint="device.gradient_checkpointing=none",
-        ) from error
-    layers = checkpointed_layers(model)
+        )
     every = mode if isinstance(mode, int) else 1
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0
-        if mode == "selective":
-            layer._gradient_checkpointing_func = _selective
+        layer._gradient_checkpointing_func = _selective if mode == "selective" else _whole
     return -(-len(layers) // every)
 
 
@@ -98,6 +96,10 @@ def _policy(_: Any, operation: Any, *args: Any, **keywords: Any) -> CheckpointPo
 
 _operations = functools.lru_cache(maxsize=1)(_kept_operations)
 _contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+def _whole(function: Any, *args: Any, **keywords: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, **keywords)
 
 
 def _selective(function: Any, *args: Any, **keywords: Any) -> Any:

@@ -153,7 +153,8 @@ def _batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
 
 def _possible(model: CausalLM) -> tuple[Mode, ...]:
     """The modes that `auto` may take: the first alone where the architecture can't recompute."""
-    return MODES if checkpointed_layers(model.base) else MODES[:1]
+    able = checkpointed_layers(model.base) and model.base.supports_gradient_checkpointing
+    return MODES if able else MODES[:1]
 
 
 def _matters(cost: Cost, device: torch.device, *, needed: int, room: int) -> bool:

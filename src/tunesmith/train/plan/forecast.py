@@ -80,7 +80,9 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         ) from error
     finally:
         job.loss.close()
-    memory = memory_parts(job, activations=measured.activations, working=measured.working)
+    memory = memory_parts(
+        job, peak=measured.peak, activations=measured.activations, working=measured.working
+    )
     lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
     counts = [p.numel() for p in job.model.parameters()]
     return Forecast(
