@@ -34,7 +34,7 @@ from forked import Running, Server  # noqa: E402
 
 from tiny import chat_rows, tiny_folder, write_jsonl  # noqa: E402
 
-ROWS, EPOCHS = 22, 3
+ROWS, EPOCHS = 22, 6
 COMMON = [
     "batch.documents=4", f"train.epochs={EPOCHS}", "checkpoint.every=1", "eval.every=2",
     "device.threads=1", "optim.lr=0.01",
@@ -118,7 +118,7 @@ def kill_once(case: Case, run: Path, choice: random.Random, found: Found) -> boo
                 time.sleep(0.0005)
         time.sleep(choice.uniform(0, 0.006))
     else:
-        time.sleep(choice.uniform(0, case.seconds))
+        time.sleep(choice.uniform(0, case.seconds / 2))
     if not running.ended():
         running.kill()
     code = running.wait()
@@ -162,7 +162,7 @@ def go(folder: Path, *, kills: int, seed: int) -> Found:
     while found.kills.total() < kills and not found.failed:
         case, run = cases[number % len(cases)], folder / f"run-{number}"
         number += 1
-        for _ in range(choice.randint(4, 12)):
+        for _ in range(choice.randint(6, 14)):
             if not kill_once(case, run, choice, found):
                 break
         last = case.start(run)

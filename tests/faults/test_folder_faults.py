@@ -139,20 +139,24 @@ def test_a_file_that_may_not_grow(place: Place, undisturbed: Path, tmp_path: Pat
     assert_same_run(run, undisturbed)
 
 
-def test_a_result_that_can_not_be_written(place: Place, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["model", "report"])
+def test_a_result_that_can_not_be_written(
+    place: Place, undisturbed: Path, tmp_path: Path, part: str
+) -> None:
     run = tmp_path / "run"
-    prelude = """
+    prelude = f"""
 import resource
 import tunesmith.result
-write = tunesmith.result.write_model
+write = tunesmith.result.write_{part}
 def limited(*args, **options):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     return write(*args, **options)
-tunesmith.result.write_model = limited
+tunesmith.result.write_{part} = limited
 """
     failed = place.run(run, prelude=prelude)
     assert_clean(failed, code=1)
-    assert "the training is done and saved" in failed.said
+    assert "File too large" in failed.said
+    assert "tunesmith resume" in failed.said
     assert place.resume(run).code == 0
     assert_same_run(run, undisturbed)
 

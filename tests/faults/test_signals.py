@@ -14,7 +14,7 @@ from forked import Running
 NOISY = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "device.micro_tokens=120"]
 SLOW = """
 import pathlib, time
-import tunesmith.train.stopping as stopping
+from tunesmith.train import stopping
 from tunesmith.train.trainer import Trainer
 stopping.FINISH_SECONDS = 0.0  # as if each micro-batch took seconds
 between = Trainer._between
@@ -55,9 +55,7 @@ def test_a_step_that_takes_too_long_is_left_and_done_again(place: Place, tmp_pat
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_an_evaluation_that_takes_too_long_is_owed(
-    place: Place, tmp_path: Path, step: int
-) -> None:
+def test_an_evaluation_that_takes_too_long_is_owed(place: Place, tmp_path: Path, step: int) -> None:
     run, marker = tmp_path / "run", tmp_path / "marker"
     prelude = SLOW.format(
         when=f"not self.job.model.training and self.step == {step}", marker=str(marker)

@@ -92,6 +92,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["step-12"]
 
 
+def test_a_lower_keep_makes_room_before_it_writes(tmp_path, monkeypatch):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, state(step), keep=9)
+    seen = []
+    monkeypatch.setattr(module, "_write_files", lambda *_: seen.append(names(tmp_path)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path, state(6), keep=1, best=2, good=4)
+    assert seen == [["step-2", "step-4", "step-5", "step-6.tmp"]]
+
+
 def test_an_abandoned_future_goes(tmp_path):
     for step in (10, 20):
         save_checkpoint(tmp_path, state(step), keep=2)
