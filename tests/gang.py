@@ -15,7 +15,8 @@ from typing import Any
 DRIVER = """
 import json, os, sys, traceback
 
-import torch, torch.distributed
+import torch, torch.distributed, torch.distributed.tensor
+import torch.distributed.fsdp, torch.distributed.checkpoint, torch.distributed.device_mesh
 import transformers, peft, tunesmith.run
 import tunesmith.result, tunesmith.train.build, tunesmith.train.trainer
 from tunesmith.distributed.failure import is_told_here

@@ -148,7 +148,7 @@ def _connect(asked: Recipe) -> Ranks:
     Raises:
         RecipeError: more than one is asked for, and this process was started alone.
     """
-    ranks = connect(asked.device.kind)
+    ranks = connect(asked.device.kind, patience=asked.device.rank_timeout)
     if ranks.alone and asked.device.ranks not in ("auto", 1):
         raise RecipeError(
             f"a call from Python runs on one rank, not on {asked.device.ranks}",

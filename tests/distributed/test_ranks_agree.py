@@ -31,7 +31,12 @@ RANKS = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
-    folder = tmp_path_factory.mktemp("ranks")
+    return run_all(tmp_path_factory.mktemp("ranks"), JOBS, COMMON)
+
+
+def run_all(
+    folder: Path, wanted: dict[str, list[str]], common: list[str]
+) -> dict[tuple[str, int], Path]:
     inputs = {
         "model": str(tiny_folder(folder / "llama", num_hidden_layers=2)),
         "data": str(write_jsonl(folder / "rows.jsonl", chat_rows(14))),
@@ -40,9 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path
     groups, out = [], {}
     for ranks in RANKS:
         jobs = []
-        for name, options in JOBS.items():
+        for name, options in wanted.items():
             out[name, ranks] = folder / f"{name}-{ranks}"
-            overrides = [*COMMON, *options]
+            overrides = [*common, *options]
             jobs.append({**inputs, "out": str(out[name, ranks]), "overrides": overrides})
         groups.append((ranks, jobs))
     codes, _ = run_groups(groups)
@@ -53,8 +58,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path
 @pytest.mark.parametrize("ranks", RANKS[1:])
 @pytest.mark.parametrize("name", JOBS)
 def test_losses_and_weights_are_those_of_one_rank(runs, name: str, ranks: int) -> None:
-    wanted, found = runs[name, 1], runs[name, ranks]
-    assert len(losses(wanted)) == STEPS
+    assert_same_learning(runs[name, 1], runs[name, ranks], steps=STEPS)
+
+
+def assert_same_learning(wanted: Path, found: Path, *, steps: int) -> None:
+    assert len(losses(wanted)) == steps
     np.testing.assert_allclose(losses(found), losses(wanted), rtol=2e-5)
     assert losses(wanted)[-1] < losses(wanted)[0]
     one, many = weights(wanted), weights(found)
@@ -92,3 +100,12 @@ def test_evaluations_and_row_losses_are_those_of_one_rank(runs, name: str) -> No
         for key in ("source", "row", "step", "weight"):
             assert first[key] == second[key]
         np.testing.assert_allclose(second["loss"], first["loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_fifty_steps_are_those_of_one_rank(tmp_path: Path) -> None:
+    common = [*COMMON, "train.steps=50", "optim.lr=0.001"]
+    out = run_all(tmp_path, {name: JOBS[name] for name in ("full", "lora")}, common)
+    for name in ("full", "lora"):
+        for ranks in RANKS[1:]:
+            assert_same_learning(out[name, 1], out[name, ranks], steps=50)

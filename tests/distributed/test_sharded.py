@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.train.checkpoint import find_damage
 
 STEPS = 6
 COMMON = [
@@ -31,6 +33,7 @@ CASES = {
     "lora": (2, "tied", LORA),
     "hybrid": (4, "plain", []),
 }
+BFLOAT16 = ["model.dtype=bfloat16", "optim.lr=0.001"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
         return {**inputs, "out": str(folder / name), "overrides": [*COMMON, *options], **more}
 
     alone = [job(f"{name}-alone", model, rest) for name, (_, model, rest) in CASES.items()]
+    alone.append(job("bf16-alone", "tied", BFLOAT16))
     groups = [(1, alone)]
     for name, (ranks, model, rest) in CASES.items():
         shard = ["device.shard=hybrid"] if name == "hybrid" else SHARD
@@ -62,11 +66,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     none = ["device.shard=none"]
     groups.append((1, [{"call": "resume", "out": str(folder / "halted-1"), "overrides": none}]))
     groups.append((4, [{"call": "resume", "out": str(folder / "halted-4"), "overrides": []}]))
-    refused = [(2, [job("refused", "plain", [*SHARD, "optim=muon"])])]
-    codes, said = run_groups([*groups, *refused], machine=2)
+    groups.append((2, [job("bf16", "tied", [*BFLOAT16, *SHARD])]))
+    groups.append((2, [job("lost", "plain", SHARD, signal_after=[1, 3, signal.SIGKILL])]))
+    groups.append((2, [job("refused", "plain", [*SHARD, "optim=muon"])]))
+    codes, said = run_groups(groups, machine=2)
     sys.stderr.write(f"{codes}")
     assert codes == [[0]] + [[0] * case[0] for case in CASES.values()] + [
-        [143, 143], [143, 143], [0], [0] * 4, [2, 2],
+        [143, 143], [143, 143], [0], [0] * 4, [0, 0], [1, -signal.SIGKILL], [2, 2],
     ]  # fmt: skip
     return folder, said
 
@@ -98,6 +104,32 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_another_number(runs, ranks: int)
     first = run / "checkpoints" / "step-3" / "parts"
     assert len(list(first.glob("*.distcp"))) == 2
     assert_same_learning(folder / "full-alone", run)
+
+
+def test_a_damaged_part_is_found(runs, tmp_path: Path) -> None:
+    folder, _ = runs
+    copy = shutil.copytree(folder / "halted-4" / "checkpoints" / "step-3", tmp_path / "step-3")
+    assert find_damage(copy) is None
+    part = next((copy / "parts").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert part.name in (find_damage(copy) or "")
+
+
+def test_bfloat16_is_gathered_and_float32_is_kept(runs) -> None:
+    folder, _ = runs
+    one, many = folder / "bf16-alone", folder / "bf16"
+    np.testing.assert_allclose(losses(many), losses(one), rtol=2e-2)
+    assert losses(many)[-1] < losses(many)[0]
+    first, second = weights(one), weights(many)
+    assert set(first) == set(second)
+    for key, tensor in first.items():
+        assert second[key].dtype == tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(second[key].float(), tensor.float(), rtol=0.05, atol=0.01)
+
+
+def test_the_loss_of_a_rank_inside_a_step_is_named(runs) -> None:
+    _, said = runs
+    assert "rank 0: rank 1 of 2 ended or can't be reached" in said
 
 
 def test_what_needs_whole_weights_is_refused(runs) -> None:

@@ -19,7 +19,7 @@ TWO = Ranks(0, 2, 0, 2)
 
 
 def check(ranks: Ranks, *overrides: str) -> None:
-    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks)
+    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def check(ranks: Ranks, *overrides: str) -> None:
         (["device.shard=full", "eval.samples=2", "data.eval=2%"], "eval.samples"),
         (["device.shard=hybrid"], "device.shard"),
         (["device.shard_offload=true"], "device.shard_offload"),
+        (["device.shard=full", "device.shard_offload=true"], "device.shard_offload"),
     ],
 )
 def test_what_needs_whole_weights_names_its_key(overrides: list[str], key: str) -> None:

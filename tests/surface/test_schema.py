@@ -30,7 +30,7 @@ KEYS = {
     "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
     "activation_offload deterministic "
-    "threads watchdog cache prepare_processes ranks shard shard_offload",
+    "threads watchdog cache prepare_processes ranks rank_timeout shard shard_offload",
     "checkpoint": "every keep",
     "eval": "every samples max_new_tokens",
     "log": "to project spike_loss spike_grad_norm on_spike",

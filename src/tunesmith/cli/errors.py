@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from tunesmith.distributed.failure import is_told_here
+from tunesmith.distributed.failure import is_told_here, leave_if_lost
 from tunesmith.errors import RecipeError, TunesmithError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -22,7 +22,8 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         code = command()
         sys.stdout.flush()
     except TunesmithError as error:
-        return show_error(error) if is_told_here(error) else error.exit_code
+        code = show_error(error) if is_told_here(error) else error.exit_code
+        return leave_if_lost(error, code)
     except (KeyboardInterrupt, typer.Abort):
         print("error: interrupted", file=sys.stderr)
         return 130

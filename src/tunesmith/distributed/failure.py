@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+from typing import Any, TypeVar
 
-from tunesmith.distributed.launched import launched, shared_store
+from tunesmith.distributed.launched import launched, shared_key, shared_store
 from tunesmith.errors import RunError, TunesmithError
+
+T = TypeVar("T")
 
 SECONDS = 2.0
 """How long those who notice a loss wait for each other to say that they live."""
 
 
 class LostRankError(RunError):
-    """Another rank ended; `living` are those that noticed."""
+    """Another rank ended; `living` are those that noticed, None if they can't be asked."""
 
-    def __init__(self, message: str, *, living: tuple[int, ...], hint: str) -> None:
+    def __init__(self, message: str, *, living: tuple[int, ...] | None, hint: str) -> None:
         super().__init__(message, hint=hint)
         self.living = living
 
 
 def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankError:
     """The error of a rank that could not reach another one."""
-    try:
-        living = _living(rank, count, store)
-    except RuntimeError:  # without torchrun the first rank holds the store
-        living = tuple(range(1, count))
-    gone = [r for r in range(count) if r not in living]
+    living = _answer(lambda: _living(rank, count, store))
+    gone = [r for r in range(count) if r not in (living or ())]
     names = ", ".join(str(r) for r in gone[:8])
-    if not gone:
+    if living is None:
+        what = f"the machine of rank 0 of {count} is down or can't be reached"
+    elif not gone:
         what = f"the ranks lost their connection: {str(error).splitlines()[0]}"
     elif len(gone) == 1:
         what = f"rank {names} of {count} ended or can't be reached"
@@ -41,13 +46,27 @@ def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankEr
 
 def _living(rank: int, count: int, store: Any) -> tuple[int, ...]:
     """The ranks that have noticed the loss too."""
-    store.set(f"tunesmith/alive/{rank}", b"1")
+    store.set(shared_key(f"alive/{rank}"), b"1")
     until = time.monotonic() + SECONDS
     living: tuple[int, ...] = (rank,)
     while time.monotonic() < until and len(living) < count - 1:
         time.sleep(0.05)
-        living = tuple(r for r in range(count) if store.check([f"tunesmith/alive/{r}"]))
+        living = tuple(r for r in range(count) if store.check([shared_key(f"alive/{r}")]))
     return living
+
+
+def _answer(ask: Callable[[], T]) -> T | None:
+    """What `ask` finds in the store, None if the store doesn't answer: its machine may be gone."""
+    found: list[T] = []
+
+    def act() -> None:
+        with suppress(RuntimeError):
+            found.append(ask())
+
+    thread = Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(2 * SECONDS)
+    return found[0] if found else None
 
 
 def is_told_here(error: TunesmithError) -> bool:
@@ -61,24 +80,38 @@ def is_told_here(error: TunesmithError) -> bool:
     rank = int(os.environ["RANK"])
     if not dist.is_initialized():
         return rank == 0
-    try:
-        return _is_told(error, rank, shared_store())
-    except RuntimeError:  # whoever holds the store is gone: without torchrun the first rank
-        return isinstance(error, LostRankError) and rank == min(error.living)
+    lost = isinstance(error, LostRankError)
+    told = None
+    if not (isinstance(error, LostRankError) and error.living is None):
+        told = _answer(lambda: _is_told(error, rank, shared_store()))
+    if told is None:
+        return not lost or os.environ.get("LOCAL_RANK", "0") == "0"
+    return told
 
 
 def _is_told(error: TunesmithError, rank: int, store: Any) -> bool:
-    text = str(error).encode()
+    text, told = str(error).encode(), shared_key("told")
     if isinstance(error, LostRankError):
         time.sleep(SECONDS / 4)
-        return not store.check(["tunesmith/told"]) and rank == min(error.living)
+        return not store.check([told]) and rank == min(error.living or (rank,))
     if rank == 0:
-        store.set("tunesmith/told", text)
+        store.set(told, text)
         return True
     until = time.monotonic() + SECONDS / 2
     while time.monotonic() < until:
-        if store.check(["tunesmith/told"]):
-            return store.get("tunesmith/told") != text
+        if store.check([told]):
+            return store.get(told) != text
         time.sleep(0.05)
-    store.set("tunesmith/told", text)
+    store.set(told, text)
     return True
+
+
+def leave_if_lost(error: TunesmithError, code: int) -> int:
+    """The exit code; after the loss of a rank this process ends here and now, since its group
+    can't be taken down without the lost one.
+    """
+    if isinstance(error, LostRankError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -25,3 +25,8 @@ def shared_store() -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def shared_key(name: str) -> str:
+    """A key of the store that is this attempt's alone, since torchrun may start the ranks again."""
+    return f"tunesmith/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.distributed.failure import lost_rank
-from tunesmith.distributed.launched import launched, shared_store
+from tunesmith.distributed.launched import launched, shared_key, shared_store
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others inside a step before it calls them lost."""
+PATIENCE = 30.0
+"""Minutes that a rank waits for the others inside a step before it calls them lost."""
 POLL = 0.02
 """Seconds between two looks of a rank that waits for one that prepares data or writes results."""
 _WAITS = itertools.count()
@@ -114,7 +114,7 @@ class Ranks:
         if self.alone:
             return
         store = shared_store()
-        place = f"tunesmith/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_WAITS)}"
+        place = shared_key(f"wait/{next(_WAITS)}")
         if store.add(f"{place}/here", 1) == self.count:
             store.set(f"{place}/all", b"1")
         while not store.check([f"{place}/all"]):  # polled, so that signals get through
@@ -159,10 +159,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def connect(kind: str = "auto") -> Ranks:
+def connect(kind: str = "auto", *, patience: float = PATIENCE) -> Ranks:
     """Meet the other ranks that torchrun started; alone where it started none.
 
     `kind` is that of the device: on a GPU gradients go by nccl, and everything else by gloo.
+    `patience`: minutes that a rank waits for another one inside a step.
     """
     if launched() == 1:
         return Ranks()
@@ -175,7 +176,9 @@ def connect(kind: str = "auto") -> Ranks:
     if not dist.is_initialized():
         on_gpu = kind in ("auto", "cuda") and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, rank=rank, world_size=count, timeout=timedelta(minutes=patience)
+        )
     return Ranks(rank, count, local, local_count)
 
 

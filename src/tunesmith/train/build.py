@@ -47,7 +47,7 @@ from tunesmith.train.assemble.objective import (
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.assemble.order import pack_prepared, pin, plan_steps
-from tunesmith.train.assemble.ranks import check_sharing, share_model
+from tunesmith.train.assemble.ranks import check_sharing, first_home, holders, share_model
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
@@ -77,8 +77,8 @@ def build(
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
     given = given or Given()
-    check_sharing(recipe, ranks)
     device = ranks.device(choose_device(recipe))
+    check_sharing(recipe, ranks, device.type)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
@@ -88,7 +88,8 @@ def build(
         if given.model is not None
         else resolve_model(recipe.model.name, revision=recipe.model.revision)
     )
-    size = check_memory(recipe, source, device)
+    together = holders(recipe, ranks)
+    size = check_memory(recipe, source, device, free=_room(device, ranks) * together)
     own = own_objective(recipe, folders)
     template = open_template(recipe, source, given)
     max_length = resolve_max_length(recipe, template)
@@ -108,7 +109,8 @@ def build(
     notes += prepared.notes
     packing = pack_prepared(recipe, prepared)
     room = int(ranks.least(_room(device, ranks)))
-    model = load_model(recipe, source, given, device, template=template)
+    home = first_home(recipe, device)
+    model = load_model(recipe, source, given, device, template=template, home=home)
     notes += model.notes
     longest = int(longest_paths(prepared.documents).max())
     if recipe.device.attention == "isolated":
@@ -116,8 +118,9 @@ def build(
     tested = self_test(model, max_length=longest)
     notes += tested.notes
     trained = choose_trained(recipe, model)
+    spared = 0 if size is None else size.total - size.total // together
     fit = fit_device(
-        recipe, model, device, longest=longest, room=room, held=size, probes=ranks.alone
+        recipe, model, device, longest=longest, room=room + spared, held=size, probes=ranks.alone
     )
     steps = plan_steps(recipe, prepared, train, packing)
     order, total = steps.order, steps.total
@@ -131,7 +134,7 @@ def build(
     model.train()
     costs = model_costs(model)
     loss = make_loss(recipe, model, order, total_steps=total, own=own)
-    reduce = share_model(recipe, model, ranks)
+    reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
     shards = reduce.sharded
     optimizer = make_optimizer(resolved, model, None if shards is None else shards.parts)
     optimizer.sharing = shards
@@ -168,7 +171,9 @@ def build(
     job.chosen = _chosen(job, tested, fit)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
-    job.notes = [*said, *start_lines(job, trained), *idle_line(job, ranks.count), *notes]
+    said += start_lines(job, trained)
+    said += idle_line(job, ranks.count if ranks.first else 1)
+    job.notes = [*said, *notes]
     return job
 
 

@@ -11,7 +11,8 @@ SAMPLED = 4
 """Steps that are looked at."""
 SAID_FROM = 0.15
 """Idle share of the ranks' time from which it is said."""
-MOST_DOUBLINGS = 8
+MOST_DOCUMENTS = 4096
+"""Larger steps are not tried."""
 
 
 def idle_line(job: Job, ranks: int) -> list[str]:
@@ -24,12 +25,11 @@ def idle_line(job: Job, ranks: int) -> list[str]:
     if share < SAID_FROM:
         return []
     text = f"ranks: {share:.0%} of the time of {ranks} ranks is idle, since a step is too small"
-    for doubling in range(1, MOST_DOUBLINGS):
-        times = 2**doubling
-        if times * _step_documents(job) > len(job.documents):
-            break
+    times = 2
+    while times * _step_documents(job) <= min(len(job.documents), MOST_DOCUMENTS):
         if _idle_share(job, ranks, times) < SAID_FROM / 2:
             return [f"{text}; {_larger(job.recipe, times)} fills it, and changes what is learned"]
+        times *= 2
     return [f"{text}; fewer ranks learn the same as fast: device.ranks={_useful(job, ranks)}"]
 
 
@@ -49,8 +49,8 @@ def _step_documents(job: Job) -> int:
 
 
 def _idle_share(job: Job, ranks: int, times: int) -> float:
-    """Mean over some steps, each with as many documents as `times` of the run's steps."""
-    groups = max(1, min(SAMPLED, job.total_steps // times))
+    """Mean over some steps, or of one with as many documents as `times` of the run's steps."""
+    groups = min(SAMPLED, job.total_steps) if times == 1 else 1
     shares: list[float] = []
     for group in range(groups):
         numbers = range(group * times, min((group + 1) * times, job.total_steps))

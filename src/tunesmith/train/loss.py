@@ -146,6 +146,11 @@ class StepLoss:
         loss_sum = output.loss_sum + self.balance.weight * balance
         return replace(output, loss_sum=loss_sum, stats=stats)
 
+    @property
+    def frozen(self) -> CausalLM | None:
+        """The copy of the model as it was before training, if there is one."""
+        return None if self.base is None else self.base.frozen
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
         return {} if self.outer is None else self.outer.tensors()

@@ -62,6 +62,11 @@ class DeviceSection(Section):
         description="processes that learn together on this machine, where torchrun starts none; "
         "auto: one for each GPU",
     )
+    rank_timeout: Annotated[Number, Field(gt=0)] = Field(
+        default=30.0,
+        description="minutes that a rank waits for the others, in a step or for a save, before it "
+        "calls them lost",
+    )
     shard: Literal["none", "full", "hybrid"] = Field(
         default="none",
         description="what several ranks hold of the model: none, each all of it; full, each a "

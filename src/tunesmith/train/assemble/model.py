@@ -9,7 +9,7 @@ from tunesmith.data.template import Template
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm
-from tunesmith.model.memory import MemoryEstimate, check_fits, free_memory, measure
+from tunesmith.model.memory import MemoryEstimate, check_fits, measure
 from tunesmith.model.quantized import Quantization
 from tunesmith.model.source import ModelSource
 from tunesmith.model.vocabulary import add_rows
@@ -17,8 +17,9 @@ from tunesmith.train.assemble.given import Given
 
 
 def check_memory(
-    recipe: Recipe, source: ModelSource | None, device: torch.device
+    recipe: Recipe, source: ModelSource | None, device: torch.device, *, free: int
 ) -> MemoryEstimate | None:
+    """What training takes, if that is within `free` bytes."""
     check_quantization(recipe, source)
     if source is None:
         return None
@@ -31,7 +32,7 @@ def check_memory(
         quantization=chosen_quantization(recipe),
         optimizer=recipe.optim.name,
         frozen_copy=bool(recipe.objective.kl),
-        free=free_memory(device),
+        free=free,
         name=recipe.model.name,
     )
 
@@ -79,23 +80,31 @@ def load_model(
     device: torch.device,
     *,
     template: Template,
+    home: torch.device | None = None,
 ) -> CausalLM:
-    """The model, with rows for the tokens that its template added to the tokenizer."""
-    model = _load(recipe, source, given, device)
+    """The model, with rows for the tokens that its template added to the tokenizer; in memory of
+    `home` where it will come to `device` in parts.
+    """
+    model = _load(recipe, source, given, device, home or device)
     padded = recipe.adapter.kind == "none"  # who loads an adapter counts the tokenizer's tokens
     model.notes += add_rows(model, [token.id for token in template.added], padded=padded)
     return model
 
 
 def _load(
-    recipe: Recipe, source: ModelSource | None, given: Given, device: torch.device
+    recipe: Recipe,
+    source: ModelSource | None,
+    given: Given,
+    device: torch.device,
+    home: torch.device,
 ) -> CausalLM:
     if source is None:
-        return wrap_causal_lm(given.model.to(device))
+        return wrap_causal_lm(given.model.to(home))
+    dtype = recipe.model.dtype
     return load_causal_lm(
         source,
-        dtype=recipe.model.dtype,
-        device=device,
+        dtype=dtype if home == device else choose_dtype(dtype, device).dtype,
+        device=home,
         quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     )

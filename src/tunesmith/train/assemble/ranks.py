@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from tunesmith.config.schema import Recipe
@@ -9,14 +12,15 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.wide import restore_linear_maps
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat each element by itself, and so a part of a weight as the whole."""
 ADAPTERS = ("none", "lora")
 
 
-def check_sharing(recipe: Recipe, ranks: Ranks) -> None:
-    """Refuse what can't be spread over ranks, before anything is loaded.
+def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
+    """Refuse what can't be spread over ranks on this kind of device, before anything is loaded.
 
     Raises:
         RecipeError: names the key and what to give instead.
@@ -36,7 +40,7 @@ def check_sharing(recipe: Recipe, ranks: Ranks) -> None:
             hint="device.ranks=2 or more, torchrun, or device.shard=none",
         )
     _check_hybrid(recipe, ranks)
-    _check_kind(recipe)
+    _check_kind(recipe, device)
 
 
 def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
@@ -50,7 +54,7 @@ def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def _check_kind(recipe: Recipe) -> None:
+def _check_kind(recipe: Recipe, device: str) -> None:
     shard = recipe.device.shard
     for key, value, taken, hint in (
         ("optim.name", recipe.optim.name, ELEMENTWISE, "looks at whole weights"),
@@ -63,6 +67,12 @@ def _check_kind(recipe: Recipe) -> None:
                 where=key,
                 hint=f"{key}={taken[0]}, or device.shard=none",
             )
+    if recipe.device.shard_offload and device == "cpu":
+        raise RecipeError(
+            "on a CPU shards are in the host's memory already",
+            where="device.shard_offload",
+            hint="device.shard_offload=false",
+        )
     if recipe.eval.samples:
         raise RecipeError(
             f"answers can't be generated while the model is spread by device.shard={shard}",
@@ -71,8 +81,23 @@ def _check_kind(recipe: Recipe) -> None:
         )
 
 
-def share_model(recipe: Recipe, model: CausalLM, ranks: Ranks) -> Alone:
-    """Let the ranks begin from the same trained weights, and spread the model if that is asked."""
+def holders(recipe: Recipe, ranks: Ranks) -> int:
+    """How many ranks hold one copy of the model together."""
+    return {"none": 1, "full": ranks.count, "hybrid": ranks.local_count}[recipe.device.shard]
+
+
+def first_home(recipe: Recipe, device: torch.device) -> torch.device:
+    """Where the model is loaded: one that will be spread comes to a GPU a layer at a time."""
+    return device if recipe.device.shard == "none" else torch.device("cpu")
+
+
+def share_model(
+    recipe: Recipe, model: CausalLM, ranks: Ranks, device: torch.device, *, base: Any = None
+) -> Alone:
+    """Let the ranks begin from the same trained weights, and spread the model if that is asked.
+
+    `base`: a frozen copy that stays whole on each rank.
+    """
     if ranks.alone:
         return Alone()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,12 +107,17 @@ def share_model(recipe: Recipe, model: CausalLM, ranks: Ranks) -> Alone:
     from tunesmith.distributed.shard import Sharding, shard_model
 
     first = next(model.base.parameters())
+    if first.device != device:
+        restore_linear_maps(model)
+        if base is not None:
+            restore_linear_maps(base)
+            base.to(device)
     how = Sharding(
         compute=first.dtype,
         across=recipe.device.shard == "hybrid",
         offload=recipe.device.shard_offload,
     )
-    return shard_model(model, decoder_layers(model), ranks, how, first.device)
+    return shard_model(model, decoder_layers(model), ranks, how, device)
 
 
 def decoder_layers(model: CausalLM) -> list[nn.Module]:
