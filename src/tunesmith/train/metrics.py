@@ -155,6 +155,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _length_up_to(path: Path, step: int) -> int:
     length = 0
     with open(path, "rb") as file:

@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from tunesmith.config.dump import science_dict
-from tunesmith.config.values import Duration
 from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
 from tunesmith.errors import InterruptedRun
@@ -28,11 +25,12 @@ from tunesmith.train.checkpoint import (
     save_checkpoint,
 )
 from tunesmith.train.dealt import dealt_to, plan_for_ranks
+from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
 from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
-from tunesmith.train.metrics import Sink, versions
+from tunesmith.train.metrics import Sink, peak_memory, versions
 from tunesmith.train.optimizer_state import load_optimizer, parts_writer, whole_optimizer
 from tunesmith.train.rng import capture_rng, restore_rng, seed_step
 from tunesmith.train.rows import RowLosses
@@ -72,7 +70,8 @@ class Trainer:
         self._asked_micro_tokens = job.micro_tokens
         self._owed = False  # an evaluation of this step that was left in the middle
         self._saved: int | None = None
-        self._due_since = {"checkpoint": time.monotonic(), "eval": time.monotonic()}
+        self._eval_due = Due(job.recipe.eval.every, job.order.epoch_after)
+        self._save_due = Due(job.recipe.checkpoint.every, job.order.epoch_after)
 
     def fit(self) -> None:
         """Run to the end, evaluating before the first and after the last step; the end is always a
@@ -233,10 +232,10 @@ class Trainer:
         """Whether an evaluation and a checkpoint are due by the first rank's clock, and the signal
         that came to any rank, 0 for none.
         """
-        recipe, first = self.job.recipe, self.job.ranks.first
+        first = self.job.ranks.first
         own = [
-            first and self._due("eval", recipe.eval.every),
-            first and self._due("checkpoint", recipe.checkpoint.every),
+            first and self._eval_due.after(self.step),
+            first and self._save_due.after(self.step),
             received,
         ]
         evaluates, saves, stop = self.job.ranks.most(own)
@@ -259,7 +258,7 @@ class Trainer:
             seconds=seconds,
             tokens_per_second=sum(tokens) / seconds,
             stats=result.stats,
-            peak_memory=_peak_memory(self.job.device),
+            peak_memory=peak_memory(self.job.device),
         )
 
     def _evaluate(self) -> None:
@@ -309,22 +308,6 @@ class Trainer:
             "seconds": time.monotonic() - started,
         }
 
-    def _due(self, what: str, every: Duration | None) -> bool:
-        if every is None:
-            return False
-        if every.unit == "steps":
-            return self.step % int(every.value) == 0
-        if every.unit == "minutes":
-            due = time.monotonic() - self._due_since[what] >= 60 * every.value
-            if due:
-                self._due_since[what] = time.monotonic()
-            return due
-        before = self.job.order.epoch_after(self.step - 2) if self.step > 1 else 0.0
-        # a hair is added since 0.1 + 0.2 must reach 0.3
-        return math.floor(
-            self.job.order.epoch_after(self.step - 1) / every.value + 1e-9
-        ) > math.floor(before / every.value + 1e-9)
-
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         saved = "it is saved" if self.step else "there was nothing to save"
@@ -366,14 +349,3 @@ def _random_state_kept():
     finally:
         restore_rng(state)
 
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
