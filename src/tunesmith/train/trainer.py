@@ -193,9 +193,7 @@ class Trainer:
             max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
         )  # fmt: skip
 
-    def _loss(
-        self, model: CausalLM, plan: MicrobatchPlan, device: torch.device
-    ) -> LossOutput:
+    def _loss(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
         self._between()
         return self.job.loss(model, plan, device)
 
@@ -348,4 +346,3 @@ def _random_state_kept():
         yield
     finally:
         restore_rng(state)
-
