@@ -30,8 +30,18 @@ def source(tmp_path_factory):
     return Source("rows", path=write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows))
 
 
+@pytest.fixture(params=["copies", "interpreters"])
+def kind(request, monkeypatch):
+    """What the other processes are; copies where a copy is safe, as it is here on Linux."""
+    if request.param == "interpreters":
+        monkeypatch.setattr(module, "may_fork", lambda: False)
+    elif not module.may_fork():
+        pytest.skip("no copies here")
+    return request.param
+
+
 @pytest.fixture
-def at_once(monkeypatch):
+def at_once(kind, monkeypatch):
     """Batches wait until the other processes are ready, so that these do the work."""
     monkeypatch.setattr(module._Pool, "ready", property(wait_until_ready))
 
@@ -84,7 +94,8 @@ def test_a_process_that_is_killed_is_told_of(source):
     assert all(worker._process.poll() is not None for worker in pools[0]._workers)
 
 
-def test_what_cant_be_copied_is_prepared_here(source):
+def test_what_cant_be_pickled_is_prepared_here_where_there_are_no_copies(source, monkeypatch):
+    monkeypatch.setattr(module, "may_fork", lambda: False)
     tokenizer = tiny_tokenizer()
     tokenizer.odd = lambda: None  # can't be pickled
     prepared = prepare(
@@ -96,7 +107,35 @@ def test_what_cant_be_copied_is_prepared_here(source):
 
 def test_small_data_starts_no_process(source, monkeypatch):
     monkeypatch.setattr(module, "_Pool", None)  # calling it would fail
+    monkeypatch.setattr(module, "START_COPIES_AFTER", 60.0)  # what is small is for the machine
+    monkeypatch.setattr(module, "START_AFTER", 60.0)
     assert run(source, processes=None).notes == []
+
+
+def test_a_process_with_other_threads_is_not_copied():
+    import threading
+
+    from tunesmith.data import forks
+
+    leave = threading.Event()
+    other = threading.Thread(target=leave.wait)
+    other.start()
+    try:
+        assert not forks.may_fork()
+    finally:
+        leave.set()
+        other.join()
+
+
+@pytest.mark.skipif(not module.may_fork(), reason="no copies here")
+def test_a_copy_that_can_not_be_made_leaves_the_work_here(source, monkeypatch):
+    def refused():
+        raise BlockingIOError("no process left")
+
+    monkeypatch.setattr(os, "fork", refused)
+    prepared = run(source, processes=2)
+    assert len(prepared.documents) == ROWS - 2
+    assert any("no process left" in note for note in prepared.notes)
 
 
 def test_a_template_travels(tmp_path):

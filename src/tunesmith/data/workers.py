@@ -1,8 +1,8 @@
 """Other processes that render batches of rows, for data that takes longer than starting them.
 
-They are plain interpreters of their own that talk through pipes. Nothing is forked, since threads
-and devices of a training process don't survive that, and the program that started the run is not
-imported again, so it may be a notebook or a script without a main guard.
+They talk through pipes. Where that is safe they are copies of this one, which are there at once;
+else interpreters of their own, in which the program that started the run is not imported again, so
+it may be a notebook or a script without a main guard.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from typing import Any, BinaryIO, TypeVar
 
 from tunesmith.data.batches import Options, Packed, Task, pack_batch
 from tunesmith.data.encoding import Encoder
+from tunesmith.data.forks import HARMLESS, Forked, fork, may_fork
 from tunesmith.data.template import Template
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, TunesmithError
 
 START_AFTER = 4.0
 """Seconds of work in this process after which others are started: about what starting costs."""
+START_COPIES_AFTER = 0.1
+"""The same where they are copies of this one."""
 _AHEAD = 2
 """Batches that each process has at hand or in work."""
 _MOST = 16
@@ -64,9 +67,8 @@ def pack_batches(
     tell = note or _silent
     try:
         for passed, tasks in batches:
-            late = processes is not None or time.monotonic() - begun > START_AFTER
-            if pool is None and count > 1 and late:
-                pool = _Pool(count, template, options)
+            if pool is None and count > 1 and (processes is not None or _late(begun)):
+                pool = _Pool(count, template, options, encoder)
             if pool is not None and pool.failed is not None:
                 tell(f"data: prepared in one process, since others can't start: {pool.failed}")
                 pool.stop()
@@ -88,6 +90,11 @@ def pack_batches(
             pool.stop()
 
 
+def _late(begun: float) -> bool:
+    spent = time.monotonic() - begun
+    return spent > START_AFTER or (spent > START_COPIES_AFTER and may_fork())
+
+
 def _silent(text: str) -> None:
     del text
 
@@ -95,14 +102,18 @@ def _silent(text: str) -> None:
 class _Pool:
     """Some processes; batch n goes to process n modulo their count, so results come in order."""
 
-    def __init__(self, count: int, template: Template, options: Options) -> None:
+    def __init__(self, count: int, template: Template, options: Options, encoder: Encoder) -> None:
         self._given = 0
         self._workers: list[_Worker] = []
         self.failed: str | None = None
         try:
+            if may_fork():
+                processes = _copies(count, template, options, encoder)
+                self._workers = [_Worker(process) for process in processes]
+                return
             setup = pickle.dumps((template, options))
             for _ in range(count):
-                self._workers.append(_Worker(setup))
+                self._workers.append(_Worker(_interpreter(), setup))
         except Exception as error:
             # A tokenizer of the user's own may refuse to be copied in any way it likes.
             self.failed = f"{type(error).__name__}: {error}"
@@ -131,23 +142,41 @@ class _Pool:
             worker.stop()
 
 
+def _copies(count: int, template: Template, options: Options, encoder: Encoder) -> list[Forked]:
+    """Copies of this process, all made before a thread that reads from one is started."""
+    made: list[Forked] = []
+
+    def serve(source: BinaryIO, out: BinaryIO) -> None:
+        _answer(source, out, lambda: (template, options, encoder))
+
+    for _ in range(count):
+        made.append(fork(serve, others=[end for one in made for end in (one.stdin, one.stdout)]))
+    return made
+
+
+def _interpreter() -> subprocess.Popen[bytes]:
+    code = f"import sys; sys.path[:] = {sys.path!r}; "
+    code += "from tunesmith.data.workers import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # Ctrl-C is for the run, which then ends its processes
+    )
+
+
 class _Worker:
-    def __init__(self, setup: bytes) -> None:
-        code = f"import sys; sys.path[:] = {sys.path!r}; "
-        code += "from tunesmith.data.workers import serve; serve()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the run, which then ends its processes
-        )
+    def __init__(self, process: Forked | subprocess.Popen[bytes], setup: bytes | None = None):
+        self._process = process
         self._state: str | None = None
         self._results: queue.Queue[Any] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        # In a thread: the process reads this only when it has started.
-        threading.Thread(target=self._send_setup, args=(setup,), daemon=True).start()
+        threading.Thread(target=self._read, daemon=True, name=HARMLESS).start()
+        if setup is not None:
+            # In a thread: the process reads this only when it has started.
+            sending = threading.Thread(target=self._send_setup, args=(setup,), daemon=True)
+            sending.start()
 
     def state(self) -> str | None:
         """`ready`, why it can't be, or None while it starts."""
@@ -166,6 +195,8 @@ class _Worker:
         kind, value = self._results.get()
         if kind == "done":
             return value
+        if kind == "refused":
+            raise value
         if kind == "ended":
             raise self._ended()
         raise RuntimeError(f"a process that prepares data failed:\n{value}")
@@ -208,15 +239,27 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what any library prints must not get between the answers
     source = sys.stdin.buffer
-    try:
+
+    def begin() -> tuple[Template, Options, Encoder]:
         template, options = pickle.loads(_read(source) or b"")
-        encoder = Encoder(template)
+        return template, options, Encoder(template)
+
+    _answer(source, out, begin)
+
+
+def _answer(
+    source: BinaryIO, out: BinaryIO, begin: Callable[[], tuple[Template, Options, Encoder]]
+) -> None:
+    try:
+        template, options, encoder = begin()
         _write(out, pickle.dumps((_READY, None)))
         while (message := _read(source)) is not None:
             packed = pack_batch(pickle.loads(message), template, encoder, options)
             _write(out, pickle.dumps(("done", packed), protocol=5))
     except BrokenPipeError:
         return  # the run is gone
+    except TunesmithError as error:
+        _write(out, pickle.dumps(("refused", error)))
     except Exception:
         _write(out, pickle.dumps(("failed", traceback.format_exc())))
 
