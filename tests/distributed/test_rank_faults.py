@@ -53,6 +53,7 @@ def story(inputs, tmp_path_factory: pytest.TempPathFactory):
             (1, [job("whole")]),
             (2, [job("killed", signal_after=[1, 3, signal.SIGKILL])]),
             (3, [job("stopped", signal_after=[2, 2, signal.SIGTERM])]),
+            (2, [job("whole-2")]),
         ]
     )
     for name, other in (("killed", "killed-more"), ("stopped", "stopped-alone")):
@@ -98,6 +99,14 @@ def test_it_goes_on_with_another_number_of_ranks(story, name: str) -> None:
     one, many = weights(whole), weights(found)
     for key, tensor in one.items():
         torch.testing.assert_close(many[key], tensor, rtol=2e-4, atol=2e-5)
+
+
+def test_with_as_many_ranks_it_goes_on_to_the_bit(story) -> None:
+    folder, codes, _, _, _ = story
+    assert codes[3] == [0, 0]
+    one, many = weights(folder / "whole-2"), weights(folder / "killed-more")
+    assert all(torch.equal(one[key], many[key]) for key in one)
+    assert losses(folder / "whole-2") == losses(folder / "killed-more")
 
 
 def test_torchrun_speaks_with_one_voice(inputs, tmp_path: Path) -> None:
