@@ -149,7 +149,7 @@ import resource
 import tunesmith.result
 write = tunesmith.result.write_{part}
 def limited(*args, **options):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
     return write(*args, **options)
 tunesmith.result.write_{part} = limited
 """
