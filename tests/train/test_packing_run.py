@@ -211,6 +211,7 @@ def test_plan_and_start_name_the_packs(place: Path, tmp_path: Path) -> None:
             "batch.packing cuts as well",
         ),
         (["batch.group_by_prefix=true", "data.shuffle=false"], "chooses the order"),
+        (["batch.packing=wrapped", "batch.pack_tokens=513"], "data.max_length is 512"),
     ],
 )
 def test_what_can_not_be_combined_is_refused(

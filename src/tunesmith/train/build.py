@@ -107,7 +107,7 @@ def build(
             )
         )
     notes += prepared.notes
-    packing = pack_prepared(recipe, prepared)
+    packing = pack_prepared(recipe, prepared, max_length=max_length)
     room = int(ranks.least(_room(device, ranks)))
     home = first_home(recipe, device)
     model = load_model(recipe, source, given, device, template=template, home=home)

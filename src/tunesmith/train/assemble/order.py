@@ -31,8 +31,13 @@ class Steps:
     notes: list[str]
 
 
-def pack_prepared(recipe: Recipe, prepared: Prepared) -> Packing | None:
+def pack_prepared(
+    recipe: Recipe, prepared: Prepared, *, max_length: int | None = None
+) -> Packing | None:
     """Cut or join the prepared documents as `batch.packing` says; None where it says none.
+
+    `max_length` bounds a pack of `wrapped`, which is one path; packs of documents that don't see
+    each other may be longer.
 
     Raises:
         DataError: they can't be packed as asked.
@@ -41,6 +46,13 @@ def pack_prepared(recipe: Recipe, prepared: Prepared) -> Packing | None:
     if batch.packing == "none":
         return None
     capacity = pack_length(recipe)
+    if batch.packing == WRAPPED and max_length is not None and capacity > max_length:
+        raise RecipeError(
+            f"a pack of wrapped is one path of {capacity} tokens, and data.max_length is "
+            f"{max_length}",
+            where="batch.pack_tokens",
+            hint=f"batch.pack_tokens={max_length} at most",
+        )
     packing = make_packs(prepared, kind=batch.packing, capacity=capacity)
     if packing.cut and batch.packing == "bfd_split" and is_mixture(recipe.data.train):
         raise DataError(
