@@ -19,6 +19,7 @@ from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.folder import read_json
 from tunesmith.train.job import Job, run_files
 from tunesmith.train.metrics import machine_record
+from tunesmith.train.optimizer_state import load_optimizer
 from tunesmith.types import Document
 from tunesmith.verify.accounts import ledger_adds_up, run_ledger
 from tunesmith.verify.exported import Exported, export_checks, write
@@ -175,7 +176,7 @@ def _written(given: _Given, job: Job, place: Path) -> Exported:
     if given.recipe.train.result == "best" and best and int(best["step"]) != state.step:
         checkpoint = checkpoint.with_name(f"step-{int(best['step'])}")
         state = load_checkpoint(checkpoint)
-    job.optimizer.load_state_dict(state.optimizer)
+    load_optimizer(job, checkpoint, state)
     return Exported(job, run_files(run)["model"], f"model/ of the run, and {checkpoint.name}")
 
 
