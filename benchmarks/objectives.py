@@ -66,7 +66,7 @@ def train(name: str, job: argparse.Namespace, run: Path) -> list[dict[str, Any]]
     own = [f"objective.{key}={value}" for key, value in OBJECTIVES[name].items()]
     tunesmith(
         *["train", "--model", job.model, "--data", str(job.gsm8k / "train.jsonl")],
-        *["--eval", str(job.work / "test.jsonl"), "--out", str(run), "--resume"],
+        *["--eval", str(job.work / "loss.jsonl"), "--out", str(run), "--resume"],
         *[COLUMNS, f"batch.documents={job.documents}", f"train.steps={job.steps}"],
         *[f"optim.lr={job.lr}", "checkpoint.keep=1", *own],
     )
@@ -128,7 +128,8 @@ def study(job: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Everything measured, by objective; the untuned model first."""
     job.work.mkdir(parents=True, exist_ok=True)
     lines = (job.gsm8k / "test.jsonl").read_text(encoding="utf-8").splitlines()[: job.test]
-    (job.work / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, rows in (("test", lines), ("loss", lines[: job.loss_rows])):
+        (job.work / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     kept = job.work / "measured.json"
     found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
 
@@ -141,6 +142,7 @@ def study(job: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if not said_file.exists():
         said_file.write_text(json.dumps(base_answers(job)), encoding="utf-8")
     said = [(prompt, answer_ids) for prompt, answer_ids in json.loads(said_file.read_text())]
+    said = said[: job.chats]
     for name in OBJECTIVES:
         if name in found:
             continue
@@ -162,7 +164,9 @@ def table(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
     """The study as Markdown."""
     head = (
         f"{facts['steps']} steps of {facts['documents']} rows, lr {facts['lr']:g} for all,"
-        f" one seed; {facts['test']} held-out problems, {facts['chats']} oasst prompts.\n\n"
+        f" one seed; loss on {facts['loss_rows']} held-out problems, answers to"
+        f" {facts['test']} of at most {facts['max_new_tokens']} tokens;"
+        f" {facts['chats']} oasst prompts.\n\n"
         "| objective | held-out NLL | token accuracy | entropy | right number | number in form"
         " | ended | KL(base \\|\\| tuned) on chats | entropy on chats |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
@@ -224,17 +228,19 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of train and test.jsonl")
     parser.add_argument("--oasst", type=Path, required=True, help="JSONL rows with `messages`")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"), help="kept there")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--documents", type=int, default=8, help="rows a step (8)")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--test", type=int, default=200, help="held-out problems (200)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--chats", type=int, default=100, help="oasst prompts (100)")
+    parser.add_argument("--loss-rows", type=int, default=100, help="of them, for the loss (100)")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--chats", type=int, default=50, help="oasst prompts (50)")
     parser.add_argument("--chat-tokens", type=int, default=64, help="of the base's answers (64)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     job = parser.parse_args()
     found = study(job)
-    facts = {key: getattr(job, key) for key in ("steps", "documents", "lr", "test", "chats")}
+    names = ("steps", "documents", "lr", "loss_rows", "test", "max_new_tokens", "chats")
+    facts = {key: getattr(job, key) for key in names}
     job.out.mkdir(parents=True, exist_ok=True)
     path = job.out / "objectives.json"
     path.write_text(json.dumps({"facts": facts, "measured": found}, indent=1) + "\n")
