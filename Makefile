@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint format benchmark clean
+.PHONY: help demo test test-faults fuzz lint format benchmark clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +34,9 @@ test: $(INSTALLED)  ## every check: lint, types, layers, tests
 
 test-faults: $(INSTALLED)  ## 200 kills at random moments, each run gone on with to the bit; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --kills 200 --results benchmarks/results/faults.md
+
+fuzz: $(INSTALLED)  ## random input for the readers, the renderer, recipes and commands, for longer
+	TUNESMITH_FUZZ=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest -n 2 -q tests/fuzz
 
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check $(CHECKED)

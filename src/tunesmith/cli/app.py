@@ -44,8 +44,12 @@ COMMANDS = {
     "verify": Command(
         "verify", "verify", BEFORE, "Prove the promises on your model, data and machine."
     ),
+    "launch": Command("launch", "launch", BEFORE, "Write the files that start a run on a cluster."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
     "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
+    "replay": Command(
+        "replay", "replay", AFTER, "Take a step of a run again and show each document's loss."
+    ),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),
     "chat": Command("chat", "chat", AFTER, "Talk with a model or the result of a run."),
     "generate": Command("generate", "generate", AFTER, "Answer prompts of a file in batches."),

@@ -107,6 +107,22 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
     )
 
 
+def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, as transformers reads it.
+
+    Raises:
+        ModelError: foreign code without leave, or a config that can't be read.
+    """
+    from transformers import AutoConfig
+
+    refuse_foreign_code(source, trusted=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"its config can't be read: {reason}", where=source.name) from error
+
+
 def adapter_parameters(
     size: ModelSize, kind: str, *, rank: int, rotation_size: int | None = None
 ) -> int:
