@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tunesmith.redact import redact
+
 
 class TunesmithError(Exception):
     """An error that is shown as `message`, `where` and `hint`, never as a traceback.
@@ -20,7 +22,7 @@ class TunesmithError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{text}\nhint: {self.hint}" if self.hint else text
+        return redact(f"{text}\nhint: {self.hint}" if self.hint else text)
 
 
 class InputError(TunesmithError):

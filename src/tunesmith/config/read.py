@@ -16,8 +16,10 @@ from tunesmith.config.overrides import Override, apply_overrides
 from tunesmith.config.problems import note_findings
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
+from tunesmith.redact import secret_keys
 
 RecipeSource = str | PathLike[str] | Mapping[str, Any] | Recipe | None
+_SCHEMA = "`tunesmith schema` prints every key with what it may be"
 
 
 def read_recipe(
@@ -51,7 +53,19 @@ def read_recipe(
         note_findings(document, error)
     if recipe is None or document.problems:
         raise recipe_error(document.problems)
+    _refuse_secrets(recipe)
     return recipe
+
+
+def _refuse_secrets(recipe: Recipe) -> None:
+    """A recipe is kept, shown and passed on; what it must not tell stays out of it."""
+    for key in secret_keys(to_plain(recipe)):
+        raise RecipeError(
+            "holds a password or an access token, which a recipe must not",
+            where=key,
+            hint="put it into the environment (HF_TOKEN, WANDB_API_KEY, ...), or log in: hf auth "
+            "login",
+        )
 
 
 def recipe_error(problems: Sequence[Problem]) -> RecipeError:
@@ -60,9 +74,10 @@ def recipe_error(problems: Sequence[Problem]) -> RecipeError:
     if len(ordered) == 1:
         only = ordered[0]
         where = " ".join(part for part in (only.where, only.key) if part)
-        return RecipeError(only.message, where=where or None, hint=only.hint)
+        return RecipeError(only.message, where=where or None, hint=only.hint or _SCHEMA)
     lines = [f"{item}{f' ({item.hint})' if item.hint else ''}" for item in ordered]
-    return RecipeError("\n  ".join([f"{len(ordered)} errors in the recipe", *lines]))
+    message = "\n  ".join([f"{len(ordered)} errors in the recipe", *lines])
+    return RecipeError(message, where=None, hint=_SCHEMA)
 
 
 def _order(problem: Problem) -> tuple[bool, str, int]:
@@ -89,9 +104,14 @@ def _open(source: RecipeSource) -> Document:
             "no such recipe", where=str(path), hint="`tunesmith init` writes a starter recipe"
         ) from None
     except IsADirectoryError:
-        raise RecipeError("a folder without recipe.yaml is no recipe", where=str(path)) from None
+        raise RecipeError(
+            "a folder without recipe.yaml is no recipe",
+            where=str(path),
+            hint="give a recipe file, or the folder of a run",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"can't be read: {error}", where=str(path)) from None
+        hint = "a recipe is YAML in UTF-8 that you may read"
+        raise RecipeError(f"can't be read: {error}", where=str(path), hint=hint) from None
     document = read_document(text, str(path))
     if document.problems and not document.data:
         raise recipe_error(document.problems)

@@ -50,6 +50,7 @@ def pattern_files(pattern: str, folders: Sequence[Path] = ()) -> list[tuple[str,
     files = [name for name in matches if (base / name).is_file()]
     readable = [name for name in files if holds_rows(Path(name).name)]
     if readable:
+        _refuse_links(base / _fixed(expanded), [base / name for name in readable], pattern)
         return [(Path(name).as_posix(), base / name) for name in readable]
     if files:
         others = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else files[0]
@@ -91,7 +92,36 @@ def folder_files(
             where=name,
             hint=f"name one: {{path: {name}, split: {split}}}, or a pattern of files",
         )
+    _refuse_links(folder, [folder / file for file in readable], name)
     return [(f"{name.rstrip('/')}/{file}", folder / file) for file in readable]
+
+
+def _fixed(pattern: str) -> Path:
+    """The folders that a pattern names before its first sign."""
+    parts = Path(pattern).parts
+    signs = [number for number, part in enumerate(parts) if any(sign in part for sign in _MAGIC)]
+    return Path(*parts[: signs[0]]) if signs else Path(pattern).parent
+
+
+def _refuse_links(folder: Path, files: Sequence[Path], name: str) -> None:
+    """Refuse files that were found, not named, and that are links to somewhere else.
+
+    A folder may come from anybody, with a link in it to any file of this machine. Those of the
+    hub's cache are known: contents stand in `blobs` beside its `snapshots`.
+    """
+    home = folder.resolve()
+    allowed = [home]
+    if "snapshots" in home.parts:
+        at = len(home.parts) - home.parts[::-1].index("snapshots") - 1
+        allowed.append(Path(*home.parts[:at]) / "blobs")
+    for file in files:
+        real = file.resolve()
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise DataError(
+                f"{file.relative_to(folder)} is a link to {real}, which is not inside it",
+                where=name,
+                hint=f"if that is meant, name the file itself: {file}",
+            )
 
 
 def _without_caches(folder: Path, files: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.data import chatml
 from tunesmith.data.clock import TooSlow
@@ -16,6 +16,7 @@ from tunesmith.errors import DataError, InputError
 
 NONE = "none"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")
 _HINT = "give a .jinja file, a folder or hub id of a model with a chat template, chatml or none"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -65,6 +66,7 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
         return Choice(None, NONE, False)
     if asked is None:
         own = tokenizer.chat_template
+        _check_names(own)
         return Choice(own if isinstance(own, str) else None, "own" if own else NONE, bool(own))
     if asked == chatml.NAME:
         return Choice(chatml.TEMPLATE, chatml.NAME, True, tuple(map(_plain, chatml.TOKENS)))
@@ -82,6 +84,18 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
         ) from error
     check(text, path)
     return Choice(text, asked, True)
+
+
+def _check_names(templates: Any) -> None:
+    """Each of several templates is written to a file of its name."""
+    if isinstance(templates, Mapping):
+        for name in cast("Mapping[str, Any]", templates):
+            if not _FILE_NAME.fullmatch(name):
+                raise DataError(
+                    f"the model has a chat template named {name!r}, which is no name of a file",
+                    where="data.template",
+                    hint=_HINT,
+                )
 
 
 def with_tokens(tokenizer: Any, choice: Choice) -> tuple[Any, tuple[NewToken, ...], dict[str, str]]:

@@ -20,6 +20,7 @@ import torch
 
 import tunesmith
 from tunesmith.errors import InputError, RunError
+from tunesmith.redact import redact
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pyarrow", "tokenizers")
 """Packages whose versions a run keeps."""
@@ -139,7 +140,7 @@ def machine_record() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
         "cuda": torch.version.cuda,
-        "command": list(sys.argv),
+        "command": [redact(word) for word in sys.argv],
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
+from tunesmith.redact import redact
 from tunesmith.train.metrics import Sink
 
 _LOG = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class GuardedSink:
                 "%s failed and gets no more records (%s: %s); metrics.jsonl has them all",
                 self._name,
                 type(error).__name__,
-                error,
+                redact(str(error)),
             )
             return None
 
