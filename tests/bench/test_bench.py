@@ -49,12 +49,21 @@ def test_own_times_are_the_whole_of_what_was_recorded() -> None:
 
     step = Event("tunesmith bench: " + OPTIMIZER, 1e6)
     head = Event("_HeadLoss", 2e6)
-    events = [step, Event("aten::mm", 4e6, step), head, Event("aten::mm", 8e6, head),
-              Event("aten::mm", 16e6), Event("aten::mul", 32e6)]  # fmt: skip
+    product = Event("autograd::engine::evaluate_function: MmBackward0", 0.0)
+    again = Event("_FlashTree", 64e6, product)  # recomputed
+    events = [step, Event("aten::mm", 4e6, step), head, Event("aten::mm", 8e6, head), product,
+              Event("aten::mm", 16e6, product), Event("aten::mul", 32e6), again,
+              Event("aten::mm", 128e6, again)]  # fmt: skip
     sums: dict[str, float] = {}
     for part, seconds in parts_module._own_seconds(events, on_host=True):
         sums[part] = sums.get(part, 0) + seconds
-    assert sums == {OPTIMIZER: 5.0, HEAD: 10.0, LINEAR: 16.0, parts_module.LIGHT: 32.0}
+    assert sums == {
+        OPTIMIZER: 5.0,
+        HEAD: 10.0,
+        LINEAR: 16.0,
+        parts_module.LIGHT: 32.0,
+        ATTENTION: 192.0,
+    }
 
 
 @pytest.mark.parametrize(

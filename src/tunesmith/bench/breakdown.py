@@ -1,8 +1,9 @@
 """Where the time of a step goes, under names that a user knows.
 
-A step runs once under torch's profiler. Each operation's own time goes to the first part that it or
-what it is called from belongs to, by name: forward and backward alike, since the backward of an
-operation carries its name. On an accelerator its kernels' time is counted in place of the host's.
+A step runs once under torch's profiler. Each operation's own time goes to the part that what it is
+called from belongs to, or else it itself, by name: forward and backward alike, since the backward
+of an operation carries its name. On an accelerator its kernels' time is counted in place of the
+host's.
 """
 
 from __future__ import annotations
@@ -97,6 +98,18 @@ def breakdown(job: Job, step: int) -> dict[str, float]:
     return parts
 
 
+def _inside(outer: str | None, name: str) -> str | None:
+    """The part of an operation called from one of `outer`.
+
+    Layers that recompute do so inside the backward of the first product that asks for what they
+    kept; so a product's part is only for what has none of its own.
+    """
+    own = part_of(name)
+    if outer in (None, LINEAR):
+        return own or outer
+    return outer
+
+
 def _own_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str, float]]:
     """For each operation its part and its own time; the time of a region itself is Python's."""
     known: dict[int, str | None] = {}
@@ -108,8 +121,7 @@ def _own_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str,
             event = event.cpu_parent
         found = None if event is None else known[id(event)]
         for one in reversed(waiting):
-            found = found or part_of(one.name)
-            known[id(one)] = found
+            found = known[id(one)] = _inside(found, one.name)
         return found
 
     for event in events:

@@ -13,6 +13,7 @@ import torch
 from tunesmith.bench.breakdown import breakdown
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.config.schema import Recipe
+from tunesmith.model.quantized_weight import parameter_count
 from tunesmith.train.build import build
 from tunesmith.train.job import Job
 from tunesmith.train.memory_retry import is_out_of_memory, out_of_memory
@@ -134,7 +135,7 @@ def _measured(job: Job, work: Work, steps: int) -> Bench:
         device=str(job.device),
         threads=torch.get_num_threads(),
         dtype=str(job.model.head.weight.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(parameter_count(p) for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         steps=timed,
         rate=max(before, after, key=lambda rate: rate.flops_per_second),

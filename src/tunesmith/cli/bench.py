@@ -60,10 +60,10 @@ def lines(found: Bench) -> list[str]:
         f"{found.chosen['micro_tokens']} tokens at a time",
         f"speed: {found.tokens_per_second:,.0f} tokens/s; a step takes {mean:.2f} s "
         f"({min(each):.2f} to {max(each):.2f}, {len(each)} steps)",
-        f"floor: {found.floor_share:.0%} of it; the products that a step needs are "
-        f"{sum(s.flops for s in found.steps) / len(each):.3g} operations, at the "
-        f"{rate.flops_per_second / 1e9:,.0f} GFLOP/s of {rate.dtype} measured here ({shape}) "
-        f"{found.floor_seconds / len(each):.2f} s",
+        f"floor: a step runs at {found.floor_share:.0%} of it; its products are "
+        f"{sum(s.flops for s in found.steps) / len(each):.3g} operations, "
+        f"{found.floor_seconds / len(each):.2f} s at the "
+        f"{rate.flops_per_second / 1e9:,.0f} GFLOP/s measured here in {rate.dtype} ({shape})",
         f"memory: peak {_bytes(found.peak)}; {memory}",
         f"a step of {total:.2f} s, under the profiler:",
     ]
@@ -74,9 +74,9 @@ def lines(found: Bench) -> list[str]:
     return [
         *page,
         f"padding avoided: {found.padding_avoided:,} tokens; padded to the longest row of its "
-        f"step {work.padded:,} would be computed for {work.unshared:,} of the rows",
-        f"repeats avoided: {found.repeats_avoided:,} tokens; {work.computed:,} are computed for "
-        f"{work.unshared:,}",
+        f"step, {work.unshared:,} tokens of rows would be {work.padded:,}",
+        f"repeats avoided: {found.repeats_avoided:,} tokens; {work.computed:,} of "
+        f"{work.unshared:,} are computed",
     ]
 
 

@@ -16,6 +16,7 @@ from tunesmith.errors import RunError
 from tunesmith.model.activations import activation_bytes
 from tunesmith.model.checkpointing import Mode
 from tunesmith.model.memory import free_memory
+from tunesmith.model.quantized_weight import parameter_count
 from tunesmith.train.announcement import FEW_STEPS
 from tunesmith.train.build import build
 from tunesmith.train.filling import idle_line
@@ -84,7 +85,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         job, peak=measured.peak, activations=measured.activations, working=measured.working
     )
     lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
-    counts = [p.numel() for p in job.model.parameters()]
+    counts = [parameter_count(p) for p in job.model.parameters()]
     return Forecast(
         parameters=sum(counts),
         trained=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
