@@ -1,12 +1,13 @@
 """A long run of a tiny model: does memory grow, do file handles stay open?
 
-python benchmarks/soak.py [--steps 50000] [--results benchmarks/results/soak.md]
+python benchmarks/soak.py [--steps 50000] [--seconds N] [--results benchmarks/results/soak.md]
 
 One run with everything on that repeats: steps, evaluations with samples, checkpoints that replace
 each other, metrics. From outside, the process's resident memory, open files and threads are read
 from /proc while it goes; the slope is a least-squares line over the second half, so that filling
 caches at the start does not count. Losses of every row in every epoch are kept until the end, by
-design: their size is computed and shown beside.
+design: their size is computed and shown beside. With `--seconds` the run is ended by SIGTERM after
+that time, and the report is of the steps that were done.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def steps_done(metrics: Path, seen: int, offset: int) -> tuple[int, int]:
     return seen, offset + len(whole)
 
 
-def go(folder: Path, steps: int) -> Seen:
+def go(folder: Path, steps: int, seconds: float) -> Seen:
     tiny_folder(folder / "model", num_hidden_layers=1, hidden_size=32, head_dim=8)
     write_jsonl(folder / "rows.jsonl", chat_rows(64))
     write_jsonl(folder / "eval.jsonl", chat_rows(67)[64:])
@@ -103,6 +104,7 @@ def go(folder: Path, steps: int) -> Seen:
         command(folder, steps), stdout=log, stderr=subprocess.STDOUT, env=environment
     )
     found, step, offset, due = Seen(), 0, 0, 0
+    deadline = time.monotonic() + seconds
     metrics = folder / "run" / "metrics.jsonl"
     while process.poll() is None:
         step, offset = steps_done(metrics, step, offset)
@@ -111,21 +113,24 @@ def go(folder: Path, steps: int) -> Seen:
                 found.look(process.pid, step)
             except (OSError, KeyError):  # it has just ended
                 break
-            due += max(1, steps // 200)
+            due = step + max(1, steps // 200)
+        if time.monotonic() > deadline:
+            process.terminate()
+            break
         time.sleep(0.05)
-    if process.wait() != 0:
+    if process.wait() not in (0, 143):
         raise SystemExit((folder / "log").read_text())
     return found
 
 
-def report(found: Seen, steps: int) -> str:
+def report(found: Seen) -> str:
     row_losses = DOCUMENTS * BYTES_A_DOCUMENT
     slope = found.slope()
     shown = np.linspace(0, len(found.step) - 1, 11).astype(int)
     lines = [
         "# A long run",
         "",
-        f"Written by `benchmarks/soak.py`: {steps:,} steps of a tiny model in one process, a "
+        f"Written by `benchmarks/soak.py`: {found.step[-1]:,} steps of a tiny model in one process, a "
         "checkpoint every 250 steps, an evaluation with a generated sample every 500. "
         f"{platform.system()}, Python {platform.python_version()}.",
         "",
@@ -149,11 +154,12 @@ def report(found: Seen, steps: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Watch a long run.")
     parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = go(Path(folder), options.steps)
-    text = report(found, options.steps)
+        found = go(Path(folder), options.steps, options.seconds)
+    text = report(found)
     print(text)
     if options.results is not None:
         options.results.write_text(text, encoding="utf-8")

@@ -70,6 +70,7 @@ def test_arguments_of_resume() -> None:
     assert {name: p.default for name, p in parameters.items()} == {
         "run": inspect.Parameter.empty,
         "overrides": (),
+        "changed_data": False,
         "progress": True,
     }
     assert parameters["overrides"].kind == inspect.Parameter.KEYWORD_ONLY
