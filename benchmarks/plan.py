@@ -98,6 +98,14 @@ def with_earlier(runs: list[dict[str, Any]], about: dict[str, Any]) -> list[dict
     return [by_kind[kind] for kind in KINDS if kind in by_kind]
 
 
+def save(runs: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Put runs into the results."""
+    RESULTS.mkdir(exist_ok=True)
+    found = {**about, "runs": with_earlier(runs, about)}
+    (RESULTS / "plan.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "plan.md").write_text(page(found), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -106,23 +114,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        with open(given.data, encoding="utf-8") as lines:
-            rows.write_text("".join(itertools.islice(lines, given.rows)), encoding="utf-8")
-        runs = [
-            compare(given.model, str(rows), kind=kind, threads=given.threads)
-            for kind in given.kinds
-        ]
     about = {
         "rows": given.rows, "threads": given.threads, "machine": platform.machine() + " CPU",
         "model": Path(given.model).name,
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    found = {**about, "runs": with_earlier(runs, about)}
-    (RESULTS / "plan.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "plan.md").write_text(page(found), encoding="utf-8")
-    print(page(found))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        with open(given.data, encoding="utf-8") as lines:
+            rows.write_text("".join(itertools.islice(lines, given.rows)), encoding="utf-8")
+        for kind in given.kinds:
+            save([compare(given.model, str(rows), kind=kind, threads=given.threads)], about)
+    print((RESULTS / "plan.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
