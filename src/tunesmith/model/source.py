@@ -14,7 +14,8 @@ from typing import Any
 from tunesmith.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+_WEIGHTS = "*.safetensors"
+_WANTED = [_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*.safetensors", "*/*.safetensors"]
 
 
@@ -37,21 +38,23 @@ class ModelSource:
         return self.folder
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
+def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
     """The files of model `name`; `revision` (branch, tag, commit) is for hub ids only.
+
+    Without `weights` only tokenizer and configs are got from the hub, and no weights are asked for.
 
     Raises:
         ModelError: nothing there, no access, or files that can't be used.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        source = _from_folder(name, path.resolve())
+        source = _from_folder(name, path.resolve(), weights=weights)
     elif path.is_file():
         source = _from_file(name, path.resolve())
     elif _looks_like_path(name):
         raise ModelError("no such file or folder", where=name, hint=_near(path))
     else:
-        source = _from_hub(name, revision)
+        source = _from_hub(name, revision, weights=weights)
         return source
     if revision is not None:
         raise ModelError(
@@ -92,7 +95,7 @@ def refuse_foreign_code(source: ModelSource, *, trusted: bool) -> None:
         )
 
 
-def _from_folder(name: str, folder: Path) -> ModelSource:
+def _from_folder(name: str, folder: Path, *, weights: bool = True) -> ModelSource:
     if (folder / "recipe.yaml").exists():
         if not (folder / "model").is_dir():
             raise ModelError(
@@ -100,15 +103,16 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
                 where=name,
                 hint=f"finish it with: tunesmith resume {name}",
             )
-        return _from_folder(name, folder / "model")
+        return _from_folder(name, folder / "model", weights=weights)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        return _from_adapter(name, folder)
-    _check_files(name, folder)
+        return _from_adapter(name, folder, weights=weights)
+    _check_files(name, folder, weights=weights)
     return ModelSource(name, folder)
 
 
-def _from_adapter(name: str, folder: Path) -> ModelSource:
-    _check_weights(name, folder)
+def _from_adapter(name: str, folder: Path, *, weights: bool) -> ModelSource:
+    if weights:
+        _check_weights(name, folder)
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not base:
@@ -120,7 +124,7 @@ def _from_adapter(name: str, folder: Path) -> ModelSource:
     if not Path(base).expanduser().exists() and (folder / base).is_dir():
         base = str(folder / base)
     try:
-        found = resolve_model(base, revision=config.get("revision"))
+        found = resolve_model(base, revision=config.get("revision"), weights=weights)
     except ModelError as error:
         raise ModelError(
             f"the adapter's base model: {error.message}",
@@ -151,7 +155,7 @@ def _from_file(name: str, path: Path) -> ModelSource:
     return ModelSource(name, cached_conversion(path))
 
 
-def _check_files(name: str, folder: Path) -> None:
+def _check_files(name: str, folder: Path, *, weights: bool) -> None:
     if not (folder / "config.json").exists():
         below = sorted(path.parent.name for path in folder.glob("*/config.json"))
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
@@ -163,11 +167,25 @@ def _check_files(name: str, folder: Path) -> None:
                 + "?"
             )
         raise ModelError("holds no config.json, so it is no model", where=name, hint=hint)
-    _check_weights(name, folder)
+    if weights:
+        _check_weights(name, folder)
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Refuse a folder without safetensors: other forms of weights are pickles."""
+    """Refuse a folder without safetensors, since other forms of weights are pickles, and one whose
+    index leads out of it.
+    """
+    for index in folder.glob("*.safetensors.index.json"):
+        named: Any = read_json(index).get("weight_map")
+        for file in sorted(
+            {str(value) for value in named.values()} if isinstance(named, dict) else ()
+        ):
+            if file != Path(file).name or "\\" in file:
+                raise ModelError(
+                    f"its index names weights in {file!r}, which is not a file of the folder",
+                    where=str(index),
+                    hint="get the model anew from where it was published",
+                )
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(
@@ -207,7 +225,7 @@ def _near(path: Path) -> str:
     return f"{parent} is there, {path.name} in it is not"
 
 
-def _from_hub(name: str, revision: str | None) -> ModelSource:
+def _from_hub(name: str, revision: str | None, *, weights: bool) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -227,7 +245,10 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
     try:
         folder = Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                name,
+                revision=revision,
+                allow_patterns=[one for one in _WANTED if weights or one != _WEIGHTS],
+                ignore_patterns=_UNWANTED,
             )
         )
     except GatedRepoError as error:
@@ -253,4 +274,4 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
             f"can't be downloaded: {str(error).splitlines()[0]}", offline, error
         ) from error
     commit = folder.name if folder.parent.name == "snapshots" else None
-    return replace(_from_folder(name, folder), commit=commit)
+    return replace(_from_folder(name, folder, weights=weights), commit=commit)
