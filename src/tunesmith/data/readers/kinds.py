@@ -11,17 +11,17 @@ from tunesmith.data.readers.columnar import arrow_rows, parquet_rows
 from tunesmith.data.readers.delimited import delimited_rows
 from tunesmith.data.readers.json import json_rows
 from tunesmith.data.readers.jsonl import jsonl_rows
-from tunesmith.data.readers.raw import Raw
+from tunesmith.data.readers.raw import Raw, lines_of
 from tunesmith.errors import DataError
 
 Reader = Callable[[Any, str], Iterator[Raw]]
 
 _TEXTS: dict[str, Reader] = {
-    ".jsonl": lambda file, _: jsonl_rows(file),
-    ".ndjson": lambda file, _: jsonl_rows(file),
+    ".jsonl": lambda file, name: jsonl_rows(lines_of(file, name)),
+    ".ndjson": lambda file, name: jsonl_rows(lines_of(file, name)),
     ".json": json_rows,
-    ".csv": lambda file, _: delimited_rows(file, delimiter=","),
-    ".tsv": lambda file, _: delimited_rows(file, delimiter="\t"),
+    ".csv": lambda file, name: delimited_rows(lines_of(file, name), delimiter=","),
+    ".tsv": lambda file, name: delimited_rows(lines_of(file, name), delimiter="\t"),
 }
 _TABLES: dict[str, Reader] = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
