@@ -150,9 +150,13 @@ def test_a_resume_over_skipped_steps_is_bitwise(
 def test_too_many_skips_in_a_row_stop_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_module, "PATIENCE", 3)
+    monkeypatch.setattr(
+        guard_module.Guard.__init__,
+        "__kwdefaults__",
+        {**guard_module.Guard.__init__.__kwdefaults__, "patience": 3},
+    )
     poisoned(monkeypatch, {1, 2, 4, 5, 6}, document=0)
-    with pytest.raises(NonFiniteError, match="3th in a row"):
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
         start(folder, tmp_path / "run", train={"non_finite": "skip"})
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records if r.get("event") == "skipped"] == [1, 2, 4, 5]

@@ -31,6 +31,7 @@ class Guard:
         non_finite: whether a step that isn't finite stops the run or is left out.
         limits: multiples of the running median for "loss" and "grad_norm", None for never.
         stops: whether a step that stands out stops the run.
+        patience: steps in a row that may be skipped, None for any number.
         rank: the first writes to the run's folder for all.
     """
 
@@ -42,6 +43,7 @@ class Guard:
         non_finite: Literal["stop", "skip"] = "stop",
         limits: Mapping[str, float | None],
         stops: bool = False,
+        patience: int | None = PATIENCE,
         rank: int = 0,
     ) -> None:
         self.folder = folder
@@ -50,6 +52,7 @@ class Guard:
         self._non_finite = non_finite
         self._spikes = Spikes(limits)
         self._stops = stops
+        self._patience = patience
         self._rank = rank
         self._skipped = 0  # in a row
 
@@ -75,9 +78,9 @@ class Guard:
         if self._non_finite == "stop":
             self._stop(f"{what}, at step {step}; {rows}", "or train.non_finite=skip in a new run")
         self._skipped += 1
-        if self._skipped >= PATIENCE:
+        if self._patience is not None and self._skipped >= self._patience:
             self._stop(
-                f"{what}, at step {step}, the {self._skipped}th in a row that is skipped; {rows}",
+                f"{what}, at step {step}, as in {self._skipped} steps in a row; {rows}",
                 "and look at the rows in its incident folders",
             )
         record["message"] = f"step {step} is skipped: {what}; {rows}"

@@ -156,6 +156,11 @@ class Trainer:
             "best": self.best,
         }
 
+    def advance_to(self, step: int) -> None:
+        """The steps up to this one with their records; nothing is evaluated or saved."""
+        while self.step < step:
+            self._one_step()
+
     def _one_step(self) -> None:
         job, number = self.job, self.step
         started = time.monotonic()
@@ -184,9 +189,9 @@ class Trainer:
 
     def _learn(self, number: int, lr: float) -> StepResult:
         job = self.job
-        documents, plans = self._planned(number)
+        documents, plans = self.planned(number)
         mine = dealt_to(plans, job.ranks.rank, ranks=job.ranks.count, costs=job.costs)
-        job.loss.begin(job.model, number, self._planned, job.device)
+        job.loss.begin(job.model, number, self.planned, job.device)
         return train_step(
             job.model, job.optimizer, mine, self._loss,
             documents=len(documents), lr=lr, reduce=job.reduce,
@@ -216,7 +221,7 @@ class Trainer:
             note=lambda before, now: self._emit(retry_record(where, step, before, now)),
         )
 
-    def _planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
+    def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
         """Documents and micro-batches of a step, counted from 0, for all ranks."""
         job = self.job
         documents = [job.documents[int(i)] for i in job.order.step_indices(number)]

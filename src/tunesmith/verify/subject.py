@@ -28,9 +28,9 @@ class Bounds:
     tokens: int = 768  # longest path of a document that goes through the model
 
 
-def bounded(recipe: Recipe, bounds: Bounds, *, float32: bool = False) -> Recipe:
+def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
     """The recipe on the first rows of its sources, for a few steps, without held-out data,
-    trackers and caches; all else is as it was.
+    trackers and caches; all else is as it was. `at_rest`: rows are not joined to packs either.
     """
     sections = [
         section.model_copy(update={"limit": min(section.limit or bounds.rows, bounds.rows)})
@@ -45,8 +45,8 @@ def bounded(recipe: Recipe, bounds: Bounds, *, float32: bool = False) -> Recipe:
         "log": {"to": []},
         "device": {"cache": False, "prepare_processes": 1},
     }
-    if float32:
-        parts["model"] = {"dtype": "float32"}
+    if at_rest:
+        parts["batch"] |= {"packing": "none", "pack_tokens": None}
     changed = {
         name: getattr(recipe, name).model_copy(update=update) for name, update in parts.items()
     }
@@ -57,18 +57,24 @@ def shortened(recipe: Recipe, longest: int) -> Recipe:
     """The recipe without documents that have a longer path."""
     limit = recipe.data.max_length
     limit = longest if limit == "auto" else min(limit, longest)
-    update = {"max_length": limit, "too_long": "drop"}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    data = recipe.data.model_copy(update={"max_length": limit, "too_long": "drop"})
+    batch = recipe.batch
+    if batch.packing != "none":
+        size = min(batch.pack_tokens or limit, limit)
+        batch = batch.model_copy(update={"pack_tokens": size})
+    return recipe.model_copy(update={"data": data, "batch": batch})
 
 
 def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tuple[Job, str]:
     """The job with float32 weights, or with the recipe's own where those don't fit; and which."""
+    own = bounded(recipe, bounds, at_rest=True)
     if recipe.model.dtype != "float32":
+        wide = own.model.model_copy(update={"dtype": "float32"})
         try:
-            return build(bounded(recipe, bounds, float32=True), folders=folders), "float32"
+            return build(own.model_copy(update={"model": wide}), folders=folders), "float32"
         except InputError:
             pass  # too large, or not to be had so; the recipe's own may be
-    job = build(bounded(recipe, bounds), folders=folders)
+    job = build(own, folders=folders)
     return job, job.recipe.model.dtype
 
 

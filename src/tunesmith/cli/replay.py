@@ -1,0 +1,83 @@
+"""`tunesmith replay`: take a step of a run again and look at each document's loss."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tunesmith.train.replay import Replay
+
+
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
+    step: Annotated[int, typer.Option("--step", min=1, help="The step, counted from 1.")],
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also the norm of each document's own gradient.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+    ] = False,
+) -> int:
+    """Take a step of a run again, bit for bit, from the nearest checkpoint before it.
+
+    Returns 0, or 1 if its numbers are not the run's although nothing differs that they depend on.
+    """
+    from tunesmith.train.replay import replay as take_again
+
+    found = take_again(
+        Path(run),
+        step,
+        gradients=gradients,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if as_json:
+        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(lines(found)))
+    return 1 if found.equal is False and not found.unlike else 0
+
+
+def lines(found: Replay) -> list[str]:
+    """The page: the step's numbers, whether they are the run's, and its documents."""
+    page = [*found.notes, f"step {found.step}: {_numbers(found)}", _comparison(found)]
+    page.append(_line(found, ["loss", "weight", "targets", "tokens", "grad norm"], "row"))
+    for entry in found.documents:
+        values = [entry["loss"], entry["weight"], entry["targets"], entry["tokens"]]
+        page.append(_line(found, [*values, entry.get("grad_norm", "")], entry["row"]))
+    return page
+
+
+def _line(found: Replay, values: Sequence[float | str], row: str) -> str:
+    """A row of the table; the last value only where it was asked for."""
+    width = max(len(str(entry["row"])) for entry in found.documents)
+    shown = [value if isinstance(value, str) else f"{value:.6g}" for value in values]
+    asked = "grad_norm" in found.documents[0]
+    return f"{row:<{width}}" + "".join(f"  {text:>9}" for text in (shown if asked else shown[:-1]))
+
+
+def _numbers(found: Replay) -> str:
+    now = found.now
+    return (
+        f"loss {now['loss']}, gradient norm {now['grad_norm']}, lr {now['lr']:.6g}, "
+        f"{now['target_tokens']} targets, {now['computed_tokens']} tokens computed"
+    )
+
+
+def _comparison(found: Replay) -> str:
+    if found.then is None:
+        return "metrics.jsonl has no record of it: the step was not taken, or not written"
+    if found.equal:
+        return "equal to metrics.jsonl to the bit"
+    differ = [
+        f"{name} is {found.now[name]}, was {then}"
+        for name, then in found.then.items()
+        if found.now[name] != then
+    ]
+    why = "; ".join(found.unlike) or "nothing that it depends on is known to differ"
+    return f"NOT equal to metrics.jsonl: {'; '.join(differ)} ({why})"
