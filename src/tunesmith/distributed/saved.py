@@ -26,22 +26,24 @@ def save_parts(folder: Path, optimizer: Stateful, shards: Sharded) -> None:
 
     Files are on the disk when this returns.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     shards.meet()
     state: dict[str, Any] = shards.spread(optimizer.state_dict())
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    dcp.save(state, storage_writer=writer)
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    save(state, storage_writer=writer)
 
 
 @torch.no_grad()
 def load_parts(folder: Path, optimizer: Stateful, shards: Sharded | None) -> None:
     """Take over the state in `folder`: of this rank's parts, or whole where `shards` is None."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = optimizer.state_dict()
     given: dict[str, Any] = state if shards is None else shards.spread(state)
-    dcp.load(given, storage_reader=dcp.FileSystemReader(folder), no_dist=shards is None)
+    load(given, storage_reader=FileSystemReader(folder), no_dist=shards is None)
     optimizer.load_state_dict(state)
 
 
