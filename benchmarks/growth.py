@@ -32,7 +32,7 @@ RESULTS = HERE / "results"
 DOCUMENTS = (1000, 4000, 16_000, 64_000)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 STEP_TOKENS, STEP_DOCUMENTS = 8192, 32
-SHAPE = {"hidden": 512, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 64, "vocabulary": 8000}
+SHAPE = {"hidden": 512, "layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 64, "vocabulary": 8000}
 
 
 def write_rows(given: Path, out: Path, count: int) -> None:
@@ -134,9 +134,9 @@ def attention_seconds(plans: list[Any]) -> float:
     for plan in plans:
         made = torch.Generator().manual_seed(0)
         query, key, value = (
-            torch.randn(
-                1, SHAPE[heads], plan.tokens, SHAPE["head_dim"], generator=made
-            ).requires_grad_()
+            torch.randn(1, SHAPE[heads], plan.tokens, SHAPE["head_dim"], generator=made)
+            .bfloat16()
+            .requires_grad_()
             for heads in ("heads", "kv_heads", "kv_heads")
         )
         for _ in range(SHAPE["layers"]):

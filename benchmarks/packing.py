@@ -28,7 +28,7 @@ from tunesmith.data.strategies import Packs, best_fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COUNTS = (200_000, 1_000_000)
-LOG_NORMAL = ((5.5, 0.8, 2048), (5.5, 0.8, 8192), (6.5, 1.0, 4096))
+LOG_NORMAL = ((5.5, 0.8, 2048), (6.5, 1.0, 4096))
 
 
 def row_lengths(model: str, path: Path, columns: dict[str, str] | None) -> np.ndarray:
@@ -193,7 +193,7 @@ def main() -> None:
             )  # fmt: skip
             records.append(record)
             print(table([record]).splitlines()[-1], flush=True)
-    found = {"cpu": platform.processor(), "trl": trl.__version__, "cases": records}
+    found = {"machine": platform.platform(), "trl": trl.__version__, "cases": records}
     if arguments.counts == list(COUNTS):
         (RESULTS / "packing.json").write_text(json.dumps(found, indent=1) + "\n")
         page = f"# Packing, against TRL {trl.__version__}\n\n{table(records)}"
