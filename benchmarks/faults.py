@@ -127,7 +127,7 @@ def kill_once(case: Case, run: Path, choice: random.Random, found: Found) -> boo
             found.failed.append(running.said)
         return False
     found.half_written += half_written(run)
-    found.kills["inside a save" if inside else "any moment"] += 1
+    found.kills["inside a save" if inside else "at any moment"] += 1
     return True
 
 
@@ -185,7 +185,7 @@ def report(found: Found, seed: int) -> str:
         "| | |",
         "|---|---|",
         f"| processes killed by SIGKILL | {found.kills.total()} |",
-        *(f"| … at {kind} | {count} |" for kind, count in sorted(found.kills.items())),
+        *(f"| … {kind} | {count} |" for kind, count in sorted(found.kills.items())),
         f"| … which left a checkpoint half-written | {found.half_written} |",
         f"| runs, each gone on with to its end | {found.runs.total()} |",
         *(f"| … {kind} | {count} |" for kind, count in found.runs.items()),

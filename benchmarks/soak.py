@@ -130,8 +130,8 @@ def report(found: Seen) -> str:
     lines = [
         "# A long run",
         "",
-        f"Written by `benchmarks/soak.py`: {found.step[-1]:,} steps of a tiny model in one process, a "
-        "checkpoint every 250 steps, an evaluation with a generated sample every 500. "
+        f"Written by `benchmarks/soak.py`: {found.step[-1]:,} steps of a tiny model in one "
+        "process, a checkpoint every 250 steps, an evaluation with a generated sample every 500. "
         f"{platform.system()}, Python {platform.python_version()}.",
         "",
         f"- Memory grows by **{slope:.0f} bytes a step** in the second half, of which the losses "
