@@ -143,7 +143,7 @@ def study(job: argparse.Namespace) -> dict[str, dict[str, Any]]:
         said_file.write_text(json.dumps(base_answers(job)), encoding="utf-8")
     said = [(prompt, answer_ids) for prompt, answer_ids in json.loads(said_file.read_text())]
     said = said[: job.chats]
-    for name in OBJECTIVES:
+    for name in job.only or OBJECTIVES:
         if name in found:
             continue
         run = job.work / re.sub(r"\W+", "-", name)
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of train and test.jsonl")
     parser.add_argument("--oasst", type=Path, required=True, help="JSONL rows with `messages`")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"), help="kept there")
+    parser.add_argument("--only", action="append", choices=OBJECTIVES, help="of the objectives")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--documents", type=int, default=8, help="rows a step (8)")
     parser.add_argument("--lr", type=float, default=1e-4)
