@@ -90,7 +90,7 @@ def breakdown(job: Job, step: int) -> dict[str, float]:
         if not on_host:
             torch.accelerator.synchronize(job.device)
         seconds = time.perf_counter() - started
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     parts[PLANNING] = planning
     for part, own in _own_seconds(recorded.events() or (), on_host=on_host):
         parts[part] += own

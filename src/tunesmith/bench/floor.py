@@ -43,7 +43,7 @@ def product_shapes(model: CausalLM, tokens: int) -> list[Shape]:
     widths = [(int(m.in_features), int(m.out_features)) for m in maps]
     side = 1024 if model.head.weight.device.type == "cpu" else 8192
     largest = max(widths, key=lambda pair: pair[0] * pair[1], default=(side, side))
-    return [(tokens, *largest), (side, side, side)]
+    return [(tokens, largest[0], largest[1]), (side, side, side)]
 
 
 def matmul_rate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def fit_device(
             )
         model.offload = True
     asked, wanted = recipe.device.gradient_checkpointing, recipe.device.micro_tokens
-    modes = _possible(model) if asked == "auto" else (as_mode(asked),)
+    modes: tuple[Mode, ...] = _possible(model) if asked == "auto" else (as_mode(asked),)
     left = max(room - (held.total if held else 0), room // 8)
     dtype = model.head.weight.dtype
     cost = computed_cost(model.config, dtype=dtype)
@@ -116,7 +116,7 @@ def measured_cost(model: CausalLM, device: torch.device, *, longest: int) -> Cal
     return cost
 
 
-def _fitted(sizes: tuple[int, ...], seen: list[int], longest: int) -> Cost:
+def _fitted(sizes: Sequence[int], seen: Sequence[int], longest: int) -> Cost:
     """The cost at `longest` of the parabola through what was seen; a line where it bends down."""
     n, y = np.asarray(sizes, np.float64), np.asarray(seen, np.float64)
     fixed, linear, square = np.linalg.solve(np.vander(n, 3, increasing=True), y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.quantized_weight import parameter_count
@@ -33,7 +33,7 @@ def training_flops(model: CausalLM, *, tokens: int, targets: int) -> float:
     return per_token * tokens + float(parameter_count(head) * _each(head)) * targets
 
 
-def _each(parameter: nn.Parameter) -> int:
+def _each(parameter: Tensor) -> int:
     """Operations a weight: two forward, two for its input's gradient, two for its own."""
     return 6 if parameter.requires_grad else 4
 

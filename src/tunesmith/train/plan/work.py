@@ -62,7 +62,8 @@ def spread(count: int, most: int) -> list[int]:
 def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
     """Lay out steps of the run and add up their tokens."""
     steps = spread(job.total_steps, most)
-    sums = dict.fromkeys(("tokens", "computed", "unshared", "padded", "target_tokens"), 0)
+    names = ("tokens", "computed", "unshared", "padded", "target_tokens")
+    sums: dict[str, int] = dict.fromkeys(names, 0)
     largest_step = largest = 0
     for step in steps:
         documents, plans = documents_of(job, step), planned(job, step)
