@@ -143,6 +143,22 @@ def test_two_processes_can_not_train_in_one_folder(tmp_path):
     assert contend().returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_neither_holds_nor_lets_go(tmp_path):
+    path = make_run(tmp_path / "run")
+    run = open_run(path, model_name="m", resume=True)
+    child = os.fork()
+    if child == 0:
+        other = os.open(path / "machine.json", os.O_RDWR)  # may get the number of the lock's
+        run.close()
+        os._exit(0 if os.fstat(other).st_size == 2 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(InputError, match=f"process {os.getpid()} on"):
+        open_run(path, model_name="m", resume=True)
+    run.close()
+    open_run(path, model_name="m", resume=True).close()
+
+
 def test_json_is_replaced_in_one_go(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"a": [1, "ü"]})

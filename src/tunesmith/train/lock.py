@@ -33,12 +33,13 @@ class FolderLock:
     notes: tuple[str, ...] = ()
 
     def release(self) -> None:
-        """Let other processes have the folder. May be called twice."""
+        """Let other processes have the folder. May be called twice, and in a forked child."""
         if self.descriptor is not None:
             descriptor, self.descriptor = self.descriptor, None
-            _held.discard(descriptor)
-            os.ftruncate(descriptor, 0)
-            os.close(descriptor)
+            if descriptor in _held:  # not in a forked child, which has closed it
+                _held.remove(descriptor)
+                os.ftruncate(descriptor, 0)
+                os.close(descriptor)
 
 
 def take_lock(folder: Path) -> FolderLock:
