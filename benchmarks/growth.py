@@ -29,7 +29,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = (1000, 4000, 16_000, 64_000)
+DOCUMENTS = (1000, 8000, 64_000)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 STEP_TOKENS, STEP_DOCUMENTS = 8192, 32
 SHAPE = {"hidden": 512, "layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 64, "vocabulary": 8000}
@@ -182,14 +182,14 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     found = {length: {"step": [], "attention": []} for length in plans}
     run = functools.partial(train_step, model, optimizer, lr=1e-5, max_grad_norm=1.0, device=device)
-    for rounds in range(arguments.rounds + 1):
+    run(plans[arguments.lengths[0]], loss, documents=1)  # warms up
+    for _ in range(arguments.rounds):
         for length, cut in plans.items():
             begin = time.perf_counter()
             run(cut, loss, documents=STEP_TOKENS // length)
             seconds = time.perf_counter() - begin
-            if rounds:  # the first warms up
-                found[length]["step"].append(1e6 * seconds / STEP_TOKENS)
-                found[length]["attention"].append(1e6 * attention_seconds(cut) / STEP_TOKENS)
+            found[length]["step"].append(1e6 * seconds / STEP_TOKENS)
+            found[length]["attention"].append(1e6 * attention_seconds(cut) / STEP_TOKENS)
     records = []
     for length, one in found.items():
         whole, attention = operations(model, length)

@@ -30,8 +30,10 @@ def _check_batch(document: Document) -> None:
     train = data.get("train")
     sources = cast("list[Any]", train) if isinstance(train, list) else []
     mixed = any(
-        isinstance(one, dict) and (one.get("weight") is not None or one.get("epochs") is not None)
-        for one in cast("list[dict[str, Any]]", sources)
+        cast("dict[str, Any]", one).get(key) is not None
+        for one in sources
+        if isinstance(one, dict)
+        for key in ("weight", "epochs")
     )
     if packing != "none":
         if batch.get("pack_tokens") is None and data.get("max_length", "auto") == "auto":

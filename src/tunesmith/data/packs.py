@@ -124,7 +124,7 @@ def _enter(
     gone = learned == 0
     _move(ledger, documents, (lost == 0) & ~gone, changed)
     truncated = _truncated_rows(ledger)
-    for number in np.flatnonzero((lost > 0) | gone).tolist():
+    for number in map(int, np.flatnonzero((lost > 0) | gone)):
         origin = documents[number].origin
         fewer = int(targets[number] - learned[number])
         cut = int(whole[number] if gone[number] else lost[number])

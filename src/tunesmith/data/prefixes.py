@@ -78,7 +78,8 @@ def prefix_hashes(document: Document) -> _Hashes:
         at = next((n for n, one in enumerate(document.segments) if one.parent == at), -1)
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
     blocks = len(ids) // BLOCK
-    table = ids[: blocks * BLOCK].astype(np.uint64).reshape(blocks, BLOCK)
+    flat: _Hashes = ids[: blocks * BLOCK].astype(np.uint64)
+    table = np.reshape(flat, (blocks, BLOCK))
     mixed = ((table + np.uint64(1)) * _FACTORS).sum(axis=1, dtype=np.uint64)
     mixed += np.arange(1, blocks + 1, dtype=np.uint64) * _STRIDE
     mixed ^= mixed >> np.uint64(31)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tunesmith.data.prefixes import PrefixGroups
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import Source
 from tunesmith.data.store import source_numbers, token_counts
+from tunesmith.data.template_choice import BUILT_IN
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.train.sources import is_mixture
 from tunesmith.types import Document, IntArray
@@ -138,12 +140,12 @@ def step_order(
         tokens = np.asarray(lengths, np.int64)
         portions: list[Portion] = []
         for number, section in enumerate(written):
-            documents = np.flatnonzero(np.asarray(sections) == number).astype(np.int32)
+            chosen = np.flatnonzero(np.asarray(sections) == number).astype(np.int32)
             portions.append(
                 Portion(
                     label(section),
-                    documents,
-                    tokens=int(tokens[documents].sum()),
+                    chosen,
+                    tokens=int(tokens[chosen].sum()),
                     weight=section.weight,
                     epochs=section.epochs or 1.0,
                 )
@@ -256,8 +258,14 @@ def pin(
     sources: Sequence[Source],
     held_out: Mapping[str, Sequence[Source]] | Holdout | None,
 ) -> Recipe:
-    """The recipe with the commit of each hub data set as its revision."""
+    """The recipe with the commit of each hub data set as its revision, and with a chat template of
+    this machine under its whole path, so that it can be run from another folder.
+    """
     changes: dict[str, Any] = {}
+    if recipe.data.template is not None:
+        path = Path(recipe.data.template).expanduser()
+        if recipe.data.template not in BUILT_IN and path.exists():
+            changes["template"] = str(path.resolve())
     if any(source.commit for source in sources):
         changes["train"] = _pinned(recipe.data.train, sources)
     if isinstance(held_out, Mapping) and isinstance(recipe.data.eval, dict):
