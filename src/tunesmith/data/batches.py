@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from tunesmith.data.encoding import Encoder, Wanted
 from tunesmith.data.faults import Fault, RowError
@@ -20,8 +21,7 @@ ROWS = 256
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A row that is to be rendered, in the format that its source has."""
 
     origin: Origin
@@ -99,10 +99,16 @@ def _start(task: Task, template: Template, options: Options) -> Rendering:
 
 def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
     """Raises RowError unless the row is of the source's format."""
-    mine = detect_format(values) if detect else chosen
+    mine = _format_of(values) if detect else chosen
     if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
         names = ", ".join(f"`{name}`" for name in values) or "none"
-        raise RowError(Fault("unknown-format", f"the columns of no format; it has {names}"))
+        raise RowError(
+            Fault(
+                "unknown-format",
+                f"the columns of no format; it has {names}",
+                "columns with other names are named in data.columns",
+            )
+        )
     if mine is not None and mine != chosen:
         raise RowError(
             Fault(
@@ -113,12 +119,23 @@ def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bo
         )
 
 
+def _format_of(values: Mapping[str, Any]) -> str | None:
+    if any(value is None for value in values.values()):
+        return detect_format(values)
+    return _format_by_columns(tuple(values))
+
+
+@lru_cache(maxsize=1024)
+def _format_by_columns(columns: tuple[str, ...]) -> str | None:
+    """The format of rows that have something in each of these columns."""
+    return detect_format(dict.fromkeys(columns, True))
+
+
 def _spoken(format: str) -> str:
     return "+".join(FORMATS[format])
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a row, in numbers: of tokens those of the whole row, those that are learned,
     those read only, and those after the last thing to learn. `trained`: it has a document.
     """

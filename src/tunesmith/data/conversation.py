@@ -96,7 +96,7 @@ def prompt_completion(values: Mapping[str, Any], *, templated: bool) -> Example:
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            refuse("empty-answer", "`completion` is empty")
+            refuse("empty-answer", "`completion` is empty", "fill it, or take the row out")
         if not templated:
             return Completion(prompt, completion)
         turns = (Message("user", prompt), Message("assistant", completion))
@@ -106,6 +106,7 @@ def prompt_completion(values: Mapping[str, Any], *, templated: bool) -> Example:
             "wrong-type",
             f"`prompt` is {kind_of(prompt)} but `completion` is {kind_of(completion)}; "
             "both must be strings or both lists of messages",
+            'a string is the list [{"role": "user" or "assistant", "content": "..."}]',
         )
     asked = _messages(prompt, "prompt")
     answered = _messages(completion, "completion")
@@ -137,7 +138,7 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
         wrong_type(column, "a list of messages", value)
     items = cast("list[Any]", value)
     if not items:
-        refuse("empty-messages", f"`{column}` is an empty list")
+        refuse("empty-messages", f"`{column}` is an empty list", "take the row out")
     return tuple(_message(item, f"{column}[{at}]") for at, item in enumerate(items))
 
 
@@ -165,6 +166,7 @@ def _message(value: Any, place: str) -> Message:
         refuse(
             "empty-answer" if role == "assistant" else "wrong-type",
             f"`{place}` ({role}) has no content" + (" and no tool_calls" * (role == "assistant")),
+            "give it a content, or take the row out",
         )
     return Message(role, content, fields, train, weight)
 
@@ -175,7 +177,11 @@ def _weight(value: Any, place: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         wrong_type(f"{place}.weight", "a number", value)
     if not math.isfinite(value) or value < 0:
-        refuse("wrong-type", f"`{place}.weight` is {value}; it must be finite and at least 0")
+        refuse(
+            "wrong-type",
+            f"`{place}.weight` is {value}; it must be finite and at least 0",
+            "0 leaves the message out, 1 is the usual weight",
+        )
     return float(value)
 
 
@@ -191,7 +197,11 @@ def _content(value: Any, place: str) -> str | None:
             fields = dict(_items(part))
             kind = fields.get("type", "text")
             if kind != "text":
-                refuse("wrong-type", f"`{place}[{at}]` is of type {kind!r}; only text is read")
+                refuse(
+                    "wrong-type",
+                    f"`{place}[{at}]` is of type {kind!r}; only text is read",
+                    "take out rows with images, audio or video",
+                )
             text = fields.get("text")
         if not isinstance(text, str):
             wrong_type(f"{place}[{at}]", "a text part", text)
@@ -235,15 +245,28 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     for at, tool in enumerate(cast("list[Any]", value)):
         if not isinstance(tool, Mapping):
             wrong_type(f"tools[{at}]", "an object", tool)
-        tools.append(dict(_items(tool)))
+        tools.append(_tool(dict(_items(tool))))
     return tools or None
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """The description in the shape that templates are written for: {type, function}."""
+    if isinstance(tool.get("function"), Mapping):
+        return {"type": "function", **{key: v for key, v in tool.items() if v is not None}}
+    if isinstance(tool.get("name"), str) and tool.get("type") in (None, "function"):
+        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    return tool
 
 
 def _parse(text: str, place: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        refuse("wrong-type", f"`{place}` is a string that is not {wanted} in JSON ({error})")
+        refuse(
+            "wrong-type",
+            f"`{place}` is a string that is not {wanted} in JSON ({error})",
+            "write it as JSON with double quotes, not as Python prints it, or as the value itself",
+        )
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

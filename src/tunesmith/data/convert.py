@@ -27,7 +27,11 @@ def convert_row(values: Mapping[str, Any], *, format: str, to: str) -> dict[str,
     example = to_example(values, format=format)
     if not isinstance(example, Chat):
         what = "raw text" if isinstance(example, Completion) else f"`{FORMATS[format][0]}`"
-        refuse("not-convertible", f"{what} is no chat, so it has no turns to write")
+        refuse(
+            "not-convertible",
+            f"{what} is no chat, so it has no turns to write",
+            "it is trained on as it is; chats alone are converted",
+        )
     kept = {name: value for name, value in values.items() if name not in COLUMNS[format]}
     row = _messages(example) if to == "messages" else _prompt_completion(example)
     if example.tools:

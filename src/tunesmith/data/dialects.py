@@ -69,7 +69,11 @@ def _calls(value: Any, place: str) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            refuse("wrong-type", f"`{place}` is no function call in JSON ({error})")
+            refuse(
+                "wrong-type",
+                f"`{place}` is no function call in JSON ({error})",
+                'a call is {"name": "...", "arguments": {...}}, as an object or as JSON',
+            )
     calls = cast("list[Any]", value) if isinstance(value, list) else [value]
     for call in calls:
         if not isinstance(call, Mapping):
@@ -141,6 +145,7 @@ def preference(values: Mapping[str, Any]) -> dict[str, Any]:
         refuse(
             "no-answer",
             f"`chosen` shares {what} with `rejected`, so where its answer begins can't be told",
+            "give the messages that both answer as `prompt`",
         )
     return {"prompt": turns[:shared], "completion": turns[shared:], **_common(values)}
 

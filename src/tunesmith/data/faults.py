@@ -16,6 +16,35 @@ class Fault:
     hint: str | None = None
 
 
+_MESSAGE = '{"role": "user", "content": "..."}'
+_TURN = '{"from": "human", "value": "..."}'
+_CALL = '{"name": "...", "arguments": {"...": "..."}}'
+_SHAPES = {
+    "a string": '"..."',
+    "a number": "1.0",
+    "true or false": "true",
+    "an object": '{"...": "..."}',
+    "an object with role and content": _MESSAGE,
+    "a list of messages": f"[{_MESSAGE}, ...]",
+    "a string or a list of messages": f'"..." or [{_MESSAGE}, ...]',
+    "an object with from and value": _TURN,
+    "a list of turns": f"[{_TURN}, ...]",
+    "a string or a list of text parts": '"..." or [{"type": "text", "text": "..."}]',
+    "a text part": '{"type": "text", "text": "..."}',
+    "a function call with name and arguments": _CALL,
+    "a list of tool calls": f'[{{"type": "function", "function": {_CALL}}}]',
+    "a list of tool descriptions": '[{"type": "function", "function": {"name": "...", '
+    '"description": "...", "parameters": {...}}}]',
+    "a list of pairs: question, answer": '[["...", "..."]]',
+    "a pair: question, answer": '["...", "..."]',
+    "an object with text and train": '{"text": "...", "train": true}',
+    "a list of segments": '[{"text": "...", "train": true}, ...]',
+    "a list of whole numbers": "[17, 4, 203]",
+    "a list of 0 and 1": "[0, 0, 1]",
+}
+"""What a value may be asked to be, and an example of it."""
+
+
 class RowError(Exception):
     """A row is bad. `prepare` collects these, so none of them ever reaches the user as such."""
 
@@ -47,9 +76,18 @@ def kind_of(value: Any) -> str:
 
 def wrong_type(place: str, wanted: str, value: Any) -> NoReturn:
     """Raises RowError: the value at `place` is not what is `wanted`."""
-    refuse("wrong-type", f"`{place}` must be {wanted}, but it is {kind_of(value)}")
+    hint = f"it is written like {_SHAPES[wanted]}"
+    if place.isidentifier():
+        hint += f"; if another column holds it: data.columns={{{place}: OTHER}}"
+    refuse("wrong-type", f"`{place}` must be {wanted}, but it is {kind_of(value)}", hint)
 
 
-def refuse(kind: str, message: str, hint: str | None = None) -> NoReturn:
+NOT_UTF8 = "save the file as UTF-8; half of a surrogate pair, as in \\ud83d, is no character"
+"""How text that no tokenizer can take is mended."""
+NOT_JSON = "a row is one object on one line, with double quotes and without a comma at its end"
+"""How a line that is not JSON is mended."""
+
+
+def refuse(kind: str, message: str, hint: str) -> NoReturn:
     """Raises RowError."""
     raise RowError(Fault(kind, message, hint))

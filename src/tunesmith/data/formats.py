@@ -104,7 +104,7 @@ def to_example(values: Mapping[str, Any], *, format: str, templated: bool = True
     if not isinstance(text, str):
         wrong_type("text", "a string", text)
     if not text:
-        refuse("empty-text", "`text` is empty")
+        refuse("empty-text", "`text` is empty", "take the row out")
     return Text(text) if format == "text" else TemplatedText(text)
 
 
@@ -125,7 +125,7 @@ def _parts(value: Any) -> Parts:
             wrong_type(f"{place}.train", "true or false", train)
         parts.append((text, train))
     if not any(text for text, _ in parts):
-        refuse("empty-text", "`segments` hold no text")
+        refuse("empty-text", "`segments` hold no text", "take the row out")
     return Parts(tuple(parts))
 
 
@@ -133,7 +133,7 @@ def _tokens(values: Mapping[str, Any]) -> Tokens:
     """`input_ids` with `labels`, or with a mask of 0 and 1; with neither everything is learned."""
     ids = _numbers(values, "input_ids")
     if not ids:
-        refuse("empty-text", "`input_ids` is empty")
+        refuse("empty-text", "`input_ids` is empty", "take the row out")
     seen = values.get("attention_mask")
     if seen is not None and not all(_numbers(values, "attention_mask", len(ids))):
         refuse("padding", "`attention_mask` has zeros: the ids hold padding", "take it out")
@@ -172,9 +172,13 @@ def _numbers(
         wrong_type(column, "a list of whole numbers", value)
     numbers = tuple(cast("list[Any]", value))
     kinds = (int, bool) if booleans else (int,)
-    odd = next((one for one in numbers if type(one) not in kinds), None)
-    if odd is not None:
-        wrong_type(column, "a list of whole numbers", odd)
+    odd = [one for one in numbers if type(one) not in kinds]
+    if odd:
+        wrong_type(column, "a list of whole numbers", odd[0])
     if length is not None and len(numbers) != length:
-        refuse("wrong-length", f"`{column}` has {len(numbers)} entries, `input_ids` {length}")
+        refuse(
+            "wrong-length",
+            f"`{column}` has {len(numbers)} entries, `input_ids` {length}",
+            "both have one entry a token; a mask that stands one place off is not shifted here",
+        )
     return tuple(int(one) for one in numbers)

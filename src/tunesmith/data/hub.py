@@ -89,7 +89,7 @@ def _list(name: str, revision: str | None) -> tuple[_Listing, bool]:
         return _Listing(values["commit"], values["files"]), False
     files = sorted(sibling.rfilename for sibling in found.siblings or ())
     if not found.sha:
-        raise DataError("the hub names no commit of it", where=name)
+        raise DataError("the hub names no commit of it", where=name, hint="give a revision of it")
     listing = _Listing(found.sha, files)
     _keep(kept, listing)
     if revision != found.sha:
@@ -122,11 +122,14 @@ def _asked(name: str, revision: str | None, ask: Callable[[], _T]) -> _T:
     except errors.LocalEntryNotFoundError as error:
         raise _UnreachableError(_first_line(error)) from error
     except errors.EntryNotFoundError as error:
-        raise DataError(f"is not whole: {_first_line(error)}", where=name) from error
+        hint = "give another revision, or download it and give the folder"
+        raise DataError(f"is not whole: {_first_line(error)}", where=name, hint=hint) from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code >= 500:
             raise _UnreachableError(str(error)) from error
-        raise DataError(f"the hub refuses it: {_first_line(error)}", where=name) from error
+        hint = "a private or gated one needs: hf auth login"
+        message = f"the hub refuses it: {_first_line(error)}"
+        raise DataError(message, where=name, hint=hint) from error
     # The base class is that of the HTTP library underneath, which depends on the hub's version.
     except (OSError, cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])) as error:
         raise _UnreachableError(str(error)) from error

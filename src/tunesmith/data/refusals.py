@@ -54,7 +54,9 @@ def refusal(
             "data.too_long=drop, truncate or split, or a larger data.max_length, "
             "deals with the over-long ones"
         )
-    return DataError("\n".join(lines), hint="; ".join(ways))
+    sources = {origin.source for origin, _ in faults}
+    where = sources.pop() if len(sources) == 1 else "data.train"
+    return DataError("\n".join(lines), where=where, hint="; ".join(ways))
 
 
 def unknown_format(source: Source, first: Row) -> DataError:
@@ -76,5 +78,6 @@ def nothing_left(ledger: Ledger) -> DataError:
     total = ledger.totals.rows
     return DataError(
         f"none of the {total} rows can be trained on: {', '.join(counts) or 'there are none'}",
+        where=", ".join(ledger.sources) or "data.train",
         hint="look at some of them with `tunesmith preview`",
     )

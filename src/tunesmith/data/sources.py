@@ -157,7 +157,8 @@ def _iterable_rows(source: Source) -> Iterator[Raw]:
             yield (without_filled(row) if columnar else row), None
         else:
             kind = type(values).__name__
-            yield None, Fault("wrong-type", f"the row is of Python type {kind}, not a mapping")
+            message = f"the row is of Python type {kind}, not a mapping"
+            yield None, Fault("wrong-type", message, "a row is a dict of columns")
 
 
 def _opened(source: Source) -> Any:
@@ -168,7 +169,8 @@ def _opened(source: Source) -> Any:
         raise DataError("no such file", where=source.name, hint=_missing_hint(path)) from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"can't be opened: {reason}", where=source.name) from error
+        hint = "give a file that you may read"
+        raise DataError(f"can't be opened: {reason}", where=source.name, hint=hint) from error
 
 
 def _missing_hint(path: Path) -> str:

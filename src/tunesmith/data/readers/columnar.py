@@ -79,4 +79,8 @@ def _rows(batches: Iterator[Any], name: str, kind: str) -> Iterator[Raw]:
                     yield without_filled(values), None
     except (cast("Any", pyarrow).ArrowException, OSError) as error:
         message = (str(error).splitlines() or ["no reason given"])[0]
-        raise DataError(f"not readable as {kind}: {message}", where=name) from error
+        raise DataError(
+            f"not readable as {kind}: {message}",
+            where=name,
+            hint="the file may be cut off or be of another kind; get it anew",
+        ) from error

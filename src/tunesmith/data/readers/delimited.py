@@ -6,10 +6,13 @@ import csv
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from tunesmith.data.faults import Fault
+from tunesmith.data.faults import NOT_UTF8, Fault
 from tunesmith.data.readers.raw import Raw
 
 _LONGEST_FIELD = 2**31 - 1
+
+
+_QUOTES = "fields with delimiters, newlines or quotes need quotes around them"
 
 
 def delimited_rows(binary: Iterable[bytes], *, delimiter: str) -> Iterator[Raw]:
@@ -22,7 +25,7 @@ def delimited_rows(binary: Iterable[bytes], *, delimiter: str) -> Iterator[Raw]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield None, Fault("invalid-csv", f"line {reader.line_num}: {error}")
+            yield None, Fault("invalid-csv", f"line {reader.line_num}: {error}", _QUOTES)
             continue
         if cells is None:
             return
@@ -35,12 +38,13 @@ def delimited_rows(binary: Iterable[bytes], *, delimiter: str) -> Iterator[Raw]:
 def _row(header: list[str], cells: list[str], line: int) -> Raw:
     if len(cells) != len(header):
         message = f"line {line} ends a row of {len(cells)} fields; the header has {len(header)}"
-        return None, Fault("invalid-csv", message, "fields with delimiters or newlines need quotes")
+        return None, Fault("invalid-csv", message, _QUOTES)
     values = dict(zip(header, cells, strict=True))
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
-        return None, Fault("invalid-encoding", f"line {line} ends a row that is not UTF-8 text")
+        message = f"line {line} ends a row that is not UTF-8 text"
+        return None, Fault("invalid-encoding", message, NOT_UTF8)
     return cast("dict[str, Any]", values), None
 
 

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from tunesmith.data.faults import Fault
-from tunesmith.data.readers.raw import Raw, object_row
+from tunesmith.data.faults import NOT_UTF8, Fault
+from tunesmith.data.readers.raw import LONGEST, Raw, object_row, too_long
 from tunesmith.errors import DataError
 
 _BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_FILE = "a JSON file is a list of objects, or objects one after the other"
 _NEAR_THE_END = 16
 """Characters before the end of the buffer in which an error may be that of a value cut in two."""
 
@@ -68,7 +69,8 @@ def _row(values: Any, raw: str, number: int) -> Raw:
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            return None, Fault("invalid-encoding", f"{place} is not UTF-8 text ({error.reason})")
+            message = f"{place} is not UTF-8 text ({error.reason})"
+            return None, Fault("invalid-encoding", message, NOT_UTF8)
     return object_row(values, place)
 
 
@@ -124,7 +126,7 @@ class _Buffer:
                 if self._ended or not self._may_be_cut(error):
                     raise self.error(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"not JSON: {error}", where=self._name) from error
+                raise DataError(f"not JSON: {error}", where=self._name, hint=_FILE) from error
             else:
                 if end < len(self._text) or self._ended:
                     raw = self._text[self._at : end]
@@ -137,7 +139,9 @@ class _Buffer:
         before = self._text[: self._at if at is None else at]
         line = self._line + before.count("\n")
         column = len(before) - before.rfind("\n") if "\n" in before else self._column + len(before)
-        return DataError(f"not JSON: {message} at line {line}, column {column}", where=self._name)
+        return DataError(
+            f"not JSON: {message} at line {line}, column {column}", where=self._name, hint=_FILE
+        )
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         return error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _NEAR_THE_END
@@ -151,10 +155,14 @@ class _Buffer:
         else:
             self._column += len(done)
         rest = self._text[self._at :]
+        if len(rest) > LONGEST:
+            raise too_long(f"the value on line {self._line}", self._name)
         block = self._file.read(max(_BLOCK, len(rest)))
         self._ended = not block
         try:
             self._text = rest + self._decode.decode(block, final=self._ended)
         except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 text: {error.reason}", where=self._name) from error
+            raise DataError(
+                f"not UTF-8 text: {error.reason}", where=self._name, hint=NOT_UTF8
+            ) from error
         self._at = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from tunesmith.data.faults import Fault
+from tunesmith.data.faults import NOT_JSON, NOT_UTF8, Fault
 from tunesmith.data.readers.raw import Raw, object_row
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -28,10 +28,11 @@ def _parse_line(line: bytes, number: int) -> Raw:
             # Half of a surrogate pair is valid JSON, yet no tokenizer can take it.
             json.dumps(values, ensure_ascii=False).encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        return None, Fault("invalid-encoding", f"{place} is not UTF-8 text ({error.reason})")
+        message = f"{place} is not UTF-8 text ({error.reason})"
+        return None, Fault("invalid-encoding", message, NOT_UTF8)
     except json.JSONDecodeError as error:
         message = f"{place} is not JSON: {error.msg} at character {error.pos + 1}"
-        return None, Fault("invalid-json", message)
+        return None, Fault("invalid-json", message, NOT_JSON)
     except (ValueError, RecursionError) as error:
-        return None, Fault("invalid-json", f"{place} is not JSON: {error}")
+        return None, Fault("invalid-json", f"{place} is not JSON: {error}", NOT_JSON)
     return object_row(values, place)
