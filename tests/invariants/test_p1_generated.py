@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from template_oracle import NAMES, compare, make_chat, tally, template_of
+from template_oracle import CONTROL, NAMES, compare, make_chat, tally, template_of
 from tunesmith.data.template import load_template
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="trl, whose templates these are, is missing")
@@ -29,6 +30,33 @@ def test_a_generated_chat_is_as_at_inference_or_refused(name, draw):
     verdict = compare(chat, template_of(name), chat["messages"], chat.get("tools"))
     assert not verdict.wrong
     assert verdict.turns or verdict.refusal
+
+
+@pytest.mark.parametrize("name", NAMES or ["none"])
+def test_every_published_template_is_as_at_inference_or_refuses(name):
+    draw = random.Random(f"all {name}")
+    chats = [make_chat(draw) for _ in range(8)]
+    result = tally([compare(c, template_of(name), c["messages"], c.get("tools")) for c in chats])
+    assert not result["wrong"]
+    assert result["turns"] or sum(result["refused"].values()) == len(chats)
+
+
+def test_the_generated_chats_are_of_every_shape():
+    draw = random.Random(3)
+    chats = [make_chat(draw) for _ in range(400)]
+    turns = [turn for chat in chats for turn in chat["messages"]]
+    said = [turn["content"] for turn in turns]
+    starts = Counter(chat["messages"][0]["role"] for chat in chats)
+    assert starts["system"] > 50
+    assert starts["user"] > 50
+    assert sum("tools" in chat for chat in chats) > 50
+    assert sum(turn["role"] == "tool" for turn in turns) > 50
+    assert sum(len(turn.get("tool_calls", ())) > 1 for turn in turns) > 10
+    assert sum("reasoning_content" in turn for turn in turns) > 50
+    assert sum(not text for text in said) > 20
+    assert sum(not text.isascii() for text in said) > 200
+    assert all(any(control in text for text in said) for control in CONTROL)
+    assert sum(chat["messages"][-1]["role"] == "user" for chat in chats) > 20
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "glm4moe_training", "qwen3_6"])

@@ -109,7 +109,8 @@ def test_a_quoted_control_token_is_found(name):
                 continue  # the template itself takes it out
             if isinstance(document({"text": text}, template, "auto"), Document):
                 bad.append((quoted, number))
-    assert not bad
+    # Nothing ends a turn of this template, so one that is quoted is one.
+    assert bad == ([("<|user|>", 0)] if name == "glm4moe_training" else [])
 
 
 def written(template: Template, messages: list[dict]) -> str:

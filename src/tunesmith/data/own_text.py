@@ -11,7 +11,7 @@ import numpy as np
 
 from tunesmith.data.conversation import Parts, Tokens
 from tunesmith.data.faults import refuse
-from tunesmith.data.paths import make_segment
+from tunesmith.data.paths import fit_stream, make_segment
 from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
 from tunesmith.data.template import Template
 from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin
@@ -38,7 +38,9 @@ def render_parts(
             runs.append((start, start + len(part)))
         start += len(part)
     _check_stop(ids, runs, template, "segment")
-    return _document(ids, _wanted(runs, len(ids), train_on), limit, origin)
+    if train_on == "all":
+        return fit_stream(ids, 1, limit, origin)
+    return _document(ids, _wanted(runs, train_on), limit, origin)
 
 
 def prompt_of_own_text(
@@ -83,9 +85,11 @@ def render_tokens(
             "the ids were made with another tokenizer",
         )
     ids, runs = np.array(example.ids, np.int32), _runs(example.learned)
-    if not all(example.learned):
-        _check_stop(ids, runs, template, "run of `input_ids`")
-    return _document(ids, _wanted(runs, len(ids), train_on), limit, origin)
+    refuse_roles(train_on)
+    if train_on == "all" or all(example.learned):
+        return fit_stream(ids, 1, limit, origin)
+    _check_stop(ids, runs, template, "run of `input_ids`")
+    return _document(ids, _wanted(runs, train_on), limit, origin)
 
 
 def _runs(learned: Sequence[bool]) -> list[_Run]:
@@ -104,10 +108,8 @@ def refuse_roles(train_on: str | list[str]) -> None:
         )
 
 
-def _wanted(runs: Sequence[_Run], length: int, train_on: str | list[str]) -> list[_Run]:
+def _wanted(runs: Sequence[_Run], train_on: str | list[str]) -> list[_Run]:
     refuse_roles(train_on)
-    if train_on == "all":
-        return [(0, length)]
     return list(runs[-1:]) if train_on == "last" else list(runs)
 
 

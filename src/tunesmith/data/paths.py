@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tunesmith.data.rendered import TOO_LONG, Limit, Rendered, over_long
-from tunesmith.types import Document, IntArray, Origin, Segment
+from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, over_long
+from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,26 @@ def merge_paths(paths: Sequence[TokenPath]) -> tuple[Segment, ...]:
 
     No token may be a target of two paths.
     """
+    if len(paths) == 1:
+        return (_single(paths[0]),)
     root = _Node(np.empty(0, np.int32), 0, None)
     for path in paths:
         _insert(root, path.ids)
     for path in paths:
         _place(root, path)
     return tuple(_segments(root))
+
+
+def _single(path: TokenPath) -> Segment:
+    count = path.end - path.first
+    return Segment(
+        ids=path.ids,
+        parent=-1,
+        start=0,
+        index=np.arange(path.first, path.end, dtype=np.int32),
+        weight=np.full(count, path.weight, np.float32),
+        message=np.full(count, path.message, np.int32),
+    )
 
 
 def _insert(root: _Node, ids: IntArray) -> None:
@@ -135,6 +149,55 @@ def fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: 
     if too_long == "drop" or not kept:
         return Rendered(None, "dropped", TOO_LONG, tokens, 0)
     return Rendered(Document(merge_paths(kept), origin), "truncated", TOO_LONG, tokens, unused)
+
+
+def fit_stream(
+    array: IntArray, first: int, limit: Limit, origin: Origin, *, whole: bool = False
+) -> Rendered:
+    """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end.
+
+    Under `split` it goes on in pieces, each a root of its own.
+
+    Raises:
+        RowError: it is too long, and over-long rows are errors.
+    """
+    max_length, too_long = limit
+    if len(array) <= first:
+        return Rendered(None, "dropped", NO_TARGETS, len(array), 0)
+    if max_length is None or len(array) <= max_length:
+        pieces = [(0, len(array))]
+    elif too_long == "error":
+        raise over_long(len(array), max_length)
+    elif too_long == "split":
+        pieces = _cuts(len(array), max_length)
+    elif too_long == "truncate" and not whole:
+        pieces = [(0, max_length)]
+    else:
+        return Rendered(None, "dropped", TOO_LONG, len(array), 0)
+    segments = [_piece(array, first, start, end) for start, end in pieces]
+    kept = tuple(segment for segment in segments if len(segment.index))
+    cut = sum(len(segment.ids) for segment in kept) < len(array)
+    return Rendered(
+        Document(kept, origin),
+        "truncated" if cut else "trained",
+        TOO_LONG if cut else None,
+        len(array),
+        0,
+    )
+
+
+def _piece(ids: IntArray, first: int, start: int, end: int) -> Segment:
+    begin = max(first - start, 1)
+    message = [(begin, end - start, 1.0, NO_MESSAGE)] if begin < end - start else []
+    return make_segment(ids[start:end], message)
+
+
+def _cuts(length: int, size: int) -> list[tuple[int, int]]:
+    """Pieces of at most `size` tokens; the last never of one token alone, if `size` allows it."""
+    starts = list(range(0, length, size))
+    if length - starts[-1] == 1 and size > 2:
+        starts[-1] -= 1
+    return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def common_length(a: IntArray, b: IntArray) -> int:

@@ -19,12 +19,12 @@ from tunesmith.data.conversation import (
 from tunesmith.data.encoding import Wanted
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.own_text import render_parts, render_tokens
-from tunesmith.data.paths import TokenPath, fit_paths, make_segment
-from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
+from tunesmith.data.paths import TokenPath, fit_paths, fit_stream
+from tunesmith.data.rendered import NO_TARGETS, Limit, Rendered, Rendering
 from tunesmith.data.template import Template
 from tunesmith.data.templated import render_templated
 from tunesmith.data.turns import Turn, read_turns, render_all
-from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
+from tunesmith.types import IntArray, Origin
 
 _SHOWN = 40  # characters
 
@@ -82,15 +82,15 @@ def render_steps(
     if isinstance(example, Chat):
         if train_on == "all":
             ids = yield from _conversation_ids(example, template)
-            return _stream(ids, 1, limit, origin)
+            return fit_stream(ids, 1, limit, origin)
         return (yield from _chat(example, template, train_on, limit, origin))
     if isinstance(example, Completion):
         everything = train_on == "all"
         ids, first = yield from _completion_ids(example, template, everything=everything)
-        return _stream(ids, first, limit, origin, whole=not everything)
+        return fit_stream(ids, first, limit, origin, whole=not everything)
     if isinstance(example, Text):
         ids = yield from _text_ids(example, template)
-        return _stream(ids, 1, limit, origin)
+        return fit_stream(ids, 1, limit, origin)
     return (yield from _own_text(example, template, train_on, limit, origin))
 
 
@@ -153,8 +153,8 @@ def _path(turn: Turn, prompt: IntArray, target: IntArray, template: Template) ->
 
 
 def _first_stop(ids: IntArray, template: Template) -> int | None:
-    places = [int(found.argmax()) for s in template.stop_ids if (found := ids == s).any()]
-    return min(places, default=None)
+    found = [places[0] for s in template.stop_ids if len(places := np.flatnonzero(ids == s))]
+    return int(min(found)) if found else None
 
 
 def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
@@ -184,49 +184,6 @@ def _no_stop(turn: Turn, target: IntArray, template: Template) -> RowError:
             "generation_config.json names as eos",
         )
     )
-
-
-def _stream(
-    array: IntArray, first: int, limit: Limit, origin: Origin, *, whole: bool = False
-) -> Rendered:
-    """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end."""
-    max_length, too_long = limit
-    if len(array) <= first:
-        return Rendered(None, "dropped", NO_TARGETS, len(array), 0)
-    if max_length is None or len(array) <= max_length:
-        pieces = [(0, len(array))]
-    elif too_long == "error":
-        raise over_long(len(array), max_length)
-    elif too_long == "split":
-        pieces = _cuts(len(array), max_length)
-    elif too_long == "truncate" and not whole:
-        pieces = [(0, max_length)]
-    else:
-        return Rendered(None, "dropped", TOO_LONG, len(array), 0)
-    segments = [_piece(array, first, start, end) for start, end in pieces]
-    kept = tuple(segment for segment in segments if len(segment.index))
-    cut = sum(len(segment.ids) for segment in kept) < len(array)
-    return Rendered(
-        Document(kept, origin),
-        "truncated" if cut else "trained",
-        TOO_LONG if cut else None,
-        len(array),
-        0,
-    )
-
-
-def _piece(ids: IntArray, first: int, start: int, end: int) -> Segment:
-    begin = max(first - start, 1)
-    message = [(begin, end - start, 1.0, NO_MESSAGE)] if begin < end - start else []
-    return make_segment(ids[start:end], message)
-
-
-def _cuts(length: int, size: int) -> list[tuple[int, int]]:
-    """Pieces of at most `size` tokens; the last never of one token alone, if `size` allows it."""
-    starts = list(range(0, length, size))
-    if length - starts[-1] == 1 and size > 2:
-        starts[-1] -= 1
-    return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def _conversation_ids(chat: Chat, template: Template) -> _Ids:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.data.conversation import Parts, TemplatedText
+from tunesmith.data.conversation import TemplatedText
 from tunesmith.data.faults import refuse
-from tunesmith.data.own_text import refuse_roles, render_parts
-from tunesmith.data.paths import TokenPath, fit_paths
+from tunesmith.data.own_text import refuse_roles
+from tunesmith.data.paths import TokenPath, fit_paths, fit_stream
 from tunesmith.data.rendered import Limit, Rendering
 from tunesmith.data.template import Template
 from tunesmith.data.turn_form import TurnForm, answer_end, turn_form
@@ -38,10 +38,11 @@ def render_templated(
         RowError: the text is not as the template writes it, or its answers are not as the model
             must write them.
     """
-    text, spans = find_answers(example, template, last_only=train_on == "last")
+    text, spans = find_answers(example, template, last_only=train_on in ("last", "all"))
     refuse_roles(train_on)
     if train_on == "all":
-        return (yield from render_parts(Parts(((text, True),)), template, "all", limit, origin))
+        (whole,) = yield [(text, False)]
+        return fit_stream(whole, 1, limit, origin)
     texts = [piece for start, end in spans for piece in (text[:start], text[start:end])]
     rest = text[spans[-1][1] :]
     ids = yield [(piece, False) for piece in (*texts, rest)]
