@@ -9,6 +9,7 @@ import pytest
 
 from tiny import tiny_folder
 from tunesmith.data.conversation import Chat, Completion, Message, Text
+from tunesmith.data.faults import RowError
 from tunesmith.data.template import load_template
 from tunesmith.generate import prompt_from, prompts_from_document
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment
@@ -96,3 +97,32 @@ def test_nothing_to_compare(template):
         segment([8, stop], targets=(1,), message=1),
     )
     assert prompts_from_document(apart, template) is None
+
+
+def test_a_quoted_control_token_is_refused_as_in_training(template):
+    for example in (Chat((Message("user", "a <|im_end|> b"),)), Text("a <|im_end|> b")):
+        with pytest.raises(RowError, match=r"<\|im_end\|>"):
+            prompt_from(example, template)
+
+
+def test_a_quoted_control_token_is_read_as_its_characters(template):
+    turns = [{"role": "user", "content": "a <|im_end|> b<|im_start|>"}]
+    chat = Chat((Message("user", turns[0]["content"]),))
+    prompt = prompt_from(chat, template, special_as_text=True)
+    text = template.render(turns, add_generation_prompt=True)
+    assert prompt.text == text == template.decode(prompt.ids)
+    special = [token for token in prompt.ids if token in template.special_ids]
+    start, end = (template.tokenizer.convert_tokens_to_ids(f"<|im_{n}|>") for n in ("start", "end"))
+    assert special == [start, end, start]
+    plain = Chat((Message("user", "nothing of the kind"),))
+    same = prompt_from(plain, template, special_as_text=True)
+    assert same.ids == prompt_from(plain, template).ids
+    raw = prompt_from(Text("a <|im_end|> b"), template, special_as_text=True)
+    assert template.decode(raw.ids) == "a <|im_end|> b"
+    assert not set(raw.ids) & template.special_ids
+
+
+def test_text_that_looks_like_a_placeholder_is_refused(template):
+    chat = Chat((Message("user", "\ue0000\ue001"),))
+    with pytest.raises(RowError, match=r"U\+E000"):
+        prompt_from(chat, template, special_as_text=True)

@@ -39,10 +39,10 @@ def test_the_next_turn_sees_those_before(
     model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[list[dict]] = []
-    from tunesmith.cli.session import Session
+    from tunesmith.cli.chat import Conversation
 
-    own = Session.render
-    monkeypatch.setattr(Session, "render", lambda self, m: seen.append(list(m)) or own(self, m))
+    own = Conversation._ask
+    monkeypatch.setattr(Conversation, "_ask", lambda self, m: seen.append(list(m)) or own(self, m))
     lines(monkeypatch, PAIRS[0][0], "Say yes.")
     assert run(["chat", str(model), "--system", "Be brief.", "--max-new-tokens", "5"]) == 0
     roles = [turn["role"] for turn in seen[1]]
@@ -75,3 +75,30 @@ def test_a_full_context_is_an_error(model: Path, capsys: Capture, monkeypatch: p
 def test_no_such_model(capsys: Capture, tmp_path: Path):
     assert run(["chat", str(tmp_path / "nowhere")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["--prompt", "--system"])
+def test_a_quoted_control_token_is_refused_or_read_as_text(
+    place: str, model: Path, capsys: Capture
+):
+    asked = {"--prompt": "Say yes.", place: "What does <|im_end|> mean?"}
+    arguments = [word for pair in asked.items() for word in pair]
+    assert run(["chat", str(model), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "'<|im_end|>'" in error
+    assert "hint: --special-as-text" in error
+    command = ["chat", str(model), *arguments, "--special-as-text", "--max-new-tokens", "3"]
+    assert run(command) == 0
+
+
+def test_a_refused_line_is_forgotten_and_the_talk_goes_on(
+    model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    question, answer = PAIRS[0]
+    given = iter(["a <|im_end|> b", question, "/exit"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(given))
+    assert run(["chat", str(model)]) == 0
+    found = capsys.readouterr()
+    assert f"{answer}\n" in found.out
+    assert "--special-as-text" in found.err

@@ -110,3 +110,69 @@ def test_wrong_arguments(
     assert code == 2
     assert words in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_quoted_control_tokens_are_refused_or_read_as_text(model: Path, tmp_path: Path, capsys):
+    rows = [{"prompt": "What is <|im_end|>?"}, {"prompt": PAIRS[0][0]}]
+    data, out = write_jsonl(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
+    command = ["generate", str(model), "--data", str(data), "--out", str(out)]
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert f"{data}:0" in error
+    assert "--special-as-text" in error
+    assert run([*command, "--special-as-text", "--max-new-tokens", "3"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["row"] for row in found] == [0, 1]
+    assert "What is <|im_end|>?" in found[0]["prompt"]
+
+
+def test_tools_and_template_arguments_of_a_prompt_are_used(model: Path, tmp_path: Path):
+    template = (model / "chat_template.jinja").read_text()
+    shown = "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}"
+    (model / "chat_template.jinja").write_text(shown + template)
+    tool = {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}
+    row = {"prompt": "Hi", "tools": json.dumps([tool]), "chat_template_kwargs": {"mood": "calm"}}
+    (found,) = answer(model, [row], tmp_path, "--max-new-tokens", "1")
+    wrapped = {"type": "function", "function": tool}
+    assert json.loads(found["prompt"].split("calm")[0]) == [wrapped]
+
+
+def test_a_run_is_asked_under_the_arguments_it_was_trained_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from tunesmith.cli.chat import Conversation
+    from tunesmith.run import train
+
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("<{{ mood }}>" + template)
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows())
+    for name, kwargs in (("calm", {"mood": "calm"}), ("none", {})):
+        out = tmp_path / name
+        train(
+            model=str(model), out=out, progress=False, batch=4, train={"steps": 1},
+            data={"train": str(rows), "template_kwargs": kwargs}, device={"threads": 1},
+        )  # fmt: skip
+        mood = kwargs.get("mood", "")
+        more = ("--max-new-tokens", "1", "--overwrite")
+        for folder in (out, out / "model"):
+            assert answer(folder, [{"prompt": "Hi"}], tmp_path, *more)[0]["prompt"].startswith(
+                f"<{mood}><|im_start|>user"
+            )
+        row = {"prompt": "Hi", "chat_template_kwargs": {"mood": "wild"}}
+        assert answer(out, [row], tmp_path, *more)[0]["prompt"].startswith("<wild>")
+        seen: list[str] = []
+        own = Conversation._ask
+
+        def noted(self, turns, own=own, seen=seen):
+            ids = own(self, turns)
+            seen.append(self.session.template.decode(ids))
+            return ids
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Conversation, "_ask", noted)
+            assert run(["chat", str(out), "--prompt", "Hi", "--max-new-tokens", "1"]) == 0
+        assert seen[0].startswith(f"<{mood}>")
+    weights = [
+        (tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("calm", "none")
+    ]
+    assert weights[0] != weights[1]

@@ -16,6 +16,7 @@ from tunesmith.cli.session import (
     Overrides,
     Seed,
     Session,
+    SpecialAsText,
     Temperature,
     TopP,
     open_session,
@@ -24,6 +25,7 @@ from tunesmith.cli.session import (
 )
 from tunesmith.errors import DataError, RecipeError
 
+CONVERSATION = "the conversation"
 COMMANDS = "/reset forgets the conversation, /exit ends"
 
 
@@ -38,6 +40,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    special_as_text: SpecialAsText = False,
 ) -> None:
     from tunesmith.generate import Options
 
@@ -49,7 +52,7 @@ def chat(
             where="--system",
             hint="put the text at the beginning of the prompt",
         )
-    conversation = Conversation(session, options, system)
+    conversation = Conversation(session, options, system, special_as_text=special_as_text)
     if prompt is not None:
         conversation.answer(prompt)
         return
@@ -59,12 +62,15 @@ def chat(
 class Conversation:
     """The turns so far. A model trained raw sees the last one alone, as plain text."""
 
-    def __init__(self, session: Session, options: Any, system: str | None) -> None:
+    def __init__(
+        self, session: Session, options: Any, system: str | None, *, special_as_text: bool = False
+    ) -> None:
         self.session = session
         self.options = options
         self.start = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.start)
         self.turns = 0
+        self.special_as_text = special_as_text
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -74,17 +80,12 @@ class Conversation:
         """Print the answer to `text`; where that fails or is interrupted, the turn is forgotten.
 
         Raises:
-            DataError: the context has no room for an answer.
+            DataError: the context has no room for an answer, or the text holds a control token.
         """
-        from tunesmith.generate import prompt_from, stream
+        from tunesmith.generate import stream
 
         turns = [*self.messages, {"role": "user", "content": text}]
-        if self.session.raw:
-            from tunesmith.data.conversation import Text
-
-            ids = prompt_from(Text(text), self.session.template).ids
-        else:
-            ids = self.session.template.encode([self.session.render(turns)])[0]
+        ids = self._ask(turns)
         options = self.options
         try:
             generation = stream(
@@ -103,6 +104,25 @@ class Conversation:
             tell(f"(cut off after {len(generation.ids)} tokens)")
         self.messages = [*turns, {"role": "assistant", "content": generation.text}]
         self.turns += 1
+
+    def _ask(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
+        """Ids of the turns up to where the answer begins."""
+        from tunesmith.data.conversation import Chat, Message, Text
+        from tunesmith.data.faults import RowError
+        from tunesmith.generate import prompt_from
+
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
+        example = Text(turns[-1]["content"]) if self.session.raw else Chat(messages)
+        try:
+            prompt = prompt_from(
+                example, self.session.template, special_as_text=self.special_as_text
+            )
+        except RowError as error:
+            hint = error.fault.hint or ""
+            if error.fault.kind == "special-token-in-content":
+                hint = "--special-as-text reads it as plain characters; or write it otherwise"
+            raise DataError(error.fault.message, where=CONVERSATION, hint=hint) from error
+        return prompt.ids
 
 
 def _show(piece: str) -> None:
@@ -133,7 +153,8 @@ def _answer(conversation: Conversation, line: str, terminal: bool) -> None:
     except DataError as error:
         if not terminal:
             raise
-        tell(f"{error.message}; /reset makes room")
+        asked = error.where == CONVERSATION
+        tell(f"{error.message}; {error.hint if asked else '/reset makes room'}")
     except KeyboardInterrupt:
         if not terminal:
             raise

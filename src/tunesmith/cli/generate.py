@@ -19,6 +19,7 @@ from tunesmith.cli.session import (
     Overrides,
     Seed,
     Session,
+    SpecialAsText,
     Temperature,
     TopP,
     open_session,
@@ -29,12 +30,14 @@ from tunesmith.cli.session import (
 from tunesmith.errors import DataError, InputError
 
 if TYPE_CHECKING:
+    from tunesmith.data.conversation import Example
     from tunesmith.data.sources import Row
     from tunesmith.generate import Prompt
     from tunesmith.types import Origin
 
 ROWS_AT_A_TIME = 64
 SHOWN = 3
+QUOTED = "special-token-in-content"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     limit: Limit = None,
+    special_as_text: SpecialAsText = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     from tunesmith.generate import Options
@@ -63,7 +67,7 @@ def generate(
     recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
     _refuse_existing(out, overwrite)
     session = open_session(recipe)
-    asked = read_prompts(session)
+    asked = read_prompts(session, special_as_text=special_as_text)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", encoding="utf-8") as file:
@@ -113,7 +117,7 @@ def _groups(asked: Iterable[Asked]) -> Iterator[tuple[int, list[Asked]]]:
         start += len(group)
 
 
-def read_prompts(session: Session) -> list[Asked]:
+def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Asked]:
     """The prompts of all rows.
 
     Raises:
@@ -121,28 +125,35 @@ def read_prompts(session: Session) -> list[Asked]:
     """
     from tunesmith.data.faults import RowError
     from tunesmith.data.sources import read_rows
+    from tunesmith.generate import prompt_from
 
     asked: list[Asked] = []
     bad: list[str] = []
+    kinds: set[str] = set()
     for source in sources_of(session.recipe):
         for row in read_rows(source):
             try:
-                asked.append(Asked(row.origin, _prompt(session, row, source.format)))
+                example = _example(session, row, source.format)
+                prompt = prompt_from(example, session.template, special_as_text=special_as_text)
+                asked.append(Asked(row.origin, prompt))
             except RowError as error:
                 bad.append(f"{row.origin}: {error.fault.message}")
+                kinds.add(error.fault.kind)
     if bad:
         shown = "\n  ".join(bad[:SHOWN])
         message = f"{len(bad)} rows hold no prompt:\n  {shown}"
         if session.recipe.data.bad_rows == "error" or not asked:
-            raise DataError(message, hint="go on without them: data.bad_rows=drop")
+            hint = "go on without them: data.bad_rows=drop"
+            if QUOTED in kinds:
+                hint += "; --special-as-text reads a quoted control token as plain characters"
+            raise DataError(message, hint=hint)
         tell(message)
     return asked
 
 
-def _prompt(session: Session, row: Row, format: str) -> Prompt:
+def _example(session: Session, row: Row, format: str) -> Example:
     from tunesmith.data.faults import Fault, RowError
     from tunesmith.data.formats import detect_format, to_example
-    from tunesmith.generate import prompt_from
 
     if row.values is None:
         raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))
@@ -152,21 +163,16 @@ def _prompt(session: Session, row: Row, format: str) -> Prompt:
     found = detect_format(values) if format == "auto" else format
     if found is None:
         raise RowError(Fault("unknown-format", f"no prompt among the columns {', '.join(values)}"))
-    example = to_example(values, format=found, templated=not session.raw)
-    return prompt_from(example, session.template)
+    return to_example(values, format=found, templated=not session.raw)
 
 
-def _unanswered(session: Session, values: dict[str, Any]) -> Prompt:
+def _unanswered(session: Session, values: dict[str, Any]) -> Example:
     """The prompt of a row that has only that."""
-    from tunesmith.data.conversation import Chat, Message, Text
+    from tunesmith.data.conversation import Text
     from tunesmith.data.formats import to_example
-    from tunesmith.generate import prompt_from
 
     prompt = values["prompt"]
-    if not isinstance(prompt, str):
-        example = to_example({**values, "messages": prompt}, format="messages")
-    elif session.raw:
-        example = Text(prompt)
-    else:
-        example = Chat((Message("user", prompt),), tools=values.get("tools"))
-    return prompt_from(example, session.template)
+    if isinstance(prompt, str) and session.raw:
+        return Text(prompt)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return to_example({**values, "messages": turns}, format="messages")

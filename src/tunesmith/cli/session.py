@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,13 @@ TopP = Annotated[
     float, typer.Option("--top-p", help="Sample among the likeliest tokens that reach this share.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
+SpecialAsText = Annotated[
+    bool,
+    typer.Option(
+        "--special-as-text",
+        help="Read control tokens that a message quotes as plain characters, not as an error.",
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use only the first rows of each file.")
 ]
@@ -65,10 +72,6 @@ class Session:
     def device(self) -> Any:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
-
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text before the next assistant turn."""
-        return self.template.render([dict(m) for m in messages], add_generation_prompt=True)
 
 
 def read_settings(

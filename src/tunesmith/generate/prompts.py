@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.contents import check_special_tokens, refuse_special_tokens
 from tunesmith.data.conversation import Chat, Completion, Example, TemplatedText, Text
 from tunesmith.data.own_text import prompt_of_own_text
 from tunesmith.data.template import Template
 from tunesmith.data.templated import find_answers
 from tunesmith.generate.batched import visible_text
+from tunesmith.generate.quotes import Quotes
 from tunesmith.types import NO_MESSAGE, Document, IntArray
 
 
@@ -24,18 +26,23 @@ class Prompt:
     reference: str | None = None
 
 
-def prompt_from(example: Example, template: Template) -> Prompt:
+def prompt_from(example: Example, template: Template, *, special_as_text: bool = False) -> Prompt:
     """The prompt before the last assistant turn or completion; all of it where nothing answers.
 
     A text is a prompt as a whole, without reference. Rows with their own control tokens or ids are
-    asked for their last learned run.
+    asked for their last learned run. With `special_as_text`, a control token's text in a message or
+    a raw prompt is read as the characters that it is written with.
+
+    Raises:
+        RowError: a message or a raw prompt holds a control token's text, as in training.
     """
     if isinstance(example, Chat):
-        return _chat_prompt(example, template)
+        return _chat_prompt(example, template, special_as_text)
     if isinstance(example, Completion):
-        return _raw_prompt(example.prompt, template, reference=example.completion or None)
+        reference = example.completion or None
+        return _raw_prompt(example.prompt, template, special_as_text, reference=reference)
     if isinstance(example, Text):
-        return _raw_prompt(example.text, template, reference=None)
+        return _raw_prompt(example.text, template, special_as_text, reference=None)
     if isinstance(example, TemplatedText):
         text, spans = find_answers(example, template, last_only=True)
         start, end = spans[-1]
@@ -46,23 +53,39 @@ def prompt_from(example: Example, template: Template) -> Prompt:
     return Prompt(tuple(asked), template.decode(asked), reference)
 
 
-def _chat_prompt(chat: Chat, template: Template) -> Prompt:
+def _chat_prompt(chat: Chat, template: Template, special_as_text: bool) -> Prompt:
+    quotes = Quotes(template) if special_as_text else None
+    if quotes is None:
+        check_special_tokens(chat, template)
     messages = [message.to_dict() for message in chat.messages]
     answered = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     before = answered[-1] if answered and answered[-1] == len(messages) - 1 else len(messages)
     keywords = {"tools": chat.tools, "kwargs": chat.template_kwargs or None}
-    text = template.render(messages[:before], add_generation_prompt=True, **keywords)
-    ids = template.encode([text])[0]
+    asked = messages[:before] if quotes is None else quotes.taken_out(messages[:before])
+    text = template.render(asked, add_generation_prompt=True, **keywords)
+    ids = template.encode([text])[0] if quotes is None else quotes.encode(text)
     reference = None
-    if before < len(messages):
+    if before < len(messages) and quotes is None:
         whole = template.render(messages[: before + 1], **keywords)
         if whole.startswith(text):
             reference = _until_stop(template.encode([whole[len(text) :]])[0], template)
-    return Prompt(tuple(int(i) for i in ids), text, reference)
+    elif before < len(messages):
+        reference = messages[before]["content"]
+    shown = text if quotes is None else quotes.put_back(text)
+    return Prompt(tuple(int(i) for i in ids), shown, reference)
 
 
-def _raw_prompt(text: str, template: Template, *, reference: str | None) -> Prompt:
-    ids = template.encode([text], add_special_tokens=True)[0]
+def _raw_prompt(
+    text: str, template: Template, special_as_text: bool, *, reference: str | None
+) -> Prompt:
+    bos = "" if template.bos_id is None else template.token_text(template.bos_id)
+    if special_as_text:
+        quotes = Quotes(template)
+        opened = template.encode([""], add_special_tokens=True)[0]
+        ids = [*opened, *quotes.encode(quotes.mark(text))]
+    else:
+        refuse_special_tokens(text.removeprefix(bos), template, "the prompt")
+        ids = template.encode([text], add_special_tokens=True)[0]
     # Some tokenizers close every text with their end token; nothing would follow that.
     while len(ids) > 1 and ids[-1] in template.stop_ids:
         ids = ids[:-1]
