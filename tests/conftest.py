@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,26 @@ def smollm2() -> Path:
     if not folder:
         pytest.skip("TUNESMITH_SMOLLM2 names no SmolLM2 folder")
     return Path(folder)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """A run sets threads and determinism for the whole process; afterwards they are as before."""
+    import torch
+
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def eight_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of two layers and eight chats in rows.jsonl."""
+    from tiny import chat_rows, tiny_folder, write_jsonl
+
+    place = tmp_path_factory.mktemp("given")
+    tiny_folder(place / "model", num_hidden_layers=2)
+    write_jsonl(place / "rows.jsonl", chat_rows(8))
+    return place

@@ -133,3 +133,11 @@ def chat_rows(count: int = 12) -> list[dict]:
             messages.append({"role": "assistant", "content": f"{i + turn}"})
         rows.append({"messages": messages})
     return rows
+
+
+def difference(one, two) -> float:
+    """Norm of the difference of two runs' weights, relative to the norm of the second's."""
+    a, b = one.weights, two.weights
+    assert a.keys() == b.keys()
+    squares = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
+    return (squares / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5

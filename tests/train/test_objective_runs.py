@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import difference, tiny_folder
 from tunesmith.errors import InputError, InterruptedRun, ModelError, RecipeError
 from tunesmith.run import resume, train
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 BASE = [
     "batch.documents=3", "train.steps=4", "checkpoint.every=null", "device.threads=1",
@@ -45,30 +47,10 @@ class Left:
         return json.loads((self.folder / "machine.json").read_text())
 
 
-def distance(one: Left, two: Left) -> float:
-    a, b = one.weights, two.weights
-    assert a.keys() == b.keys()
-    difference = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
-    return (difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
-
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """A run sets threads and determinism for the whole process."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
-
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("given")
-    tiny_folder(place / "model", num_hidden_layers=2)
-    tiny_folder(place / "mixtral", "mixtral", num_hidden_layers=2)
-    write_jsonl(place / "rows.jsonl", chat_rows(8))
-    return place
+def given(eight_chats: Path) -> Path:
+    tiny_folder(eight_chats / "mixtral", "mixtral", num_hidden_layers=2)
+    return eight_chats
 
 
 @pytest.fixture
@@ -107,7 +89,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_objective_changes_what_is_learned(start, plain: Left, name: str) -> None:
     run = start(*CHANGES[name])
-    assert distance(run, plain) > 1e-4
+    assert difference(run, plain) > 1e-4
     assert all(record["loss"] is not None for record in run.records)
     assert len(run.records) == 4
 
@@ -128,7 +110,7 @@ SECOND = {
 @pytest.mark.parametrize("name", SECOND)
 def test_options_of_an_objective_change_what_it_does(start, name: str) -> None:
     one, two = (start(*options) for options in SECOND[name])
-    assert distance(one, two) > 1e-5
+    assert difference(one, two) > 1e-5
 
 
 def test_reports_of_each_objective(start, plain: Left) -> None:
@@ -149,7 +131,7 @@ def test_reports_of_each_objective(start, plain: Left) -> None:
 def test_psft_is_nll_where_every_step_is_an_outer_batch(start, plain: Left) -> None:
     """The ratio is then always 1, and its gradient that of log p."""
     run = start("objective=psft", "objective.outer_steps=1")
-    assert distance(run, plain) < 1e-6
+    assert difference(run, plain) < 1e-6
     assert run.column("loss") == pytest.approx([-1] * 4)
 
 
@@ -183,7 +165,7 @@ def test_the_base_of_an_adapter_is_the_model_without_it(start) -> None:
 @pytest.mark.parametrize("noise", ["objective.neftune=5", "objective.scheduled_sampling=0.5"])
 def test_noise_is_repeatable_and_stops_sharing(start, plain: Left, noise: str, capsys) -> None:
     one, two = start(noise, progress=True), start(noise)
-    assert distance(one, two) == 0
+    assert difference(one, two) == 0
     assert one.machine["chosen"]["share_prefixes"] is False
     assert plain.machine["chosen"]["share_prefixes"] is True
     assert "in expectation only" in " ".join(capsys.readouterr().err.split())
@@ -216,7 +198,7 @@ def test_evaluation_is_plain_nll_whatever_the_objective(start) -> None:
 def test_router_loss_changes_experts_and_is_refused_elsewhere(start) -> None:
     plain = start(model="mixtral")
     balanced = start("objective.router_aux=0.5", model="mixtral")
-    assert distance(balanced, plain) > 1e-4
+    assert difference(balanced, plain) > 1e-4
     assert all(value > 0 for value in balanced.column("router_aux"))
     with pytest.raises(ModelError, match="no expert routers"):
         start("objective.router_aux=0.5")
@@ -244,7 +226,7 @@ def test_an_adapter_that_changed_its_base_is_refused_an_anchor(start) -> None:
 def test_an_anchor_under_checkpointing_and_in_bfloat16(start) -> None:
     plain = start("objective=asft")
     again = start("objective=asft", "device.gradient_checkpointing=true")
-    assert distance(again, plain) < 1e-5
+    assert difference(again, plain) < 1e-5
     low = start("objective=asft", "model.dtype=bfloat16")
     assert low.column("kl")[0] == pytest.approx(0, abs=1e-4)
 
@@ -310,14 +292,14 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_an_objective_of_ones_own(start, plain: Left, own: Path) -> None:
-    assert distance(start(f"objective={own}:surprise"), plain) < 1e-6
+    assert difference(start(f"objective={own}:surprise"), plain) < 1e-6
     focal = start(f"objective={own}:focal")
-    assert distance(focal, plain) > 1e-4
+    assert difference(focal, plain) > 1e-4
     assert all(0 < value < 1 for value in focal.column("miss"))
     assert (focal.folder / "objective.py").read_text() == OWN
     start(f"objective={own}:right", "train.steps=1")
     weighted = start(f"objective={own}:weighted")
-    assert distance(weighted, start("objective=dft")) < 1e-6
+    assert difference(weighted, start("objective=dft")) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -372,7 +354,7 @@ def test_a_runs_recipe_finds_its_own_copy_of_the_objective(
     monkeypatch.chdir(elsewhere)
     out = tmp_path / "second"
     train(str(run.folder / "recipe.yaml"), out=out, progress=False)
-    assert distance(Left(out), run) == 0
+    assert difference(Left(out), run) == 0
 
 
 @pytest.mark.parametrize(
@@ -428,7 +410,7 @@ def test_interrupted_inside_an_outer_batch_and_resumed(
         start(*options, out=out)
     monkeypatch.setattr(trainer, "train_step", real)
     resume(out, progress=False)
-    assert distance(Left(out), wanted) == 0
+    assert difference(Left(out), wanted) == 0
     assert Left(out).column("loss") == wanted.column("loss")
 
 
@@ -456,5 +438,5 @@ def test_an_outer_batch_survives_another_layout(start, tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer, "train_step", real)
     changes = ["device.micro_tokens=64", "device.share_prefixes=false"]
     resume(out, overrides=changes, progress=False)
-    assert distance(Left(out), wanted) < 1e-5
+    assert difference(Left(out), wanted) < 1e-5
     assert Left(out).column("clipped") == pytest.approx(wanted.column("clipped"), abs=0.02)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.errors import RecipeError
 from tunesmith.run import train
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 NAMES = ["adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd"]
 BASE = [
@@ -22,32 +23,15 @@ BASE = [
 Weights = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
-
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("given")
-    tiny_folder(place / "model", num_hidden_layers=2)
-    write_jsonl(place / "rows.jsonl", chat_rows(8))
-    return place
-
-
-@pytest.fixture(scope="module")
-def weights(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Weights]:
+def weights(eight_chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Weights]:
     made: dict[tuple[str, ...], Weights] = {}
 
     def run(*overrides: str) -> Weights:
         if overrides not in made:
             out = tmp_path_factory.mktemp("runs") / "run"
             train(
-                model=str(given / "model"), data=str(given / "rows.jsonl"), out=out,
+                model=str(eight_chats / "model"), data=str(eight_chats / "rows.jsonl"), out=out,
                 overrides=[*BASE, *overrides], progress=False,
             )  # fmt: skip
             made[overrides] = load_file(out / "model" / "model.safetensors")
@@ -87,8 +71,8 @@ def test_the_share_of_decay_changes_the_weights(weights) -> None:
     assert distance(weights(wsd, "optim.decay=0.9"), weights(wsd)) > 1e-5
 
 
-def test_a_factor_of_zero_leaves_the_embedding_where_it_was(weights, given: Path) -> None:
-    before = load_file(given / "model" / "model.safetensors")
+def test_a_factor_of_zero_leaves_the_embedding_where_it_was(weights, eight_chats: Path) -> None:
+    before = load_file(eight_chats / "model" / "model.safetensors")
     after = weights("optim.lr_factors={embeddings: 0}")
     for name in before:
         assert torch.equal(before[name], after[name]) == ("embed_tokens" in name), name
@@ -103,13 +87,13 @@ def test_a_group_of_nothing_is_refused(weights, group: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_stopped_and_resumed_to_the_bit(
-    given: Path, tmp_path: Path, monkeypatch, name: str, dtype: str
+    eight_chats: Path, tmp_path: Path, monkeypatch, name: str, dtype: str
 ) -> None:
     options = [*BASE, f"optim.name={name}", f"model.dtype={dtype}"]
 
     def run(out: Path) -> Weights:
         train(
-            model=str(given / "model"), data=str(given / "rows.jsonl"), out=out,
+            model=str(eight_chats / "model"), data=str(eight_chats / "rows.jsonl"), out=out,
             overrides=options, progress=False, resume=True,
         )  # fmt: skip
         return load_file(out / "model" / "model.safetensors")

@@ -5,7 +5,7 @@ leaves behind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import CHATML, chat_rows, tiny_folder, write_jsonl
+from tiny import CHATML, chat_rows, difference, write_jsonl
 from tunesmith.errors import DataError
 from tunesmith.optim.schedules import SHAPES
 from tunesmith.run import train
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 BASE = [
     "batch.documents=4", "train.steps=3", "checkpoint.every=null", "device.threads=1",
@@ -59,34 +61,15 @@ class Left:
         return self.json("machine.json")
 
 
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """A run sets threads and determinism for the whole process."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and eight chats."""
-    place = tmp_path_factory.mktemp("given")
-    tiny_folder(place / "model", num_hidden_layers=2)
-    write_jsonl(place / "rows.jsonl", chat_rows(8))
-    return place
-
-
 @pytest.fixture
-def start(given: Path, tmp_path: Path) -> Callable[..., Left]:
+def start(eight_chats: Path, tmp_path: Path) -> Callable[..., Left]:
     def run(*overrides: str, data: Any = None, **sections: Any) -> Left:
         out = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         if data is None and not any(o.startswith("data.train=") for o in overrides):
-            data = str(given / "rows.jsonl")
+            data = str(eight_chats / "rows.jsonl")
         asked = [*BASE, *overrides]
         train(
-            model=str(given / "model"), data=data, out=out, overrides=asked, progress=False,
+            model=str(eight_chats / "model"), data=data, out=out, overrides=asked, progress=False,
             **sections,
         )  # fmt: skip
         return Left(out)
@@ -95,24 +78,16 @@ def start(given: Path, tmp_path: Path) -> Callable[..., Left]:
 
 
 @pytest.fixture(scope="module")
-def plain(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
+def plain(eight_chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
     """The run that the others are compared with."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    model, data = str(given / "model"), str(given / "rows.jsonl")
+    model, data = str(eight_chats / "model"), str(eight_chats / "rows.jsonl")
     train(model=model, data=data, out=out, overrides=BASE, progress=False)
     return Left(out)
 
 
-def distance(one: Left, two: Left) -> float:
-    """Norm of the difference of all weights, relative to their norm."""
-    a, b = one.weights, two.weights
-    assert a.keys() == b.keys()
-    difference = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
-    return (difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
-
-
 def test_the_same_options_give_the_same_weights(start, plain: Left) -> None:
-    assert distance(start(), plain) == 0
+    assert difference(start(), plain) == 0
 
 
 @pytest.mark.parametrize(
@@ -133,7 +108,7 @@ def test_the_same_options_give_the_same_weights(start, plain: Left) -> None:
     ],
 )
 def test_what_changes_learning_changes_the_weights(start, plain: Left, override: str) -> None:
-    assert distance(start(override), plain) > 1e-5
+    assert difference(start(override), plain) > 1e-5
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -183,8 +158,10 @@ def test_a_step_is_as_many_documents_or_tokens_as_asked(start, plain: Left) -> N
 @pytest.mark.parametrize(
     ("length", "steps"), [({"steps": 1}, 1), ({"epochs": 2}, 4), ({"epochs": 0.5}, 1)]
 )
-def test_length_in_steps_or_epochs(given: Path, tmp_path: Path, length: dict, steps: int) -> None:
-    names = {"model": str(given / "model"), "data": str(given / "rows.jsonl")}
+def test_length_in_steps_or_epochs(
+    eight_chats: Path, tmp_path: Path, length: dict, steps: int
+) -> None:
+    names = {"model": str(eight_chats / "model"), "data": str(eight_chats / "rows.jsonl")}
     sections: dict[str, Any] = {"batch": 4, "device": {"threads": 1}, "train": length}
     run = train(**names, out=tmp_path / "run", progress=False, **sections)
     assert run.steps == steps == len(Left(run.folder).records())
@@ -265,12 +242,14 @@ def test_the_template_and_its_arguments_show_in_what_is_read(start, tmp_path: Pa
     assert seen(*asked) == "LOUD LOUD " + own
 
 
-def test_each_source_has_its_own_limit_columns_and_format(start, given, tmp_path: Path) -> None:
+def test_each_source_has_its_own_limit_columns_and_format(
+    start, eight_chats, tmp_path: Path
+) -> None:
     asked = [{"question": f"{i} + 1?", "reply": str(i + 1)} for i in range(4)]
     both = [{"text": "a b c d", **row} for row in chat_rows(3)]
     one = str(write_jsonl(tmp_path / "asked.jsonl", asked))
     two = str(write_jsonl(tmp_path / "both.jsonl", both))
-    chats = str(given / "rows.jsonl")
+    chats = str(eight_chats / "rows.jsonl")
     sources = [
         {"path": one, "columns": {"prompt": "question", "completion": "reply"}},
         {"path": two, "format": "text"},
@@ -307,7 +286,7 @@ def test_device_changes_the_work_and_not_the_weights(
 ) -> None:
     run = start(override)
     assert run.machine["chosen"][chosen[0]] == chosen[1]
-    assert distance(run, plain) < 1e-5
+    assert difference(run, plain) < 1e-5
     assert run.column("tokens") == plain.column("tokens")
     work, usual = sum(run.column("computed_tokens")), sum(plain.column("computed_tokens"))
     assert work > usual if computes == "more" else work == usual

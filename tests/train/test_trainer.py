@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import CHATML, chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.run import resume, train
@@ -174,6 +174,26 @@ def test_a_run_repeats_to_the_bit_where_the_data_has_moved(
     monkeypatch.chdir(second)
     assert command(["train", str(first / "run" / "recipe.yaml"), "--out", "again"]) == 0
     assert_same(first / "run", second / "again")
+
+
+def test_a_run_with_a_template_of_a_file_can_be_run_from_another_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "own").mkdir(parents=True)
+    second.mkdir()
+    text = CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    (first / "own" / "chat.jinja").write_text(text)
+    monkeypatch.chdir(first)
+    sections = {**SECTIONS, "data": {"train": str(folder / "rows.jsonl")}}
+    sections["data"]["template"] = "own/chat.jinja"
+    train(model=str(folder / "model"), out="run", progress=False, **sections)
+    assert str(first / "own" / "chat.jinja") in (first / "run" / "recipe.yaml").read_text()
+    train(model=str(folder / "model"), out="run", progress=False, resume=True, **sections)
+    monkeypatch.chdir(second)
+    assert command(["train", str(first / "run" / "recipe.yaml"), "--out", "again"]) == 0
+    assert_same(first / "run", second / "again")
+    assert (second / "again" / "model" / "chat_template.jinja").read_text() == text
 
 
 def test_a_full_disk_at_a_save_leaves_the_earlier_checkpoint(

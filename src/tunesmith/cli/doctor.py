@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +12,8 @@ from tunesmith.cli.inputs import (
     DataOption,
     EvalOption,
     ModelOption,
+    folders_of,
     recipe_from_arguments,
-    split_arguments,
 )
 
 if TYPE_CHECKING:
@@ -45,10 +44,9 @@ def doctor(
     from tunesmith.doctor.examine import diagnose
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
-    source, _ = split_arguments(arguments or ())
-    given = Path(source).expanduser() if source is not None else None
-    folders = [given if given.is_dir() else given.parent] if given is not None else []
-    found = diagnose(recipe, open_template(recipe, dated=True), folders=folders, rows=rows)
+    found = diagnose(
+        recipe, open_template(recipe, dated=True), folders=folders_of(arguments), rows=rows
+    )
     if as_json:
         print(json.dumps(record(found), ensure_ascii=False, indent=1))
     else:

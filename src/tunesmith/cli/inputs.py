@@ -64,6 +64,15 @@ def recipe_from_arguments(
     return recipe
 
 
+def folders_of(arguments: Sequence[str] | None) -> list[Path]:
+    """The folder of the recipe that is asked for, where its data may lie as well."""
+    source, _ = split_arguments(arguments or ())
+    if source is None:
+        return []
+    given = Path(source).expanduser()
+    return [given if given.is_dir() else given.parent]
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe among positional arguments, if there is one, and the overrides.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +12,8 @@ from tunesmith.cli.inputs import (
     DataOption,
     EvalOption,
     ModelOption,
+    folders_of,
     recipe_from_arguments,
-    split_arguments,
 )
 
 if TYPE_CHECKING:
@@ -37,10 +36,7 @@ def plan(
     from tunesmith.train.plan import forecast
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
-    source, _ = split_arguments(arguments or ())
-    given = Path(source).expanduser() if source is not None else None
-    folders = [given if given.is_dir() else given.parent] if given is not None else []
-    found = forecast(recipe, folders=folders)
+    found = forecast(recipe, folders=folders_of(arguments))
     if as_json:
         print(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:

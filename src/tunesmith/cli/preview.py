@@ -103,7 +103,7 @@ def _folders(recipe: Recipe) -> tuple[Path, Path]:
     names = ("tokenizer.json", "tokenizer_config.json")
     if recipe.model.revision is None and any((folder / name).is_file() for name in names):
         return folder, folder
-    source = resolve_model(recipe.model.name, revision=recipe.model.revision)
+    source = resolve_model(recipe.model.name, revision=recipe.model.revision, weights=False)
     return source.tokenizer_folder, source.adapter_folder or source.folder
 
 

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from tunesmith.data import chatml
 from tunesmith.data.clock import TooSlow
-from tunesmith.data.limits import bounded_sandbox
+from tunesmith.data.sandbox import bounded_sandbox
 from tunesmith.errors import DataError, InputError
 
 NONE = "none"
+BUILT_IN = (NONE, chatml.NAME)
+"""Names that mean no file, whatever files there are."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
 _HINT = "give a .jinja file, a folder or hub id of a model with a chat template, chatml or none"

@@ -186,7 +186,7 @@ def model_folder(recipe: Recipe) -> Path:
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
     if not adapter and any((folder / name).is_file() for name in names):
         return folder
-    return resolve_model(recipe.model.name, revision=recipe.model.revision).folder
+    return resolve_model(recipe.model.name, revision=recipe.model.revision, weights=False).folder
 
 
 def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> Setup:
