@@ -141,7 +141,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"{found['model']}, {found['dtype']}, {found['tokens']} tokens in one micro-batch, "
         f"{found['device']}, {found['threads']} threads. Gradients: the largest relative L2 "
-        f"difference from those of {first['way']}, 0 is the same to the bit.",
+        f"difference from those of {first['way']}, 0 is the same to the bit. Time is of one pass "
+        "each.",
         "",
         "| activations | kept MiB | to the host MiB | peak MiB | peak | time | gradients |",
         "|---|---|---|---|---|---|---|",
@@ -153,7 +154,7 @@ def page(found: dict[str, Any]) -> str:
             f"| {way['peak'] / 2**20:.0f} | {way['peak'] / first['peak']:.2f} "
             f"| {way['seconds'] / first['seconds']:.2f} | {'-' if off is None else f'{off:.1g}'} |"
         )
-    if found["device"] == "CPU":
+    if found["device"] == "CPU" and any(way["moved"] for way in found["ways"]):
         lines += [
             "",
             "A CPU has no other memory to move to, so there `kept` and `peak` hold the copies too; "
