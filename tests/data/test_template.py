@@ -172,3 +172,18 @@ def test_a_header_that_is_always_there_is_no_end_of_a_turn():
     document = render_example(example, template, origin=Origin("t", 0)).document
     segment = document.segments[0]
     assert template.decode(segment.ids[segment.index]) == "Hello.<|eot|>"
+
+
+def test_messages_with_calls_render_however_many_came_before(monkeypatch):
+    from tunesmith.data import direct
+
+    monkeypatch.setattr(direct, "_KEPT", 3)
+    source = "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson }}{% endfor %}"
+    template = wrap_tokenizer(tiny_tokenizer(source))
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "assistant", "content": str(n), "tool_calls": [{**call, "id": str(n)}]}
+        for n in range(9)
+    ]
+    whole = template.render(messages)
+    assert all(whole.startswith(template.render(messages[:n])) for n in range(9))

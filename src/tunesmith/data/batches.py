@@ -15,7 +15,7 @@ from tunesmith.data.store import Columns, pack
 from tunesmith.data.template import Template
 from tunesmith.types import IntArray, Origin
 
-ROWS = 256
+ROWS = 128
 """Rows of a full batch: enough to share texts, few enough to stay in cache."""
 
 T = TypeVar("T")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any, cast
 
 from tunesmith.data.conversation import Chat, Message
@@ -18,7 +20,8 @@ _THINK_END = "</think>"
 def check_special_tokens(chat: Chat, template: Template) -> None:
     """Raises RowError if any string of the chat would be read as a control token."""
     for number, message in enumerate(chat.messages):
-        for text in _strings([message.content, message.fields]):
+        fields = [message.content, message.fields] if message.fields else message.content
+        for text in _strings(fields):
             refuse_special_tokens(text, template, f"message {number} ({message.role})")
     for text in _strings(chat.tools):
         refuse_special_tokens(text, template, "the tools")
@@ -28,7 +31,10 @@ def refuse_special_tokens(
     text: str, template: Template, place: str, *, hint: str | None = None
 ) -> None:
     """Raises RowError if the text holds the text of a special token."""
-    token = next((token for token in template.special_texts if token in text), None)
+    texts = template.special_texts
+    if not any(opening in text for opening in _openings(texts)):
+        return
+    token = next((token for token in texts if token in text), None)
     if token is not None:
         raise RowError(
             Fault(
@@ -37,6 +43,21 @@ def refuse_special_tokens(
                 hint or "take it out of the data, or write it so that it is not that token",
             )
         )
+
+
+@lru_cache(maxsize=8)
+def _openings(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """What all texts begin with that begin with the same character."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(text[:1], []).append(text)
+    return tuple(_shared(min(group), max(group)) for group in groups.values())
+
+
+def _shared(first: str, last: str) -> str:
+    """What both begin with."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(one for one, _ in same)
 
 
 def check_contents(text: str, chat: Chat, last: int, *, target: str | None = None) -> None:
@@ -128,7 +149,7 @@ def _spellings(piece: str) -> Iterator[str]:
 
 
 def _holds(text: str, piece: str) -> bool:
-    return any(spelling in text for spelling in _spellings(piece))
+    return piece in text or any(spelling in text for spelling in _spellings(piece))
 
 
 def _count(text: str, piece: str, wanted: Counter[str]) -> bool:

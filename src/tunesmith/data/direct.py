@@ -109,12 +109,12 @@ class DirectTemplate:
         )
 
     def _normal(self, messages: Messages) -> list[Mapping[str, Any]]:
+        if len(self._plain) > _KEPT:
+            self._plain.clear()  # before looking: what is found must stay until the end
         plain = [m if _is_plain(m) else self._known(m) for m in messages]
         if any(one is None for one in plain):
             missing = [m for m, one in zip(messages, plain, strict=True) if one is None]
             found, _ = self._capture(missing, None)
-            if len(self._plain) > _KEPT:
-                self._plain.clear()
             for message, normal in zip(missing, found, strict=True):
                 self._plain[id(message)] = (message, normal)
             return [m if _is_plain(m) else self._plain[id(m)][1] for m in messages]
@@ -181,7 +181,10 @@ def _quickened(text: str) -> Any:
         return checked(obj, attribute)
 
     environment.getattr = read
-    return environment.from_string(text)
+    made = environment.from_string(text)
+    # A chain of dicts, which is slow to copy for each text.
+    made.globals = dict(made.globals)
+    return made
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:

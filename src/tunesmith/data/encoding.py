@@ -36,9 +36,10 @@ _SPLITS = {
     _LONG.replace("DIGITS", "{1,3}"): _long("{1,3}"),
 }
 """Patterns by which tokenizers cut text into words, and what they mean where all is ASCII."""
-_GPT2 = rf"{_CONTRACTIONS}| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+# Letters come first because most words are of them: none begins as a contraction does.
+_GPT2 = rf" ?[A-Za-z]+|{_CONTRACTIONS}| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 # Digits are cut off first, so a run of spaces may end before one as it may end before a space.
-_GPT2_DIGITS = rf"{_CONTRACTIONS}| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
+_GPT2_DIGITS = rf" ?[A-Za-z]+|{_CONTRACTIONS}|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 _BETWEEN_WORDS = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
 """Places where every pattern above ends a word, whatever else the text holds."""
 _WORDS_KEPT = 1 << 17
@@ -99,7 +100,7 @@ class Encoder:
             self._characters = 0
         found = {piece: _words(piece, words) for piece in wanted}
         table = self._table
-        missing = list({word for row in found.values() for word in row if word not in table})
+        missing = list(set[str]().union(*found.values()).difference(table))
         table.update(zip(missing, self._plain(missing), strict=True))
         self._characters += sum(map(len, missing))
         get = table.__getitem__

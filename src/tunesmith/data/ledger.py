@@ -86,19 +86,17 @@ class Ledger:
     ) -> None:
         """A row that is learned from; what is missing from its tokens was truncated."""
         truncated = tokens - targets - context - unused
-        self._count(
-            origin,
-            Totals(
-                rows=1,
-                rows_trained=int(not truncated),
-                rows_truncated=int(bool(truncated)),
-                tokens=tokens,
-                tokens_trained=targets,
-                tokens_context=context,
-                tokens_truncated=truncated,
-                tokens_unused=unused,
-            ),
-        )
+        counts = self.sources.get(origin.source)
+        if counts is None:
+            counts = self.sources[origin.source] = Totals()
+        counts.rows += 1
+        counts.rows_trained += not truncated
+        counts.rows_truncated += truncated != 0
+        counts.tokens += tokens
+        counts.tokens_trained += targets
+        counts.tokens_context += context
+        counts.tokens_truncated += truncated
+        counts.tokens_unused += unused
 
     def add_dropped(self, origin: Origin, *, tokens: int = 0) -> None:
         """A row that is not learned from; a bad row has no tokens."""

@@ -24,10 +24,11 @@ from tunesmith.data.encoding import Encoder
 from tunesmith.data.forks import HARMLESS, Forked, fork, may_fork
 from tunesmith.data.template import Template
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.types import Origin
 
 START_AFTER = 4.0
 """Seconds of work in this process after which others are started: about what starting costs."""
-START_COPIES_AFTER = 0.1
+START_COPIES_AFTER = 0.05
 """The same where they are copies of this one."""
 _AHEAD = 2
 """Batches that each process has at hand or in work."""
@@ -129,7 +130,7 @@ class _Pool:
         """Hand over a batch; its number."""
         number = self._given
         self._given += 1
-        self._workers[number % len(self._workers)].send(pickle.dumps(list(tasks), protocol=5))
+        self._workers[number % len(self._workers)].send(_dumped(tasks))
         return number
 
     def take(self, number: int) -> Packed:
@@ -254,7 +255,7 @@ def _answer(
         template, options, encoder = begin()
         _write(out, pickle.dumps((_READY, None)))
         while (message := _read(source)) is not None:
-            packed = pack_batch(pickle.loads(message), template, encoder, options)
+            packed = pack_batch(_loaded(message), template, encoder, options)
             _write(out, pickle.dumps(("done", packed), protocol=5))
     except BrokenPipeError:
         return  # the run is gone
@@ -262,6 +263,16 @@ def _answer(
         _write(out, pickle.dumps(("refused", error)))
     except Exception:
         _write(out, pickle.dumps(("failed", traceback.format_exc())))
+
+
+def _dumped(tasks: Sequence[Task]) -> bytes:
+    """Tasks in plain tuples, which take a third of the time."""
+    plain = [(*one[1:], one.origin.source, one.origin.row) for one in tasks]
+    return pickle.dumps(plain, protocol=5)
+
+
+def _loaded(message: bytes) -> list[Task]:
+    return [Task(Origin(source, row), *rest) for *rest, source, row in pickle.loads(message)]
 
 
 def _write(pipe: BinaryIO | Any, message: bytes) -> None:
