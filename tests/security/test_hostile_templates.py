@@ -225,7 +225,8 @@ def test_what_real_templates_do_is_the_same_within_limits() -> None:
 
     text = (
         "{% macro say(m, n=2) %}{{ '[' + m.role + ']' ~ m.content|trim * 1 }}{{ n ** 3 % 5 }}"
-        "{% endmacro %}{% set all = messages[1:] + [messages[0]] %}"
+        "{% endmacro %}{{ '**%s** 20240726' % 1 }}{{ '**{}** 20240726: 12345'.format(2) }}"
+        "{% set all = messages[1:] + [messages[0]] %}"
         "{%- for m in all if m.role != 'x' -%}{{ say(m) }}{{ '%-4s|' % m.role }}"
         "{{ m.role.ljust(12, '.') }}{{ loop.index // 2 }}{{ m|tojson|indent(2) }}"
         "{{ m.content.split(' ')|map('upper')|list|join('-') }}{{ '{:>8}'.format(m.role) }}"

@@ -9,7 +9,7 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
 from tunesmith.data.clock import TooSlow
-from tunesmith.data.limits import compile_bounded
+from tunesmith.data.sandbox import compile_bounded
 
 CAPTURE = "{{ tunesmith_take(messages, tools) }}"
 """A template that hands over what transformers makes of messages and tools before rendering."""

@@ -42,8 +42,8 @@ def pattern_files(pattern: str, folders: Sequence[Path] = ()) -> list[tuple[str,
     """
     matches: list[str] = []
     base = Path()
+    expanded = str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
     for base in (Path(), *folders):
-        expanded = str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
         matches = sorted(glob.glob(expanded, root_dir=base, recursive=True))
         if matches:
             break

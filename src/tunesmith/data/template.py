@@ -13,7 +13,7 @@ from tunesmith.data.clock import TooSlow
 from tunesmith.data.dates import check_dates
 from tunesmith.data.direct import Memo, compile_template, find_direct
 from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.limits import bounded_sandbox
+from tunesmith.data.sandbox import bounded_sandbox
 from tunesmith.data.stops import closing_tokens
 from tunesmith.data.template_choice import NewToken, choose, with_tokens
 from tunesmith.errors import DataError, ModelError
@@ -316,7 +316,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't be read: {error}", where=str(path)) from error
+        hint = "the file is damaged; get the model anew"
+        raise ModelError(f"can't be read: {error}", where=str(path), hint=hint) from error
     return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
 
 
