@@ -42,16 +42,18 @@ def probe(job: Job, work: Work) -> Measured:
     that of the same run in its own order.
     """
     run_longest(job)
-    run_step(job, 0)
     seconds = tokens = timed = 0
     started = time.monotonic()
-    steps = spread(job.total_steps, TIMED_STEPS)
-    for step in steps:
+    ran: list[int] = []
+    for step in spread(job.total_steps, TIMED_STEPS + 1):
         took, computed = run_step(job, step)
+        ran.append(step)
+        if len(ran) == 1 and job.total_steps > TIMED_STEPS:
+            continue  # to warm up; a run so short that all of it is timed takes this too
         seconds, tokens, timed = seconds + took, tokens + computed, timed + 1
         if time.monotonic() - started > SECONDS:
             break
-    if work.largest_step not in steps[:timed]:
+    if work.largest_step not in ran:
         run_step(job, work.largest_step)
     per_eval = _time_evaluation(job)
     peak = peak_memory(job.device)
