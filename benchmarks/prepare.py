@@ -2,20 +2,23 @@
 
     python benchmarks/prepare.py --model MODEL --gsm8k train.jsonl
     python benchmarks/prepare.py --model MODEL --gsm8k train.jsonl --tools sgd.jsonl --chat QWEN3
-    python benchmarks/prepare.py --model MODEL --gsm8k train.jsonl --long 5
+    python benchmarks/prepare.py --model MODEL --gsm8k train.jsonl --long 5 --only long
 
 Each run is a fresh process that makes documents (TRL: tokenised rows with labels) out of rows that
 it has to read from disk; the time is that of the preparation alone, imports and tokenizer apart.
 TRL prepares with as many processes as the machine has cores, and with one; its faster time counts.
 `--chat` is Qwen3's tokenizer, for rows with tools; there Tunesmith renders every turn as inference
 will see it. TRL renders a chat once, or, for the same outcome, is given a row for every turn.
+Ids and labels are compared turn by turn, but for what the template writes after a stop token.
 `--long` also prepares GiB of text, repeated rows under changing numbers, and writes down the
-largest memory. Writes results/prepare.json and .md.
+largest memory. Writes results/prepare.json and .md; what `--only` leaves out stays as it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +46,38 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     source = Source("rows", path=Path(job["rows"]))
     cache = Path(job["cache"]) if job.get("cache") else None
     begin = time.perf_counter()
-    prepared = prepare([source], template, max_length=None, cache=cache, processes=None)
+    processes = job.get("processes")
+    prepared = prepare([source], template, max_length=None, cache=cache, processes=processes)
     seconds = time.perf_counter() - begin
-    first = prepared.documents[0].segments[0]
-    tokens = sum(int(document.tokens) for document in prepared.documents[:200])
+    compared = prepared.documents[: job.get("compared", 0)]
     return {
         "seconds": seconds,
         "rows": len(prepared.documents),
-        "first_ids": first.ids.tolist(),
-        "tokens_of_200": tokens,
+        "turns": [turn for document in compared for turn in turns_of(document)],
     }
+
+
+def turns_of(document: Any) -> list[str]:
+    """A hash for each learned turn: of the ids up to its end, and of which are its targets."""
+    found: dict[int, str] = {}
+    for segment in document.segments:
+        for message in sorted(set(segment.message.tolist())):
+            own = segment.index[segment.message == message]
+            ids, marks = segment.ids[: own[-1] + 1].tolist(), [0] * (int(own[-1]) + 1)
+            for at in own.tolist():
+                marks[at] = 1
+            above = segment
+            while above.parent >= 0:
+                above = document.segments[above.parent]
+                marked = set(above.index[above.message == message].tolist())
+                marks = [int(at in marked) for at in range(len(above.ids))] + marks
+                ids = above.ids.tolist() + ids
+            found[message] = digest(ids, marks)  # of a turn in two segments the later one counts
+    return [found[message] for message in sorted(found)]
+
+
+def digest(ids: list[int], marks: list[int]) -> str:
+    return hashlib.sha256(json.dumps([ids, marks]).encode()).hexdigest()[:16]
 
 
 def trl(job: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +110,10 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         if "tools" in row:  # as a string, since Arrow would give every tool the keys of all others
             row["tools"] = json.dumps(row["tools"])
+        for message in row.get("messages", ()):  # so would the arguments of calls
+            for call in message.get("tool_calls") or ():
+                inner = call.get("function", call)
+                inner["arguments"] = json.dumps(inner["arguments"], ensure_ascii=False)
     count = len(rows)
     if job.get("per_turn"):
         rows = [turn for row in rows for turn in per_turn(row)]
@@ -106,12 +136,14 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
             processing_class=tokenizer,
         )
     ready = trainer.train_dataset
-    return {
-        "seconds": spent[0] + reading,
-        "rows": count,
-        "first_ids": ready[0]["input_ids"],
-        "tokens_of_200": sum(len(ready[at]["input_ids"]) for at in range(min(200, len(ready)))),
-    }
+    compared = len(ready) if job.get("per_turn") else min(job.get("compared", 0), len(ready))
+    turns: list[str] = []
+    for at in range(compared):
+        ids = ready[at]["input_ids"]
+        marks = [int(label != -100) for label in ready[at]["labels"]]
+        end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+        turns.append(digest(ids[:end], marks[:end]))
+    return {"seconds": spent[0] + reading, "rows": count, "turns": turns}
 
 
 def per_turn(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,7 +165,7 @@ def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"error: {name}\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     rate = result["rows"] / result["seconds"]
-    print(f"{name:<12} {rate:10,.0f} rows/s  {json.dumps(job)}", file=sys.stderr, flush=True)
+    print(f"{name:<12} {rate:10,.1f} rows/s  {json.dumps(job)}", file=sys.stderr, flush=True)
     return {**result, "rate": rate}
 
 
@@ -153,30 +185,33 @@ def chats(data: Path, out: Path) -> Path:
 def compare(job: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
     """Both in turn, then Tunesmith with a cache that is empty and one that is filled."""
     cores = os.cpu_count() or 1
+    alone: list[dict[str, Any]] = []
     mine: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
+    by_processes: list[list[float]] = []
     for _ in range(rounds):
         mine.append(run_peer(OURS, job))
+        alone.append(run_peer(OURS, {**job, "processes": 1}))
         tries = [run_peer("trl", {**job, "processes": n}) for n in sorted({1, cores})]
         theirs.append(max(tries, key=lambda run: run["rate"]))
+        by_processes.append([run["rate"] for run in tries])
     kept = {**job, "cache": str(folder / "cache")}
     filling, second = run_peer(OURS, kept), run_peer(OURS, kept)
     return {
         "rows": mine[0]["rows"],
+        "rounds": rounds,
         "tunesmith_rows_per_second": spread([run["rate"] for run in mine]),
+        "tunesmith_one_process": spread([run["rate"] for run in alone]),
         "trl_rows_per_second": spread([run["rate"] for run in theirs]),
+        "trl_by_processes": by_processes,
         "tunesmith_faster": spread(
             [a["rate"] / b["rate"] for a, b in zip(mine, theirs, strict=True)]
         ),
         "filling_the_cache_seconds": filling["seconds"],
         "second_start_seconds": second["seconds"],
-        "first_row_agrees": agrees(mine[0]["first_ids"], theirs[0]["first_ids"]),
+        "turns_compared": len(mine[0]["turns"]),
+        "turns_that_agree": (Counter(mine[0]["turns"]) & Counter(theirs[0]["turns"])).total(),
     }
-
-
-def agrees(mine: list[int], theirs: list[int]) -> bool:
-    """Whether TRL's ids are ours, but for what the template writes after the stop token."""
-    return theirs[: len(mine)] == mine and len(theirs) - len(mine) <= 1
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -224,20 +259,23 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['processor']}, {results['cores']} cores, Python {results['python']}; "
-        f"{results['rounds']} rounds, TRL {results['trl']}.",
+        f"TRL {results['trl']}; smallest, median and largest of so many rounds.",
         "",
-        "| data | rows | Tunesmith, rows/s | TRL, rows/s | Tunesmith is faster by |"
-        " with an empty cache | from the cache | first row's ids agree |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | rows | rounds | Tunesmith, rows/s | with one process | TRL, rows/s |"
+        " Tunesmith is faster by | with an empty cache | from the cache |"
+        " turns with the same ids and labels |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in results.items():
         if isinstance(one, dict) and "trl_rows_per_second" in one:
             lines.append(
-                f"| {name} | {one['rows']:,} | {shown(one['tunesmith_rows_per_second'], ',.0f')} |"
-                f" {shown(one['trl_rows_per_second'], ',.0f')} |"
+                f"| {name} | {one['rows']:,} | {one['rounds']} |"
+                f" {shown(one['tunesmith_rows_per_second'], ',.0f')} |"
+                f" {shown(one['tunesmith_one_process'], ',.0f')} |"
+                f" {shown(one['trl_rows_per_second'], ',.1f')} |"
                 f" {shown(one['tunesmith_faster'], '.1f')} |"
                 f" {one['filling_the_cache_seconds']:.2f} s | {one['second_start_seconds']:.2f} s |"
-                f" {'yes' if one['first_row_agrees'] else 'no'} |"
+                f" {same_turns(one)} |"
             )
     if "long" in results:
         one = results["long"]
@@ -248,6 +286,12 @@ def table(results: dict[str, Any]) -> str:
             f" a tenth of it: {one['tenth_peak'] / 2**30:.2f} GiB.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def same_turns(one: dict[str, Any]) -> str:
+    if not one["turns_compared"]:
+        return "TRL's turns stand in another context"
+    return f"{one['turns_that_agree']:,} of {one['turns_compared']:,}"
 
 
 def shown(values: dict[str, float], form: str) -> str:
@@ -264,35 +308,44 @@ def main() -> None:
     parser.add_argument("--chat", help="folder with the tokenizer of Qwen3")
     parser.add_argument("--long", type=float, help="GiB of a long file")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="parts to measure: gsm8k, tools, turns, long, by commas")
+    parser.add_argument("--turn-chats", type=int, default=60, help="chats given a row for a turn")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     from importlib import resources
     from importlib.metadata import version
 
-    results: dict[str, Any] = {
+    parts = set((arguments.only or "gsm8k,tools,turns,long").split(","))
+    kept = arguments.out / "prepare.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    results |= {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "trl": version("trl"),
-        "rounds": arguments.rounds,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = chats(arguments.gsm8k, folder / "gsm8k.jsonl")
-        results["gsm8k"] = compare(
-            {"rows": str(rows), "tokenizer": arguments.model}, arguments.rounds, folder
-        )
+        if "gsm8k" in parts:
+            job = {"rows": str(rows), "tokenizer": arguments.model, "compared": 10**6}
+            results["gsm8k"] = compare(job, arguments.rounds, folder)
         if arguments.tools and arguments.chat:
             # TRL makes masks for the templates it knows, which it compares by their text.
             qwen = str(resources.files("trl") / "chat_templates" / "qwen3.jinja")
             job = {"rows": str(arguments.tools), "tokenizer": arguments.chat, "template": qwen}
-            results["tools"] = compare(job, arguments.rounds, folder)
-            turns = {**job, "per_turn": True}
-            results["tools, a row a turn"] = compare(turns, arguments.rounds, folder)
-        if arguments.long:
+            if "tools" in parts:
+                results["tools"] = compare(job, arguments.rounds, folder)
+            if "turns" in parts:
+                some = folder / "some.jsonl"
+                with arguments.tools.open(encoding="utf-8") as file:
+                    some.write_text("".join(itertools.islice(file, arguments.turn_chats)))
+                turns = {**job, "rows": str(some), "per_turn": True, "compared": 10**6}
+                results["tools, a row a turn"] = compare(turns, 1, folder)
+        if arguments.long and "long" in parts:
             results["long"] = long(rows, arguments.model, arguments.long, folder)
     text = table(results)
-    (arguments.out / "prepare.json").write_text(json.dumps(results, indent=1) + "\n")
+    kept.write_text(json.dumps(results, indent=1) + "\n")
     (arguments.out / "prepare.md").write_text(text)
     print(text)
 
