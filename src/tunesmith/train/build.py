@@ -171,9 +171,8 @@ def build(
     job.chosen = _chosen(job, tested, fit)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
-    said += start_lines(job, trained)
-    said += idle_line(job, ranks.count if ranks.first else 1)
-    job.notes = [*said, *notes]
+    idle = idle_line(job, ranks.count if ranks.first else 1)
+    job.notes = [*idle, *said, *start_lines(job, trained), *notes]
     return job
 
 
