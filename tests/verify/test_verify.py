@@ -472,7 +472,7 @@ def test_the_command_says_what_fails_and_ends_with_1(
     _collated(monkeypatch, _leak)
     assert command(["verify", *given, *few]) == 1
     said = capsys.readouterr().out
-    assert "packed = alone        fails" in said
+    assert "packed = alone            fails" in said
     assert "hint: train with device.attention=isolated" in said
     assert "P2 packed = alone" in said.splitlines()[-1]
 

@@ -86,7 +86,7 @@ def lines(found: Verification) -> list[str]:
         allowed = "" if outcome.tolerance is None else f" (allowed {number(outcome.tolerance)})"
         seen = "" if outcome.difference is None else f"{difference(outcome)}{allowed}"
         page.append(
-            f"{outcome.promise}  {outcome.name:<20}  {outcome.verdict:<11}  {seen}".rstrip()
+            f"{outcome.promise}  {outcome.name:<24}  {outcome.verdict:<11}  {seen}".rstrip()
         )
         page.append(f"    {outcome.compared}")
         page.append(f"    against {outcome.oracle}")

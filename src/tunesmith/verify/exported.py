@@ -5,7 +5,8 @@ trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def same_logits(subject: Exported, documents: Sequence[Document]) -> Outcome:
     if reason is not None:
         return Outcome(**line, counts={}, verdict="not checked", note=reason)
     try:
-        reloaded = _reload(job, subject.folder)
+        with _no_progress_bar():
+            reloaded = _reload(job, subject.folder)
     except Exception as error:  # whatever a reader raises means that the folder can't be read
         first = (str(error).splitlines() or [""])[0]
         return Outcome(
@@ -148,6 +150,19 @@ def _unreadable(job: Job) -> str | None:
     if adapter and not (job.source.folder / "config.json").is_file():
         return "the adapter's base is no folder that transformers reads"
     return None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _reload(job: Job, folder: Path) -> Any:
