@@ -215,7 +215,7 @@ def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
 
 
 def _refused(fault: Fault, recipe: Recipe) -> bool:
-    from tunesmith.data.render import TOO_LONG
+    from tunesmith.data.rendered import TOO_LONG
 
     return fault.kind == TOO_LONG or recipe.data.bad_rows == "error"
 
@@ -225,7 +225,7 @@ def _refusal(row: PreparedRow, fault: Fault) -> DataError:
 
 
 def _hint(fault: Fault) -> str:
-    from tunesmith.data.render import TOO_LONG
+    from tunesmith.data.rendered import TOO_LONG
 
     if fault.kind == TOO_LONG:
         return fault.hint or ""

@@ -22,7 +22,7 @@ from tunesmith.data.formats import detect_format
 from tunesmith.data.holdout import Side
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.refusals import nothing_left, refusal, unknown_format, write_faults
-from tunesmith.data.render import TOO_LONG, Rendered
+from tunesmith.data.rendered import TOO_LONG, Rendered
 from tunesmith.data.sources import Row, Source, content_hash, read_rows
 from tunesmith.data.store import Columns, Documents, StoreWriter
 from tunesmith.data.template import Template

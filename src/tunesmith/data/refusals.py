@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.data.faults import Fault
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.render import TOO_LONG
+from tunesmith.data.rendered import TOO_LONG
 from tunesmith.data.sources import Row, Source
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
