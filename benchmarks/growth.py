@@ -182,7 +182,8 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     found = {length: {"step": [], "attention": []} for length in plans}
     run = functools.partial(train_step, model, optimizer, lr=1e-5, max_grad_norm=1.0, device=device)
-    run(plans[arguments.lengths[0]], loss, documents=1)  # warms up
+    first = arguments.lengths[0]
+    run(plans[first], loss, documents=STEP_TOKENS // first)  # warms up
     for _ in range(arguments.rounds):
         for length, cut in plans.items():
             begin = time.perf_counter()
