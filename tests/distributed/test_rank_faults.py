@@ -110,6 +110,7 @@ def test_with_as_many_ranks_it_goes_on_to_the_bit(story) -> None:
     assert losses(folder / "whole-2") == losses(folder / "killed-more")
 
 
+@pytest.mark.slow  # the next test goes the same way, by the same launcher
 def test_torchrun_speaks_with_one_voice(inputs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
