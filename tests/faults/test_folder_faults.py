@@ -145,11 +145,12 @@ def test_a_result_that_can_not_be_written(
 ) -> None:
     run = tmp_path / "run"
     prelude = f"""
-import resource
+import os, resource
 import tunesmith.result
 write = tunesmith.result.write_{part}
 def limited(*args, **options):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    size = os.fstat(2).st_size + 700  # what the error takes on standard error, a file here
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return write(*args, **options)
 tunesmith.result.write_{part} = limited
 """
