@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     groups.append((2, [job("lost", "plain", SHARD, signal_after=[1, 3, signal.SIGKILL])]))
     groups.append((2, [job("refused", "plain", [*SHARD, "optim=muon"])]))
     codes, said = run_groups(groups, machine=2)
-    sys.stderr.write(f"{codes}")
     assert codes == [[0]] + [[0] * case[0] for case in CASES.values()] + [
         [143, 143], [143, 143], [0], [0] * 4, [0, 0], [1, -signal.SIGKILL], [2, 2],
     ]  # fmt: skip
