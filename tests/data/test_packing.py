@@ -176,3 +176,75 @@ def test_a_very_long_chat_needs_no_recursion() -> None:
         segments.append(make_segment([4, 5 + number % 7], number, 3 + 2 * number, [1]))
     plans = plan_step([Document(tuple(segments), Origin("made", 0))], micro_tokens=100)
     assert sum(len(plan.target) for plan in plans) == turns + 1
+
+
+def fewest_tokens(paths: list[tuple[int, ...]], bound: int) -> int:
+    """Tokens computed by the best of all ways to put paths into micro-batches."""
+    prefixes = [{path[:end] for end in range(1, len(path) + 1)} for path in paths]
+    every = (1 << len(paths)) - 1
+    cost = [0] * (every + 1)
+    for chosen in range(1, every + 1):
+        held = (prefixes[at] for at in range(len(paths)) if chosen >> at & 1)
+        cost[chosen] = len(set().union(*held))
+    best = [0] + [10**9] * every
+    for chosen in range(1, every + 1):
+        first = chosen & -chosen
+        others = rest = chosen ^ first
+        while True:
+            if cost[others | first] <= bound:
+                whole = best[rest ^ others] + cost[others | first]
+                best[chosen] = min(best[chosen], whole)
+            if not others:
+                break
+            others = (others - 1) & rest
+    return best[every]
+
+
+@st.composite
+def bushes(draw) -> list[tuple[int, ...]]:
+    """Two to seven paths that leave a few stems, each with an end of its own."""
+    fresh = iter(range(1, 10**6))
+
+    def grown(above: tuple[int, ...], most: int) -> tuple[int, ...]:
+        return above + tuple(next(fresh) for _ in range(draw(st.integers(1, most))))
+
+    stems: list[tuple[int, ...]] = [()]
+    for _ in range(draw(st.integers(1, 4))):
+        stems.append(grown(draw(st.sampled_from(stems)), 12))
+    return [grown(draw(st.sampled_from(stems)), 14) for _ in range(draw(st.integers(2, 7)))]
+
+
+def computed_tokens(paths: list[tuple[int, ...]], bound: int) -> int:
+    documents = [
+        Document((make_segment([*path, 9], -1, 0, [len(path)]),), Origin("made", n))
+        for n, path in enumerate(paths)
+    ]
+    return sum(plan.tokens for plan in plan_step(documents, micro_tokens=bound))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bushes(), st.floats(1.0, 3.0))
+def test_a_cut_loses_little_more_than_the_best_of_all_cuts(paths, room) -> None:
+    bound = int(max(map(len, paths)) * room)
+    best = fewest_tokens(paths, bound)
+    assert best <= computed_tokens(paths, bound) <= 1.34 * best
+
+
+def test_nearly_every_cut_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    ratios: list[float] = []
+    for _ in range(150):
+        fresh = iter(range(1, 10**6))
+        stems: list[tuple[int, ...]] = [()]
+        for _ in range(int(rng.integers(1, 5))):
+            above = stems[int(rng.integers(len(stems)))]
+            stems.append(above + tuple(next(fresh) for _ in range(int(rng.integers(1, 12)))))
+        paths = [
+            stems[int(rng.integers(len(stems)))]
+            + tuple(next(fresh) for _ in range(int(rng.integers(1, 15))))
+            for _ in range(int(rng.integers(2, 8)))
+        ]
+        bound = int(max(map(len, paths)) * rng.uniform(1, 3))
+        ratios.append(computed_tokens(paths, bound) / fewest_tokens(paths, bound))
+    assert np.mean(ratios) < 1.01
+    assert np.mean(np.array(ratios) == 1) > 0.95

@@ -22,7 +22,8 @@ Capture = pytest.CaptureFixture[str]
 def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
         "init", "doctor", "preview", "score", "select", "convert", "plan", "bench", "verify",
-        "launch", "train", "resume", "replay", "eval", "chat", "generate", "merge", "export", "schema",
+        "launch", "train", "resume", "replay", "eval", "chat", "generate", "merge", "export",
+        "schema",
     ]  # fmt: skip
 
 

@@ -167,7 +167,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super()._parse(source, name, filename)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        filters = cast("dict[str, Any]", self.filters)
+        filters = cast("dict[str, Any]", self.filters)  # pyright: ignore[reportUnknownMemberType]
         filters["tunesmith_bounded"] = bounded
         for name in _TEXT_FILTERS:
             if not hasattr(filters[name], _MARK):

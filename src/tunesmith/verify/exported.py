@@ -57,7 +57,7 @@ def same_logits(subject: Exported, documents: Sequence[Document]) -> Outcome:
     """Trained parameters to the bit, logits within rounding."""
     job = subject.job
     counts = {"documents": len(documents), "parameters": 0}
-    line = dict(
+    line: dict[str, Any] = dict(
         promise="P6", name="export = trained",
         compared=f"{subject.what}: trained weights to the bit, logits of every token",
         oracle="plain transformers and peft, reading the folder",
@@ -173,7 +173,7 @@ def _reload(job: Job, folder: Path) -> Any:
         "trust_remote_code": job.recipe.model.trust_remote_code,
     }
     if not hasattr(job.model.model, "peft_config"):
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model.to(job.device).eval()
     from peft import PeftModel
 

@@ -69,7 +69,7 @@ def fit_device(
             )
         model.offload = True
     asked, wanted = recipe.device.gradient_checkpointing, recipe.device.micro_tokens
-    modes: tuple[Mode, ...] = _possible(model) if asked == "auto" else (as_mode(asked),)
+    modes: list[Mode] = list(_possible(model)) if asked == "auto" else [as_mode(asked)]
     left = max(room - (held.total if held else 0), room // 8)
     dtype = model.head.weight.dtype
     cost = computed_cost(model.config, dtype=dtype)
