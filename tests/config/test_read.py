@@ -275,3 +275,11 @@ def test_whatever_stands_in_a_recipe_is_read_or_refused(
 def test_whatever_text_is_read_or_noted(text: str) -> None:
     document = read_document(text, "r.yaml")
     assert isinstance(document.data, dict)
+
+
+@pytest.mark.parametrize("text", ["<<: x", "[" * 5000, "a: " + "[" * 5000])
+def test_yaml_that_is_no_recipe_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        read_recipe(path)

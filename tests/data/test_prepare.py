@@ -252,3 +252,9 @@ def test_real_over_long_rows_add_up(template, policy):
     assert all(one.longest_path <= 20 for one in prepared.documents)
     lost = prepared.ledger.totals.tokens_truncated + prepared.ledger.totals.tokens_dropped
     assert (lost > 0) is (policy != "split")
+
+
+def test_a_row_of_which_one_token_would_be_left_is_dropped():
+    rows = Source("rows", rows=[{"input_ids": [3, 4]}, {"input_ids": [5]}])
+    with pytest.raises(DataError, match="1 too-long"):
+        prepare([rows], wrap_tokenizer(tiny_tokenizer()), max_length=1, too_long="truncate")

@@ -132,9 +132,10 @@ def test_a_copy_that_can_not_be_made_leaves_the_work_here(source, monkeypatch):
     def refused():
         raise BlockingIOError("no process left")
 
+    monkeypatch.setattr(module, "may_fork", lambda: True)
     monkeypatch.setattr(os, "fork", refused)
     prepared = run(source, processes=2)
-    assert len(prepared.documents) == ROWS - 2
+    assert alike(run(source), prepared)
     assert any("no process left" in note for note in prepared.notes)
 
 

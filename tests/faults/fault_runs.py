@@ -91,4 +91,4 @@ def assert_clean(done: Running, *, code: int) -> None:
     assert done.wait() == code, done.said
     assert "Traceback" not in done.said
     assert "error: " in done.said
-    assert "hint: " in done.said
+    assert "hint: " in done.said, done.said

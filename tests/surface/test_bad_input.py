@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -287,7 +288,7 @@ def test_a_thousand_bad_rows_are_counted_by_kind_and_few_are_shown(
     assert run(command(place, [])) == 2
     error = capsys.readouterr().err
     assert "1000 of 1000 rows" in error
-    assert error.count("rows.jsonl:") == 6
+    assert len(re.findall(r"rows\.jsonl:\d", error)) == 6
     assert len((tmp_path / "R-faults.jsonl").read_text().splitlines()) == 1000
 
 

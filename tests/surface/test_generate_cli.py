@@ -148,10 +148,11 @@ def test_a_run_is_asked_under_the_arguments_it_was_trained_with(
     rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows())
     for name, kwargs in (("calm", {"mood": "calm"}), ("none", {})):
         out = tmp_path / name
-        train(
-            model=str(model), out=out, progress=False, batch=4, train={"steps": 1},
-            data={"train": str(rows), "template_kwargs": kwargs}, device={"threads": 1},
-        )  # fmt: skip
+        recipe = {
+            "model": str(model), "batch": 4, "train": {"steps": 1}, "device": {"threads": 1},
+            "data": {"train": str(rows), "template_kwargs": kwargs},
+        }  # fmt: skip
+        train(recipe, out=out, progress=False)
         mood = kwargs.get("mood", "")
         more = ("--max-new-tokens", "1", "--overwrite")
         for folder in (out, out / "model"):

@@ -185,11 +185,11 @@ def test_a_run_with_a_template_of_a_file_can_be_run_from_another_folder(
     text = CHATML.replace("<|im_start|>", "<|im_start|>the ")
     (first / "own" / "chat.jinja").write_text(text)
     monkeypatch.chdir(first)
-    sections = {**SECTIONS, "data": {"train": str(folder / "rows.jsonl")}}
-    sections["data"]["template"] = "own/chat.jinja"
-    train(model=str(folder / "model"), out="run", progress=False, **sections)
+    data = {"train": str(folder / "rows.jsonl"), "template": "own/chat.jinja"}
+    recipe = {**SECTIONS, "model": str(folder / "model"), "data": data}
+    train(recipe, out="run", progress=False)
     assert str(first / "own" / "chat.jinja") in (first / "run" / "recipe.yaml").read_text()
-    train(model=str(folder / "model"), out="run", progress=False, resume=True, **sections)
+    train(recipe, out="run", progress=False, resume=True)
     monkeypatch.chdir(second)
     assert command(["train", str(first / "run" / "recipe.yaml"), "--out", "again"]) == 0
     assert_same(first / "run", second / "again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 
 from tunesmith.distributed.failure import is_told_here, leave_if_lost
-from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.errors import InputError, RecipeError, TunesmithError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """The parser's base of wrong usage; typer brings click along or imports it, by version."""
@@ -31,6 +32,17 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         # Whoever read our output has closed it; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)[:60]
+        return show_error(
+            InputError(
+                "no file or folder can have so long a name",
+                where=f"{name}…",
+                hint="a folder, a file or section.key=value is taken here",
+            )
+        )
     except _UsageError as error:
         return show_error(_usage_error(error, arguments))
     return code if isinstance(code, int) else 0

@@ -66,12 +66,18 @@ def read_document(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error, name))
         return document
+    except RecursionError:
+        document.complain((), "it is nested too deeply")
+        return document
     if node is None:
         return document
     if not isinstance(node, yaml.MappingNode):
         document.complain((), "a recipe is a mapping of sections", "such as `model: NAME`")
         return document
-    document.data = cast("dict[str, Any]", _Reader(loader, document, name).value(node, ()))
+    try:
+        document.data = cast("dict[str, Any]", _Reader(loader, document, name).value(node, ()))
+    except yaml.YAMLError as error:  # a merge of what is no mapping
+        document.problems.append(_syntax_problem(error, name))
     return document
 
 

@@ -95,9 +95,9 @@ def _open(source: RecipeSource) -> Document:
     if isinstance(source, Mapping):
         return plain_document(source, "")
     path = Path(source)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
     try:
+        if path.is_dir() and (path / "recipe.yaml").is_file():
+            path = path / "recipe.yaml"
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(
@@ -109,7 +109,7 @@ def _open(source: RecipeSource) -> Document:
             where=str(path),
             hint="give a recipe file, or the folder of a run",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError: not UTF-8, or no name of a file
         hint = "a recipe is YAML in UTF-8 that you may read"
         raise RecipeError(f"can't be read: {error}", where=str(path), hint=hint) from None
     document = read_document(text, str(path))

@@ -176,6 +176,8 @@ def fit_stream(
         return Rendered(None, "dropped", TOO_LONG, len(array), 0)
     segments = [_piece(array, first, start, end) for start, end in pieces]
     kept = tuple(segment for segment in segments if len(segment.index))
+    if not kept:  # one token is left of it, and nothing before that to predict it from
+        return Rendered(None, "dropped", TOO_LONG, len(array), 0)
     cut = sum(len(segment.ids) for segment in kept) < len(array)
     return Rendered(
         Document(kept, origin),

@@ -162,14 +162,18 @@ def writing_result(folder: Path) -> Iterator[None]:
     Raises:
         RunError: it can't be, in place of what the system says.
     """
+    hint = f"`tunesmith resume {folder}` writes it once it can be written"
     try:
         yield
+    except RunError as error:
+        message = f"{error.message}; the training is done and saved"
+        raise RunError(message, where=error.where, hint=error.hint or hint) from error
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RunError(
             f"the result can't be written: {reason}; the training is done and saved",
             where=str(folder),
-            hint=f"`tunesmith resume {folder}` writes it once it can be written",
+            hint=hint,
         ) from error
 
 
