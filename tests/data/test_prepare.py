@@ -258,3 +258,14 @@ def test_a_row_of_which_one_token_would_be_left_is_dropped():
     rows = Source("rows", rows=[{"input_ids": [3, 4]}, {"input_ids": [5]}])
     with pytest.raises(DataError, match="1 too-long"):
         prepare([rows], wrap_tokenizer(tiny_tokenizer()), max_length=1, too_long="truncate")
+
+
+def test_half_of_a_character_is_a_fault_of_its_row():
+    rows = [{"text": "whole 𝔘"}, {"text": "half \ud835"}]
+    prepared = prepare(
+        [Source("rows", rows=rows)], wrap_tokenizer(tiny_tokenizer()), max_length=None,
+        bad_rows="drop",
+    )  # fmt: skip
+    assert len(prepared.documents) == 1
+    ((origin, fault),) = prepared.faults
+    assert (origin.row, fault.kind) == (1, "broken-text")

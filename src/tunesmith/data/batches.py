@@ -67,7 +67,11 @@ def render_batch(
         except RowError as error:
             results[at] = error.fault
         else:
-            again.append((at, steps, wanted))
+            if any(_broken(text) for text, _ in wanted):
+                steps.close()
+                results[at] = _BROKEN
+            else:
+                again.append((at, steps, wanted))
 
     again = waiting
     for at, task in enumerate(tasks):
@@ -79,6 +83,24 @@ def render_batch(
             go_on(at, steps, [next(found) for _ in wanted])
         waiting = again
     return [results[at] for at in range(len(tasks))]
+
+
+_BROKEN = Fault(
+    "broken-text",
+    "its text has half of a character that UTF-16 writes as two (a lone surrogate)",
+    "write the rows again from a source that is still whole, or leave the row out",
+)
+
+
+def _broken(text: str) -> bool:
+    """True for text that no tokenizer takes, since it can't be written as UTF-8."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _start(task: Task, template: Template, options: Options) -> Rendering:

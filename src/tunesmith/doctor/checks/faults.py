@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome
 
-READING = frozenset({"invalid-json", "invalid-encoding", "invalid-csv"})
+READING = frozenset({"invalid-json", "invalid-encoding", "invalid-csv", "broken-text"})
 SHAPE = frozenset(
     {
         "wrong-type",
