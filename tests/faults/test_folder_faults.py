@@ -60,12 +60,14 @@ def test_a_second_run_is_locked_out_until_the_first_is_gone(
     run = tmp_path / "run"
     first = place.start(run, prelude=STUCK.format(first="pass"))
     try:
-        first.until(lambda: (run / "checkpoints" / "step-3").is_dir())
-        before = (run / "metrics.jsonl").read_bytes()
+        said = '"event": "checkpoint", "step": 3}\n'  # written once the folder is there
+        metrics = run / "metrics.jsonl"
+        first.until(lambda: metrics.exists() and said in metrics.read_text())
+        before = metrics.read_bytes()
         for second in (place.run(run), place.resume(run)):
             assert_clean(second, code=2)
             assert f"process {first.pid} on {socket.gethostname()}" in second.said
-        assert (run / "metrics.jsonl").read_bytes() == before
+        assert metrics.read_bytes() == before
     finally:
         first.kill()
     assert first.wait() == -9
