@@ -1,53 +1,26 @@
-"""The main job, end to end: from a recipe to a run folder with a model in it."""
+"""The calls that train: their arguments, read into a recipe, and the folder they work in."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.launch import ranks_to_start
 from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.train.folder import (
-    RunFolder,
-    is_run,
-    open_run,
-    read_json,
-    write_json,
-    write_text,
-    writing_result,
-)
-from tunesmith.train.job import run_files
-from tunesmith.train.lock import LOCK
+from tunesmith.run.conduct import Run, conduct
+from tunesmith.train.folder import RunFolder, is_run, open_run, read_json
 
 if TYPE_CHECKING:
     from tunesmith.train.assemble.given import Given
-    from tunesmith.train.job import Job
 
 
 Data = str | PathLike[str] | Sequence[str] | Iterable[Mapping[str, Any]]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run."""
-
-    folder: Path
-    model_folder: Path
-    steps: int
-    metrics: Mapping[str, float]  # last training loss, held-out numbers by set: `eval/nll`, ...
-    model: Any  # the trained transformers or peft model
-    tokenizer: Any
 
 
 def train(
@@ -139,7 +112,7 @@ def train_recipe(
 
             same_recipe(folder.path, asked)
         beside = _recipe_folders(recipe_file)
-        return _run(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
+        return conduct(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
 
 
 def _connect(asked: Recipe) -> Ranks:
@@ -188,7 +161,7 @@ def resume(
     ranks = _connect(asked)
     with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
         beside = _recipe_folders(path)
-        return _run(
+        return conduct(
             folder, asked, Given(),
             ranks=ranks, beside=beside, changed_data=changed_data, progress=progress,
         )  # fmt: skip
@@ -244,148 +217,3 @@ def _recipe_folders(recipe: RecipeSource) -> list[Path]:
         started = read_json(folder / "machine.json").get("folder")
         folders += [Path(started)] if started else []
     return folders
-
-
-def _run(
-    folder: RunFolder,
-    asked: Recipe,
-    given: Given,
-    *,
-    ranks: Ranks,
-    beside: Sequence[Path],
-    changed_data: bool = False,
-    progress: bool,
-) -> Run:
-    """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
-    from tunesmith.train.build import build
-    from tunesmith.train.console import announce
-
-    path = folder.path
-    faults = path.with_name(f"{path.name}-faults.jsonl")
-    try:
-        job = build(asked, given=given, folders=beside, faults_file=faults, ranks=ranks)
-        if not folder.resumed and ranks.first:
-            folder.clear(_needed(asked, given, job, beside))
-    except BaseException:
-        if not folder.resumed and ranks.first:
-            _remove_unused(path)
-        raise
-    progress = progress and ranks.first
-    if progress:
-        announce([f"run: {path}", *folder.notes, *job.notes])
-    if folder.resumed:
-        from tunesmith.train.again import check_data
-
-        check_data(path, job, changed_data=changed_data)
-    elif ranks.first:
-        _write_start(path, asked, job)
-    try:
-        return _train_and_export(folder, job, progress=progress)
-    finally:
-        job.loss.close()  # the model may be the caller's own
-
-
-def _needed(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> list[Path]:
-    """Files and folders that the run reads."""
-    from tunesmith.train.sources import make_sources
-
-    sections = [] if given.rows is not None else list(asked.data.train)
-    if given.eval_rows is None and isinstance(asked.data.eval, Mapping):
-        sections += [section for group in asked.data.eval.values() for section in group]
-    sources = make_sources(sections, asked.data, folders=beside)
-    paths = [source.path for source in sources if source.path is not None]
-    if job.source is not None:
-        paths += [job.source.folder, job.source.tokenizer_folder]
-    return paths
-
-
-def _remove_unused(path: Path) -> None:
-    if all(entry.name == LOCK for entry in path.iterdir()):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_start(path: Path, asked: Recipe, job: Job) -> None:
-    """What a run is known by; recipe.yaml comes last, since with it the folder counts as a run."""
-    from tunesmith.train.metrics import machine_record
-
-    files = run_files(path)
-    machine = {
-        **machine_record(),
-        "world_size": job.ranks.count,
-        "folder": str(Path.cwd()),
-        "asked": to_plain(asked),
-        "chosen": job.chosen,
-        "model_commit": job.source.commit if job.source else None,
-        "data": dict(job.prepared.content_hashes),
-        "eval": {held.name: held.content_hash for held in job.eval_sets},
-        "template": {"name": job.template.name, "sha256": job.template.sha256},
-        "rendered_row": job.prepared.sample_text,
-    }
-    job.prepared.ledger.save(files["ledger"])
-    if job.own_objective is not None:
-        machine["objective"] = job.own_objective.sha256
-        job.own_objective.keep(path)
-    write_json(files["machine"], machine)
-    write_text(files["recipe"], to_yaml(job.recipe))
-
-
-def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
-    from tunesmith.result import sampler, take_best, write_result
-    from tunesmith.train.again import restore
-    from tunesmith.train.checkpoint import clean_checkpoints
-    from tunesmith.train.trainer import Trainer
-
-    path, files = folder.path, run_files(folder.path)
-    if job.ranks.first:
-        clean_checkpoints(path)
-    job.ranks.meet()
-    trainer = Trainer(job, path, [])
-    if folder.resumed:
-        restore(trainer, path, progress=progress)
-    kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
-    sinks: list[Any] = []
-    samples = None
-    if job.ranks.first:
-        sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
-        samples = sampler(job, files["samples"], after_step=kept)
-    trainer.sinks, trainer.on_eval = sinks, samples
-    try:
-        trainer.fit()
-    except BaseException:
-        for sink in sinks:
-            with suppress(Exception):  # what stopped the run is what must be told
-                sink.close()
-        raise
-    for sink in sinks:
-        sink.close()
-    take_best(trainer)
-    if job.reduce.sharded is not None:
-        job.reduce.sharded.gather()
-    metrics: Mapping[str, float] = {}
-    if job.ranks.first:
-        with writing_result(path):
-            trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
-            metrics = write_result(path, job)
-    job.ranks.wait()
-    metrics = job.ranks.share(metrics)
-    return Run(
-        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
-    )
-
-
-def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: bool) -> list[Any]:
-    from tunesmith.train.console import ConsoleSink
-    from tunesmith.train.metrics import JsonlSink
-    from tunesmith.train.trackers import TrackedRun, open_tracker
-
-    tracked = TrackedRun(
-        folder=folder.path,
-        project=job.recipe.log.project,
-        recipe=to_plain(job.recipe),
-        resumed=folder.resumed,
-    )
-    sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]
-    sinks += [open_tracker(name, tracked) for name in job.recipe.log.to]
-    if progress:
-        sinks.append(ConsoleSink(job.total_steps, done_steps=after_step or 0))
-    return sinks
