@@ -13,27 +13,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.config.dump import science_dict
 from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
 from tunesmith.errors import InterruptedRun
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.checkpoint import (
-    TrainState,
-    load_checkpoint,
-    parts_folder,
-    save_checkpoint,
-)
 from tunesmith.train.dealt import dealt_to, plan_for_ranks
 from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
 from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
-from tunesmith.train.metrics import Sink, peak_memory, versions
-from tunesmith.train.optimizer_state import load_optimizer, parts_writer, whole_optimizer
+from tunesmith.train.metrics import Sink, peak_memory
 from tunesmith.train.rng import capture_rng, restore_rng, seed_step
 from tunesmith.train.rows import RowLosses
+from tunesmith.train.saving import Kept, Saving, Standing
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
 from tunesmith.train.stopping import AbandonedError, Stopping
 from tunesmith.train.watchdog import Watchdog
@@ -67,9 +60,8 @@ class Trainer:
         self.stopping = Stopping()
         rank = None if job.ranks.alone else job.ranks.rank
         self.watchdog = Watchdog(job.recipe.device.watchdog, folder, rank=rank)
-        self._asked_micro_tokens = job.micro_tokens
+        self.saving = Saving(job, folder)
         self._owed = False  # an evaluation of this step that was left in the middle
-        self._saved: int | None = None
         self._eval_due = Due(job.recipe.eval.every, job.order.epoch_after)
         self._save_due = Due(job.recipe.checkpoint.every, job.order.epoch_after)
 
@@ -107,54 +99,26 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, to the bit where it was saved."""
-        state = load_checkpoint(checkpoint)
-        load_optimizer(self.job, checkpoint, state)
-        self.rows.restore(state.model)
-        self.job.loss.restore(state.model)
-        self.guard.restore(state.model)
-        self.best = state.meta.get("best")
-        self._owed = state.meta.get("owed_evaluation", False)
-        self.step = self._saved = state.step
-        restore_rng(state.rng)
+        at = self.saving.restore(checkpoint, self._kept)
+        self.step, self.best, self._owed = at.step, at.best, at.owed
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless that was just done."""
-        if self._saved == self.step:
-            return
         self.watchdog.beat(f"the checkpoint of step {self.step}")
-        best = int(self.best["step"]) if self.best else None
-        state = TrainState(
-            step=self.step,
-            model={**self.rows.tensors(), **self.guard.tensors(), **self.job.loss.tensors()},
-            optimizer=whole_optimizer(self.job),
-            rng=capture_rng(),
-            meta=self.meta(),
-            parts=parts_writer(self.job),
-        )
-        if self.job.ranks.first:
-            keep = self.job.recipe.checkpoint.keep
-            save_checkpoint(self.folder, state, keep=keep, best=best, good=self._saved)
-        elif state.parts is not None:
-            state.parts(parts_folder(self.folder, self.step))
-        self.job.ranks.meet()
-        self._saved = self.step
-        self._emit({"kind": "event", "event": "checkpoint", "step": self.step})
+        if self.saving.save(self._standing, self._kept):
+            self._emit({"kind": "event", "event": "checkpoint", "step": self.step})
 
     def meta(self) -> dict[str, Any]:
         """What a resume must find the same, and what it takes over."""
-        return {
-            "science": science_dict(self.job.recipe),
-            "versions": versions(),
-            "world_size": self.job.ranks.count,
-            "threads": torch.get_num_threads(),
-            "device": str(self.job.device.type),
-            "deterministic": self.job.recipe.device.deterministic,
-            "micro_tokens": self.job.micro_tokens,
-            "micro_tokens_asked": self._asked_micro_tokens,
-            "owed_evaluation": self._owed,
-            "data": dict(self.job.prepared.content_hashes),
-            "best": self.best,
-        }
+        return self.saving.meta(self._standing)
+
+    @property
+    def _standing(self) -> Standing:
+        return Standing(self.step, self.best, self._owed)
+
+    @property
+    def _kept(self) -> tuple[Kept, ...]:
+        return self.rows, self.guard, self.job.loss
 
     def advance_to(self, step: int) -> None:
         """The steps up to this one with their records; nothing is evaluated or saved."""
@@ -278,7 +242,7 @@ class Trainer:
                 self.on_eval(self.step)
         self._owed = False
         if again:
-            self._saved = None
+            self.saving.forget()
             self.save()
         # Last, since a resume does not repeat the evaluation of the step it goes on from.
         if job.recipe.train.result == "best" and self.best and self.best["step"] == self.step:
