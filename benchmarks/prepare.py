@@ -11,7 +11,8 @@ TRL prepares with as many processes as the machine has cores, and with one; its 
 will see it. TRL renders a chat once, or, for the same outcome, is given a row for every turn.
 Ids and labels are compared turn by turn, but for what the template writes after a stop token.
 `--long` also prepares GiB of text, repeated rows under changing numbers, and writes down the
-largest memory of a process, and the time of a second start. Writes results/prepare.json and .md; what `--only` leaves out stays as it was.
+largest memory of a process, and the time of a second start. Writes results/prepare.json and .md;
+what `--only` leaves out stays as it was.
 """
 
 from __future__ import annotations
