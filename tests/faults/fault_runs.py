@@ -26,6 +26,7 @@ save = Trainer.save
 def saved(self):
     save(self)
     if self.step == {step}:
+        self._settle()
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.save = saved
 """

@@ -36,6 +36,7 @@ from tunesmith.train.trainer import Trainer
 save = Trainer.save
 def prepared(self):
     if self.step == 3:
+        self._settle()
         {first}
     save(self)
 Trainer.save = prepared
@@ -58,7 +59,8 @@ def test_a_second_run_is_locked_out_until_the_first_is_gone(
     place: Place, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = place.start(run, prelude=STUCK.format(first="pass"))
+    at_once = ["checkpoint.background=false"]
+    first = place.start(run, at_once, prelude=STUCK.format(first="pass"))
     try:
         said = '"event": "checkpoint", "step": 3}\n'  # written once the folder is there
         metrics = run / "metrics.jsonl"

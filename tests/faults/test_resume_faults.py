@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from fault_runs import Place, assert_clean, assert_same_run
+from fault_runs import KILL_AFTER, Place, assert_clean, assert_same_run
 
 from tiny import chat_rows, write_jsonl
 
@@ -89,9 +89,7 @@ def moving(place: Place, tmp_path: Path) -> tuple[Path, Path]:
     """A run that was killed after step 6, and rows of its own."""
     rows = write_jsonl(tmp_path / "own.jsonl", chat_rows(14))
     run = tmp_path / "run"
-    prelude = "import os, signal\nfrom tunesmith.train.trainer import Trainer\nsave = Trainer.save"
-    prelude += "\ndef saved(self):\n    save(self)\n    self.step == 6 and os.kill(os.getpid(), 9)"
-    prelude += "\nTrainer.save = saved"
+    prelude = KILL_AFTER.format(step=6)
     done = place.server.run(place.arguments(run, rows=rows), prelude=prelude)
     assert done.code == -9, done.said
     return run, rows

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tunesmith.errors import CheckpointError
 from tunesmith.train import checkpoint as module
+from tunesmith.train import tensorfile
 from tunesmith.train.checkpoint import (
     TrainState,
     clean_checkpoints,
@@ -199,7 +200,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, cal
 
 
 def test_large_tensors_are_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 100)
+    monkeypatch.setattr(tensorfile, "BLOCK", 100)
     saved = state(3, size=1000)
     assert_same(load_checkpoint(save_checkpoint(tmp_path, saved, keep=1)), saved)
 

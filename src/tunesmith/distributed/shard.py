@@ -150,10 +150,10 @@ class Sharded(Replicated):
             dist.all_reduce(square, group=self._mesh.get_group())
         return square.sqrt().float()
 
-    def spread(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def spread(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
         """An optimizer's state over the parts as tensors that know their place in the whole.
 
-        Keys are KIND.NAME; they share the memory of what is given.
+        Keys are KIND.NAME; they share the memory of what is given, or `bare` have none.
         """
         from torch.distributed.tensor import DTensor
 
@@ -164,7 +164,7 @@ class Sharded(Replicated):
                 found[key] = tensor
                 continue
             found[key] = DTensor.from_local(
-                tensor,
+                tensor.to("meta") if bare else tensor,
                 whole.device_mesh,
                 whole.placements,
                 run_check=False,
@@ -189,9 +189,10 @@ class Sharded(Replicated):
             found[key] = placed.to_local()
         return found
 
-    def meet(self) -> None:
-        """Wait for every rank."""
-        self._ranks.meet()
+    @property
+    def ranks(self) -> Ranks:
+        """Those that hold the parts."""
+        return self._ranks
 
     @torch.no_grad()
     def gather(self) -> None:

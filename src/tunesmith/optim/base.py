@@ -148,6 +148,13 @@ class Optimizer:
         kept = (t for slot in self._slots.values() for t in (slot.rest, *slot.state.values()))
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of `state_dict`."""
+        kept = (t for slot in self._slots.values() for t in slot.state.values())
+        masters = 4 * sum(slot.parameter.numel() for slot in self._slots.values())
+        return masters + sum(t.numel() * t.element_size() for t in kept)
+
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """The norm of all gradients; the next `step` scales them down to `max_norm` as it goes.
@@ -191,12 +198,17 @@ class Optimizer:
         parameters of any precision. What the rule keeps, and the masters of float32 parameters, are
         the live tensors, not copies.
         """
-        state = {"steps": torch.tensor(self.steps)}
+        return dict(self.state_items())
+
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """The entries of `state_dict` one at a time, so that no two masters that were joined for it
+        need be there at once.
+        """
+        yield "steps", torch.tensor(self.steps)
         for name, slot in self._slots.items():
-            state[f"master.{name}"] = _master(slot).view(slot.parameter.shape)
+            yield f"master.{name}", _master(slot).view(slot.parameter.shape)
             for kind, tensor in slot.state.items():
-                state[f"{kind}.{name}"] = _shaped(tensor, slot.parameter)
-        return state
+                yield f"{kind}.{name}", _shaped(tensor, slot.parameter)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -8,23 +8,23 @@ and renamed; so no moment of a crash leaves a folder named `step-N` that is not 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.errors import CheckpointError
 from tunesmith.train.folder import sync_folder
 from tunesmith.train.rng import RngState
+from tunesmith.train.tensorfile import encoded, file_digest, write_synced
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,23 +34,10 @@ PARTS = "parts"
 TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
-COMPARED = ("versions", "world_size", "threads", "device", "deterministic")
+COMPARED = ("versions", "world_size", "context", "threads", "device", "deterministic")
 """Entries of `TrainState.meta` on which bitwise resume depends."""
 
 _STEP = re.compile(r"step-(\d+)$")
-_BLOCK = 1 << 24
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +49,7 @@ class TrainState:
     optimizer: Mapping[str, Tensor]  # float32 masters of the trained parameters, moments, counter
     rng: RngState
     meta: Mapping[str, Any]  # JSON: recipe hash, versions, world size, threads, best eval, ...
-    parts: Callable[[Path], None] | None = None  # writes the optimizer into a folder with others
+    finish_parts: Callable[[], None] | None = None  # once all ranks have written theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +74,76 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written; the earlier ones are as they were.
     """
+    begin_checkpoint(run, state.step, keep=keep, spared={best, good})
+    return complete_checkpoint(run, state, keep=keep, best=best)
+
+
+def begin_checkpoint(run: Path, step: int, *, keep: int, spared: Collection[int | None]) -> Path:
+    """Make room, and the folder that is to become `run/checkpoints/step-N`.
+
+    Raises:
+        CheckpointError: it can't be made.
+    """
+    parent = run / "checkpoints"
+    aside = parent / f"step-{step}{ASIDE}"
+    with writing_told(run, step):
+        parent.mkdir(parents=True, exist_ok=True)
+        clean_checkpoints(run)
+        _prune(parent, step, keep=keep, spared=spared, later=False)
+        aside.mkdir()
+    return aside
+
+
+def complete_checkpoint(
+    run: Path,
+    state: TrainState,
+    *,
+    keep: int,
+    best: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write `state` into the folder that `begin_checkpoint` made, and give it its name.
+
+    `between` is called now and then, and may raise to leave the folder as it is.
+
+    Raises:
+        CheckpointError: it can't be written; the earlier ones are as they were.
+    """
     parent = run / "checkpoints"
     final = parent / f"step-{state.step}"
     aside = parent / f"{final.name}{ASIDE}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        clean_checkpoints(run)
-        _prune(parent, state.step, keep=keep, spared={best, good}, later=False)
-        aside.mkdir()
-        _write_files(aside, state)
+    with writing_told(run, state.step):
+        _write_files(aside, state, between)
         sync_folder(aside)
         if final.exists():
             os.rename(final, parent / f"{final.name}{REPLACED}")
         os.rename(aside, final)
         sync_folder(parent)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise _write_error(run, final, error) from error
     clean_checkpoints(run)
     _prune(parent, state.step, keep=keep, spared={best}, later=True)
     return final
 
 
+@contextmanager
+def writing_told(run: Path, step: int, *, first: bool = True) -> Iterator[None]:
+    """An error of the system inside becomes one that says which checkpoint can't be written.
+
+    `first`: what was begun of it is removed.
+
+    Raises:
+        CheckpointError: in place of an OSError.
+    """
+    final = run / "checkpoints" / f"step-{step}"
+    try:
+        yield
+    except OSError as error:
+        if first:
+            shutil.rmtree(final.with_name(f"{final.name}{ASIDE}"), ignore_errors=True)
+        raise _write_error(run, final, error) from error
+
+
 def parts_folder(run: Path, step: int) -> Path:
-    """Where the other ranks write their parts while the first one saves the checkpoint."""
+    """Where the ranks write their parts before the first one completes the checkpoint."""
     return run / "checkpoints" / f"step-{step}{ASIDE}" / PARTS
 
 
@@ -178,7 +211,7 @@ def _file_damage(path: Path, size: int, digest: str) -> str | None:
         found = path.stat().st_size
         if found != size:
             return f"{path.name} has {found} bytes instead of {size}"
-        if _file_digest(path) != digest:
+        if file_digest(path) != digest:
             return f"{path.name} has other contents than were written (SHA-256 differs)"
     except OSError as error:
         return f"{path.name}: {error.strerror or error}"
@@ -222,17 +255,18 @@ def _pairs(entry: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
         yield name, before.get(name, "absent"), now.get(name, "absent")
 
 
-def _write_files(folder: Path, state: TrainState) -> None:
+def _write_files(folder: Path, state: TrainState, between: Callable[[], None]) -> None:
     tensors = (state.model, state.optimizer, state.rng.tensors)
     files: dict[str, dict[str, Any]] = {}
     for name, group in zip(TENSOR_FILES, tensors, strict=True):
-        files[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", _encoded(group))
-    if state.parts is not None:
-        state.parts(folder / PARTS)
+        path = folder / f"{name}.safetensors"
+        files[path.name] = write_synced(path, encoded(group), between)
+    if state.finish_parts is not None:
+        state.finish_parts()
         for file in sorted((folder / PARTS).iterdir()):
             files[f"{PARTS}/{file.name}"] = {
                 "bytes": file.stat().st_size,
-                "sha256": _file_digest(file),
+                "sha256": file_digest(file),
             }
         sync_folder(folder / PARTS)
     rest = {
@@ -240,53 +274,9 @@ def _write_files(folder: Path, state: TrainState) -> None:
         "meta": dict(state.meta),
         "rng": {"numpy": state.rng.numpy, "python": state.rng.python},
     }
-    files[STATE] = _write(folder / STATE, [json.dumps(rest).encode()])
+    files[STATE] = write_synced(folder / STATE, [json.dumps(rest).encode()], between)
     manifest = {"format": FORMAT, "step": state.step, "files": files}
-    _write(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()])
-
-
-def _encoded(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: one tensor at a time is brought to the CPU, none is copied."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel() == 0:  # its elements can't be seen as bytes
-            continue
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        yield flat.view(torch.uint8).numpy().data
-
-
-def _write(path: Path, pieces: Any) -> dict[str, Any]:
-    """Write and bring to the disk; size and digest are of what was meant to be written."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for piece in pieces:
-            for start in range(0, len(piece), _BLOCK):
-                block = piece[start : start + _BLOCK]
-                digest.update(block)
-                file.write(block)
-                size += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    write_synced(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()], between)
 
 
 def _checkpoints(parent: Path) -> list[tuple[int, Path]]:

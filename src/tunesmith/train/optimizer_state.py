@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -12,23 +12,19 @@ from tunesmith.train.checkpoint import PARTS, TrainState
 from tunesmith.train.job import Job
 
 
-def whole_optimizer(job: Job) -> Mapping[str, Tensor]:
-    """What of the optimizer goes into the file of this rank: all, or nothing where all ranks write
-    parts, or where another rank writes.
+def own_items(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """What of the optimizer this rank writes: all, its part, or nothing where the first rank writes
+    for all.
     """
-    if job.reduce.sharded is not None or not job.ranks.first:
-        return {}
-    return job.optimizer.state_dict()
+    if job.reduce.sharded is None and not job.ranks.first:
+        return iter(())
+    return job.optimizer.state_items()
 
 
-def parts_writer(job: Job) -> Callable[[Path], None] | None:
-    """What writes this rank's part into a folder, together with the others; None if it has all."""
-    shards = job.reduce.sharded
-    if shards is None:
-        return None
-    from tunesmith.distributed.saved import save_parts
-
-    return lambda folder: save_parts(folder, job.optimizer, shards)
+def own_bytes(job: Job) -> int:
+    """Bytes of `own_items`."""
+    writes = job.reduce.sharded is not None or job.ranks.first
+    return job.optimizer.saved_bytes if writes else 0
 
 
 def load_optimizer(job: Job, checkpoint: Path, state: TrainState) -> None:

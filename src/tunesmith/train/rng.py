@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,16 @@ def capture_rng() -> RngState:
         [name, [int(word) for word in words], int(position), int(has_gauss), float(cached)],
         [version, list(inner), gauss],
     )
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """What is drawn inside counts for nothing afterwards."""
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,15 @@ from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
 from tunesmith.errors import InterruptedRun
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.dealt import dealt_to, plan_for_ranks
+from tunesmith.train.background import State
+from tunesmith.train.dealt import own_part, own_plans, step_plans
 from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
 from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
 from tunesmith.train.metrics import Sink, peak_memory
-from tunesmith.train.rng import capture_rng, restore_rng, seed_step
+from tunesmith.train.rng import rng_kept, seed_step
 from tunesmith.train.rows import RowLosses
 from tunesmith.train.saving import Kept, Saving, Standing
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
@@ -60,7 +61,7 @@ class Trainer:
         self.stopping = Stopping()
         rank = None if job.ranks.alone else job.ranks.rank
         self.watchdog = Watchdog(job.recipe.device.watchdog, folder, rank=rank)
-        self.saving = Saving(job, folder)
+        self.saving = Saving(job, folder, self._emit)
         self._owed = False  # an evaluation of this step that was left in the middle
         self._eval_due = Due(job.recipe.eval.every, job.order.epoch_after)
         self._save_due = Due(job.recipe.checkpoint.every, job.order.epoch_after)
@@ -74,7 +75,7 @@ class Trainer:
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
-        with self.watchdog.watching(), self.job.ranks.guarded():
+        with self.watchdog.watching(), self.job.ranks.guarded(), self._writing_ended():
             self._try_longest()
             if self.step == 0 or self._owed:
                 self._evaluate()
@@ -84,12 +85,14 @@ class Trainer:
                         self._advance()
                     except AbandonedError:
                         self._stop(self.stopping.signal)
+                self._settle()
 
     def _advance(self) -> None:
         """A step, and what is due after it."""
         self._one_step()
         last = self.step == self.job.total_steps
-        evaluates, saves, stop = self._agreed(self.stopping.signal)
+        evaluates, saves, stop, writing = self._agreed(self.stopping.signal)
+        self.saving.proceed(writing)
         if last or evaluates:
             self._evaluate()
         if last or stop or saves:
@@ -105,8 +108,20 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of the current step, unless that was just done."""
         self.watchdog.beat(f"the checkpoint of step {self.step}")
-        if self.saving.save(self._standing, self._kept):
-            self._emit({"kind": "event", "event": "checkpoint", "step": self.step})
+        self.saving.save(self._standing, self._kept)
+
+    def _settle(self) -> None:
+        self.watchdog.beat("the writing of a checkpoint")
+        self.saving.settle()
+
+    @contextmanager
+    def _writing_ended(self) -> Iterator[None]:
+        """After an error no checkpoint is being written any more."""
+        try:
+            yield
+        except BaseException as error:
+            self.saving.leave(error)
+            raise
 
     def meta(self) -> dict[str, Any]:
         """What a resume must find the same, and what it takes over."""
@@ -154,7 +169,7 @@ class Trainer:
     def _learn(self, number: int, lr: float) -> StepResult:
         job = self.job
         documents, plans = self.planned(number)
-        mine = dealt_to(plans, job.ranks.rank, ranks=job.ranks.count, costs=job.costs)
+        mine = own_plans(plans, job.ranks, costs=job.costs)
         job.loss.begin(job.model, number, self.planned, job.device)
         return train_step(
             job.model, job.optimizer, mine, self._loss,
@@ -189,24 +204,25 @@ class Trainer:
         """Documents and micro-batches of a step, counted from 0, for all ranks."""
         job = self.job
         documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
-        plans = plan_for_ranks(
-            documents, job.ranks.count, costs=job.costs,
+        plans = step_plans(
+            documents, job.ranks, costs=job.costs,
             micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
         )  # fmt: skip
         return documents, plans
 
-    def _agreed(self, received: int) -> tuple[bool, bool, int]:
-        """Whether an evaluation and a checkpoint are due by the first rank's clock, and the signal
-        that came to any rank, 0 for none.
+    def _agreed(self, received: int) -> tuple[bool, bool, int, State]:
+        """Whether an evaluation and a checkpoint are due by the first rank's clock, the signal that
+        came to any rank, 0 for none, and how far all ranks are with a checkpoint.
         """
         first = self.job.ranks.first
         own = [
             first and self._eval_due.after(self.step),
             first and self._save_due.after(self.step),
             received,
+            self.saving.state,
         ]
-        evaluates, saves, stop = self.job.ranks.most(own)
-        return bool(evaluates), bool(saves), int(stop)
+        evaluates, saves, stop, writing = self.job.ranks.most(own)
+        return bool(evaluates), bool(saves), int(stop), State(int(writing))
 
     def _metrics(
         self, result: StepResult, tokens: list[int], lr: float, seconds: float
@@ -238,7 +254,7 @@ class Trainer:
             self.best = {"step": self.step, "nll": records[0]["nll"]}
         if job.eval_sets and self.on_eval is not None:
             self.watchdog.beat(f"the samples after step {self.step}")
-            with _random_state_kept():
+            with rng_kept():
                 self.on_eval(self.step)
         self._owed = False
         if again:
@@ -280,6 +296,7 @@ class Trainer:
         saved = "it is saved" if self.step else "there was nothing to save"
         if self.step:
             self.save()
+            self._settle()
         self._emit({"kind": "event", "event": "interrupted", "signal": name, "step": self.step})
         raise InterruptedRun(
             f"stopped by {name} after step {self.step} of {self.job.total_steps}; {saved}",
@@ -297,21 +314,13 @@ class Trainer:
         def attempt() -> None:
             plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
             for plan in plans[:1]:
+                plan = own_part(plan, job.ranks.context)
                 job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
 
-        with _random_state_kept():
+        with rng_kept():
             self._with_less_memory(attempt, [longest], "with the longest document", self.step)
         job.optimizer.zero_grad()
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(record)
-
-
-@contextmanager
-def _random_state_kept():
-    state = capture_rng()
-    try:
-        yield
-    finally:
-        restore_rng(state)

@@ -23,6 +23,10 @@ class CheckpointSection(Section):
     keep: Count = Field(
         default=2, ge=1, description="newest checkpoints kept; the best one is spared"
     )
+    background: Literal["auto"] | bool = Field(
+        default="auto",
+        description="write beside the next steps, from a copy; auto: where memory for it is free",
+    )
 
 
 class EvalSection(Section):
