@@ -143,7 +143,7 @@ def main() -> None:
     found = measure(job, arguments.rounds)
     tested = self_test_seconds(job)
     lines = [
-        f"{arguments.data}, {arguments.threads} threads, {arguments.rounds} rounds.",
+        f"{Path(arguments.data).name}, {arguments.threads} threads, {arguments.rounds} rounds.",
         "",
         "| run | seconds to the end of the first step, min-median-max |",
         "|---|---|",
