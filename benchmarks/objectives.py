@@ -9,7 +9,7 @@ was not trained: KL(base || tuned), nats a token, over the base's own greedy ans
 turns of oasst chats, by plain transformers.
 
 What is done is kept in --work, so an interrupted study goes on. Writes results/objectives.json,
-.md and .svg.
+.md and .svg; what stands in the .md under CONCLUSIONS was written by a reader and stays.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 BASE = "untuned"
 COLUMNS = "data.columns={prompt: question, completion: answer}"
+CONCLUSIONS = "## What can and cannot be concluded"
 NUMBER = re.compile(r"####\s*(-?[\d,.]+)")
 
 
@@ -173,11 +174,23 @@ def table(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
     )
     rows = [
         f"| {name} | {m['nll']:.4f} | {m['accuracy']:.1%} | {m['entropy']:.3f}"
-        f" | {m['exact_match']:.1%} | {m['in_form']:.1%} | {m['ended']:.1%}"
+        f" | {within(m['exact_match'], m['answers'])} | {m['in_form']:.1%} | {m['ended']:.1%}"
         f" | {m['kl_to_base']:.4f} | {m['chat_entropy']:.3f} |"
         for name, m in found.items()
     ]
     return head + "\n".join(rows) + "\n"
+
+
+def within(share: float, count: int) -> str:
+    """A share with its standard error, sqrt(p (1 - p) / n)."""
+    return f"{share:.1%} ± {(share * (1 - share) / count) ** 0.5:.1%}"
+
+
+def conclusions(page: Path) -> str:
+    """What a reader wrote under an earlier table."""
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    _, marker, after = before.partition(CONCLUSIONS)
+    return f"\n{marker}{after}" if marker else ""
 
 
 def plot(found: dict[str, dict[str, Any]]) -> str:
@@ -246,8 +259,9 @@ def main() -> None:
     path = job.out / "objectives.json"
     path.write_text(json.dumps({"facts": facts, "measured": found}, indent=1) + "\n")
     path.with_suffix(".svg").write_text(plot(found), encoding="utf-8")
-    written = table(found, facts)
-    path.with_suffix(".md").write_text(written, encoding="utf-8")
+    written = table(found, facts) + "\n![loss and drift](objectives.svg)\n"
+    page = path.with_suffix(".md")
+    page.write_text(written + conclusions(page), encoding="utf-8")
     print(written)
 
 
