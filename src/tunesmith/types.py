@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,17 +89,49 @@ class Chain:
     prefix: tuple[tuple[int, int], ...]
 
 
+class Spread(Protocol):
+    """How ranks share the tokens of a layout, a slice each, and for attention its heads.
+
+    Letters: H heads, h of a rank, T tokens, t of a rank, D head size.
+    """
+
+    @property
+    def own(self) -> slice:
+        """This rank's tokens."""
+        ...
+
+    def by_heads(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads."""
+        ...
+
+    def by_tokens(self, output: Tensor) -> Tensor:
+        """[1, h, T, D] back to [1, H, t, D]."""
+        ...
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """[H] to [h]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Who sees whom among the packed tokens of a micro-batch; a forest laid out depth first.
 
     Token k is seen by token q exactly when k <= q < visible_until[k]. `chains` cover [0, T) in
-    order and say the same.
+    order and say the same. With `spread` this process has a slice of the T tokens.
     """
 
     chains: tuple[Chain, ...]
     visible_until: IntArray  # [T]
     position: IntArray  # [T]
+    spread: Spread | None = None
+
+    @property
+    def own(self) -> slice:
+        """The tokens of this process."""
+        return slice(0, len(self.position)) if self.spread is None else self.spread.own
 
     @property
     def flat(self) -> bool:

@@ -18,7 +18,7 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
 
     return Batch(
         input_ids=tensor(plan.ids),
-        position_ids=tensor(plan.layout.position),
+        position_ids=tensor(plan.layout.position[plan.layout.own]),
         layout=plan.layout if plan.packed else None,
         source=tensor(plan.source),
         target=tensor(plan.target),

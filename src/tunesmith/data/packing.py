@@ -20,10 +20,19 @@ from tunesmith.types import Chain, Document, FloatArray, IntArray, Layout, Share
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank's slice of a micro-batch is a slice of."""
+
+    whole: MicrobatchPlan
+    targets: IntArray  # numbers of its targets among those of the whole
+
+
+@dataclass(frozen=True, slots=True)
 class MicrobatchPlan:
     """What goes through the device at once; the arrays of a `Batch`, still on the data side.
 
-    Shapes: T packed tokens, N distinct (source, target) pairs, M shares of documents in them.
+    Shapes: T packed tokens, N distinct (source, target) pairs, M shares of documents in them. Where
+    ranks share a micro-batch, T and N are this rank's and `layout` is of all tokens.
     """
 
     ids: IntArray  # [T]
@@ -33,6 +42,7 @@ class MicrobatchPlan:
     target: IntArray  # [N]
     weight: FloatArray  # [N]
     shares: Shares  # [M]
+    part: Part | None = None  # None: the micro-batch is one process's
 
     @property
     def tokens(self) -> int:

@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.distributed.context import Context
 from tunesmith.distributed.failure import lost_rank
 from tunesmith.distributed.launched import launched, shared_key, shared_store
 
@@ -28,6 +29,7 @@ PATIENCE = 30.0
 POLL = 0.02
 """Seconds between two looks of a rank that waits for one that prepares data or writes results."""
 _WAITS = itertools.count()
+_NOBODY = Context()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Ranks:
     count: int = 1
     local_rank: int = 0
     local_count: int = 1  # ranks on this machine
+    context: Context = _NOBODY  # those with whom this rank shares the tokens of a micro-batch
 
     @property
     def first(self) -> bool:
@@ -51,6 +54,34 @@ class Ranks:
     @property
     def alone(self) -> bool:
         return self.count == 1
+
+    @property
+    def groups(self) -> int:
+        """To how many micro-batches are dealt at a time: ranks that share one count once."""
+        return self.count // self.context.count
+
+    @property
+    def own_group(self) -> int:
+        """Which of them this rank works on."""
+        return self.rank // self.context.count
+
+    def sharing(self, context: int, *, patience: float = PATIENCE) -> Ranks:
+        """These ranks with every `context` neighbours sharing the tokens of a micro-batch.
+
+        `context` divides their count. `patience` as in `connect`.
+        """
+        if context == 1:
+            return self
+        import torch.distributed as dist
+
+        own: Context | None = None
+        for first in range(0, self.count, context):
+            members = range(first, first + context)
+            group = dist.new_group(list(members), timeout=timedelta(minutes=patience))
+            if self.rank in members:
+                own = Context(context, self.rank - first, group)
+        assert own is not None
+        return replace(self, context=own)
 
     def device(self, device: torch.device) -> torch.device:
         """The device of this rank, of the kind of `device`."""
@@ -94,6 +125,17 @@ class Ranks:
         with self.guarded():
             dist.broadcast_object_list(box, src=0)
         return box[0]  # pyright: ignore[reportReturnType]
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank has, on the first; the others get only their own. It must be picklable."""
+        if self.alone:
+            return [value]
+        import torch.distributed as dist
+
+        box: list[Any] | None = [None] * self.count if self.first else None
+        with self.guarded():
+            dist.gather_object(value, box, dst=0)
+        return [value] if box is None else box
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with those of the first rank."""

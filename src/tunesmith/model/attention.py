@@ -65,7 +65,8 @@ def layout_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each packed token to its ancestors and itself.
 
-    Shapes: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
+    Shapes: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]. Where ranks share
+    the tokens these are of this rank's, and what is between is of all tokens and some heads.
 
     Raises:
         ModelError: the model did not hand the layout down, or asks for what this function can't
@@ -77,6 +78,9 @@ def layout_attention(
         raise ModelError("attention dropout is on; set it to 0 in the model's config")
     locality = _locality(module, attention_mask, sliding_window, layout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout.spread is not None:
+        query, key, value = layout.spread.by_heads(query, key, value)
+        s_aux = None if s_aux is None else layout.spread.own_heads(s_aux)
     flash = query.device.type == "cpu" and query.dtype != torch.float64  # its kernel lacks double
     if softcap or not flash or value.shape[-1] != query.shape[-1]:
         output = _plain(
@@ -86,6 +90,8 @@ def layout_attention(
         output = flash_tree_attention(
             query, key, value, layout.chains, scale=scale, locality=locality, sinks=s_aux
         )
+    if layout.spread is not None:
+        output = layout.spread.by_tokens(output)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -20,7 +20,7 @@ from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
 )
-from tunesmith.model.selftest import SelfTest, self_test
+from tunesmith.model.selftest import SelfTest
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import auto_lr, schedule, warmup_steps
 from tunesmith.train.announcement import start_lines
@@ -30,6 +30,7 @@ from tunesmith.train.assemble.adapter import (
     noisy_adapter,
     resolved_adapter,
 )
+from tunesmith.train.assemble.context import context_line
 from tunesmith.train.assemble.data import (
     data_sources,
     open_template,
@@ -38,7 +39,7 @@ from tunesmith.train.assemble.data import (
 )
 from tunesmith.train.assemble.given import Given
 from tunesmith.train.assemble.memory import fit_device
-from tunesmith.train.assemble.model import check_memory, load_model
+from tunesmith.train.assemble.model import check_memory
 from tunesmith.train.assemble.objective import (
     make_loss,
     noisy_objective,
@@ -47,7 +48,8 @@ from tunesmith.train.assemble.objective import (
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.assemble.order import pack_prepared, pin, plan_steps
-from tunesmith.train.assemble.ranks import check_sharing, first_home, holders, share_model
+from tunesmith.train.assemble.ranks import holders, join_ranks, share_model
+from tunesmith.train.assemble.unread import load_for_ranks, test_loaded
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
@@ -78,7 +80,7 @@ def build(
     """
     given = given or Given()
     device = ranks.device(choose_device(recipe))
-    check_sharing(recipe, ranks, device.type)
+    ranks = join_ranks(recipe, ranks, device.type)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
@@ -109,18 +111,21 @@ def build(
     notes += prepared.notes
     packing = pack_prepared(recipe, prepared, max_length=max_length)
     room = int(ranks.least(_room(device, ranks)))
-    home = first_home(recipe, device)
-    model = load_model(recipe, source, given, device, template=template, home=home)
+    loaded = load_for_ranks(
+        recipe, source, given, template=template, ranks=ranks, device=device
+    )
+    model = loaded.model
     notes += model.notes
     longest = int(longest_paths(prepared.documents).max())
     if recipe.device.attention == "isolated":
         model.isolate()
-    tested = self_test(model, max_length=longest)
+    tested = test_loaded(loaded, ranks, max_length=longest)
     notes += tested.notes
     trained = choose_trained(recipe, model)
     spared = 0 if size is None else size.total - size.total // together
     fit = fit_device(
-        recipe, model, device, longest=longest, room=room + spared, held=size, probes=ranks.alone
+        recipe, model, device, longest=-(-longest // ranks.context.count), room=room + spared,
+        held=size, probes=ranks.alone,
     )
     steps = plan_steps(recipe, prepared, train, packing)
     order, total = steps.order, steps.total
@@ -133,7 +138,9 @@ def build(
     assert isinstance(resolved.optim.lr, float)
     model.train()
     costs = model_costs(model)
-    loss = make_loss(recipe, model, order, total_steps=total, own=own)
+    loss = make_loss(
+        recipe, model, order, total_steps=total, own=own, context=ranks.context
+    )
     reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
     shards = reduce.sharded
     optimizer = make_optimizer(resolved, model, None if shards is None else shards.parts)
@@ -171,8 +178,9 @@ def build(
     job.chosen = _chosen(job, tested, fit)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
-    idle = idle_line(job, ranks.count if ranks.first else 1)
-    job.notes = [*idle, *said, *start_lines(job, trained), *notes]
+    spread = context_line(ranks.context.count, ranks.count, longest=longest)
+    spread += idle_line(job, ranks.groups if ranks.first else 1, context=ranks.context.count)
+    job.notes = [*spread, *said, *start_lines(job, trained), *notes]
     return job
 
 

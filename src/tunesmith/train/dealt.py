@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.packing import MicrobatchPlan, Part, plan_step
+from tunesmith.distributed.context import Context
 from tunesmith.distributed.dealing import IDLE, deal, idle_share
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.types import Document, Shares
 
 TRIES = 5
@@ -101,6 +103,67 @@ def dealt_to(
     work = [costs.of(plan) for plan in plans]
     filler = weightless(plans[int(np.argmin(work))])
     return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in deal(work, ranks)]
+
+
+def step_plans(
+    documents: Sequence[Document],
+    ranks: Ranks,
+    *,
+    costs: Costs,
+    micro_tokens: int,
+    share: bool = True,
+    isolated: bool = False,
+) -> list[MicrobatchPlan]:
+    """The micro-batches of a step for all ranks, each of `micro_tokens` for every rank that shares
+    it.
+    """
+    return plan_for_ranks(
+        documents,
+        ranks.groups,
+        costs=costs,
+        micro_tokens=micro_tokens * ranks.context.count,
+        share=share,
+        isolated=isolated,
+    )
+
+
+def own_plans(
+    plans: Sequence[MicrobatchPlan], ranks: Ranks, *, costs: Costs
+) -> list[MicrobatchPlan]:
+    """What this rank runs of the micro-batches of a step."""
+    dealt = dealt_to(plans, ranks.own_group, ranks=ranks.groups, costs=costs)
+    return [own_part(plan, ranks.context) for plan in dealt]
+
+
+def own_part(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
+    """The slice of a micro-batch that this rank has of it, with the targets of its sources.
+
+    The parts of all ranks have every target once. A target's id goes with its source, so nothing is
+    looked for beyond a slice's end.
+    """
+    if context.count == 1:
+        return plan
+    layout = context.spread(plan.layout)
+    own = layout.own
+    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")
+    kept = np.flatnonzero((plan.source >= own.start) & (plan.source < own.stop)).astype(np.int32)
+    number = np.full(len(plan.source), -1, np.int32)
+    number[kept] = np.arange(len(kept), dtype=np.int32)
+    shares = number[plan.shares.target] >= 0
+    return MicrobatchPlan(
+        ids=ids[own],
+        layout=layout,
+        packed=plan.packed,
+        source=plan.source[kept] - own.start,
+        target=plan.target[kept],
+        weight=plan.weight[kept],
+        shares=Shares(
+            number[plan.shares.target[shares]],
+            plan.shares.document[shares],
+            plan.shares.weight[shares],
+        ),
+        part=Part(plan, kept),
+    )
 
 
 def idle(plans: Sequence[MicrobatchPlan], *, ranks: int, costs: Costs) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from tunesmith.data.batch import collate
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.dealt import Costs, dealt_to, plan_for_ranks
+from tunesmith.train.dealt import Costs, own_plans, step_plans
 from tunesmith.train.step import add_document_losses
 from tunesmith.types import Document
 
@@ -55,29 +56,31 @@ def evaluate(
     ranks: Ranks = ALONE,
     costs: Costs = COSTS,
     before_each: Callable[[], None] | None = None,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> EvalResult:
     """NLL and accuracy of the documents' targets, on every rank. The model's training mode and
-    random state are left as they were. `before_each` is called before each micro-batch.
+    random state are left as they were. `before_each` is called before each micro-batch; `together`
+    is where ranks agree that all got through.
     """
     head = functools.partial(head_loss, objective=nll)
-    training = model.training
+    training, at_once = model.training, micro_tokens * ranks.context.count
     model.eval()
     loss, weight = np.zeros(len(documents)), np.zeros(len(documents))
     sums = {"accuracy": 0.0, "entropy": 0.0}
     try:
-        for first, group in document_groups(documents, micro_tokens * GROUP_TOKENS):
-            numbers = slice(first, first + len(group))
-            plans = plan_for_ranks(
-                group, ranks.count, costs=costs,
-                micro_tokens=micro_tokens, isolated=model.isolated,
-            )  # fmt: skip
-            for plan in dealt_to(plans, ranks.rank, ranks=ranks.count, costs=costs):
-                if before_each is not None:
-                    before_each()
-                output = model(collate(plan, device), head)
-                add_document_losses(loss[numbers], weight[numbers], plan.shares, output.token_loss)
-                for name in sums:
-                    sums[name] += float(output.stats[name])
+        with together():
+            for first, group in document_groups(documents, at_once * GROUP_TOKENS):
+                numbers = slice(first, first + len(group))
+                plans = step_plans(
+                    group, ranks, costs=costs, micro_tokens=micro_tokens, isolated=model.isolated
+                )
+                for plan in own_plans(plans, ranks, costs=costs):
+                    if before_each is not None:
+                        before_each()
+                    output = model(collate(plan, device), head)
+                    add_document_losses(loss[numbers], weight[numbers], plan.shares, output.token_loss)
+                    for name in sums:
+                        sums[name] += float(output.stats[name])
     finally:
         model.train(training)
     measured = ranks.add(np.concatenate([loss, weight, list(sums.values())]))

@@ -15,22 +15,24 @@ MOST_DOCUMENTS = 4096
 """Larger steps are not tried."""
 
 
-def idle_line(job: Job, ranks: int) -> list[str]:
+def idle_line(job: Job, ranks: int, *, context: int = 1) -> list[str]:
     """What share of the ranks' time a step leaves idle and which batch would fill it, if that is
-    much.
+    much. `ranks` counts those that share a micro-batch, `context` of them, as one.
     """
     if ranks == 1:
         return []
     share = _idle_share(job, ranks, 1)
     if share < SAID_FROM:
         return []
-    text = f"ranks: {share:.0%} of the time of {ranks} ranks is idle, since a step is too small"
+    whose = f"{ranks * context} ranks"
+    text = f"ranks: {share:.0%} of the time of {whose} is idle, since a step is too small"
     times = 2
     while times * _step_documents(job) <= min(len(job.documents), MOST_DOCUMENTS):
         if _idle_share(job, ranks, times) < SAID_FROM / 2:
             return [f"{text}; {_larger(job.recipe, times)} fills it, and changes what is learned"]
         times *= 2
-    return [f"{text}; fewer ranks learn the same as fast: device.ranks={_useful(job, ranks)}"]
+    useful = _useful(job, ranks) * context
+    return [f"{text}; fewer ranks learn the same as fast: device.ranks={useful}"]
 
 
 def _larger(recipe: Recipe, times: int) -> str:
@@ -66,6 +68,7 @@ def _documents(job: Job, step: int) -> list[Document]:
 def _idle_of(job: Job, documents: list[Document], ranks: int, costs: Costs) -> float:
     plans = plan_for_ranks(
         documents, ranks, costs=costs,
-        micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
+        micro_tokens=job.micro_tokens * job.ranks.context.count,
+        share=job.share, isolated=job.model.isolated,
     )  # fmt: skip
     return idle(plans, ranks=ranks, costs=costs)

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.distributed.context import Context
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.model.router import Routers, balance_loss
 from tunesmith.objectives import Base, Objective, Sides, head_loss, likeliest_tokens, nll
+from tunesmith.train.dealt import own_part
 from tunesmith.train.outer import OuterBatch
 from tunesmith.train.pathkeys import path_ends, token_keys
-from tunesmith.types import Batch, Document, Layout, LossOutput
+from tunesmith.types import Batch, Document, HeadLoss, Layout, LossOutput
 
 PlanOf = Callable[[int], tuple[Sequence[Document], Sequence[MicrobatchPlan]]]
 """Documents and micro-batches of a step, counted from 0."""
@@ -93,6 +95,7 @@ class StepLoss:
     sampling: float = 0.0  # probability of a guess at the last step
     noise: EmbeddingNoise | None = None
     balance: RouterBalance | None = None
+    context: Context = field(default_factory=Context)  # with whom tokens are shared
     step: int = 0
 
     def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:
@@ -105,7 +108,7 @@ class StepLoss:
             plans = [plan for number in range(step, last) for plan in plan_of(number)[1]]
             head = functools.partial(head_loss, objective=nll)
             with torch.no_grad(), at_rest(model):
-                found = [-model(collate(plan, device), head).token_loss for plan in plans]
+                found = [self._logprob(model, plan, head, device) for plan in plans]
             self.outer.take(plans, found)
 
     def __call__(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
@@ -135,8 +138,8 @@ class StepLoss:
         )
         with ExitStack() as stack:
             if self.noise is not None:
-                lengths = torch.from_numpy(path_lengths(plan.layout)).to(device)
-                stack.enter_context(self.noise.over(lengths))
+                lengths = path_lengths(plan.layout)[plan.layout.own]
+                stack.enter_context(self.noise.over(torch.from_numpy(lengths).to(device)))
             if self.balance is None:
                 return model(batch, head)
             logits = stack.enter_context(self.balance.routers.recorded())
@@ -166,6 +169,18 @@ class StepLoss:
             self.noise.remove()
         if self.balance is not None:
             self.balance.routers.remove()
+
+    def _logprob(
+        self, model: CausalLM, plan: MicrobatchPlan, head: HeadLoss, device: torch.device
+    ) -> Tensor:
+        """Of each target of a whole micro-batch, [N], on every rank."""
+        part = own_part(plan, self.context)
+        found = -model(collate(part, device), head).token_loss
+        if part.part is None:
+            return found
+        whole = found.new_zeros(len(plan.target))
+        whole[torch.from_numpy(part.part.targets.astype(np.int64)).to(device)] = found
+        return self.context.add(whole)
 
     def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
         if self.outer is None or self.outer.empty or self.step < self.outer.first:

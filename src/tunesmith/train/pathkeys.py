@@ -40,6 +40,8 @@ def token_keys(plan: MicrobatchPlan) -> NDArray[np.int64]:
 
 def target_keys(plan: MicrobatchPlan) -> NDArray[np.int64]:
     """The key of the path that each target ends, [N]."""
+    if plan.part is not None:
+        return target_keys(plan.part.whole)[plan.part.targets]
     sources = token_keys(plan)[plan.source]
     pairs = zip(sources.tolist(), plan.target.tolist(), strict=True)
     return np.fromiter((_step(key, token) for key, token in pairs), np.int64, len(sources))

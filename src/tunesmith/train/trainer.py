@@ -55,7 +55,7 @@ class Trainer:
         self.guard = Guard(
             folder, job.template.decode, non_finite=job.recipe.train.non_finite,
             limits={"loss": log.spike_loss, "grad_norm": log.spike_grad_norm},
-            stops=log.on_spike == "stop", rank=job.ranks.rank,
+            stops=log.on_spike == "stop", ranks=job.ranks,
         )  # fmt: skip
         self.best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
         self.stopping = Stopping()
@@ -170,9 +170,9 @@ class Trainer:
         job = self.job
         documents, plans = self.planned(number)
         mine = own_plans(plans, job.ranks, costs=job.costs)
-        job.loss.begin(job.model, number, self.planned, job.device)
         return train_step(
             job.model, job.optimizer, mine, self._loss,
+            begin=lambda: job.loss.begin(job.model, number, self.planned, job.device),
             documents=len(documents), lr=lr, reduce=job.reduce,
             max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
         )  # fmt: skip
@@ -188,16 +188,17 @@ class Trainer:
             self.stopping.check()
 
     def _with_less_memory(
-        self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int
-    ) -> T:
+        self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int,
+        *, grouped: bool = False,
+    ) -> T:  # fmt: skip
         job = self.job
         return with_less_memory(
             attempt,
             job,
-            largest=lambda tokens: largest_microbatch(
-                job.model, documents, tokens, share=job.share
+            largest=lambda tokens: largest_microbatch(job, documents, tokens, grouped=grouped),
+            note=lambda before, now, ranks: self._emit(
+                retry_record(where, step, before, now, ranks=ranks)
             ),
-            note=lambda before, now: self._emit(retry_record(where, step, before, now)),
         )
 
     def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
@@ -273,8 +274,10 @@ class Trainer:
             lambda: evaluate(
                 job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device,
                 ranks=job.ranks, costs=job.costs, before_each=self._between,
+                together=job.reduce.all_or_none,
             ),
             held_out.documents, f"in the evaluation after step {self.step}", self.step,
+            grouped=True,
         )  # fmt: skip
         return {
             "kind": "eval",
@@ -313,9 +316,10 @@ class Trainer:
 
         def attempt() -> None:
             plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
-            for plan in plans[:1]:
-                plan = own_part(plan, job.ranks.context)
-                job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
+            with job.reduce.all_or_none():
+                for plan in plans[:1]:
+                    plan = own_part(plan, job.ranks.context)
+                    job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
 
         with rng_kept():
             self._with_less_memory(attempt, [longest], "with the longest document", self.step)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.loader import StepOrder
+from tunesmith.distributed.context import Context
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
@@ -17,6 +18,7 @@ from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
 from tunesmith.train.outer import OuterBatch
 from tunesmith.train.own_objective import OwnObjective, is_own, load_objective
 
+ALONE = Context()
 OWN_OPTIONS = ("alpha", "eps_low", "eps_high")
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva_")
 """Beginnings of adapter initialisations that take something out of the weights they go on."""
@@ -34,9 +36,15 @@ def noisy_objective(recipe: Recipe) -> bool:
 
 
 def make_loss(
-    recipe: Recipe, model: CausalLM, order: StepOrder, *, total_steps: int, own: OwnObjective | None
+    recipe: Recipe,
+    model: CausalLM,
+    order: StepOrder,
+    *,
+    total_steps: int,
+    own: OwnObjective | None,
+    context: Context = ALONE,
 ) -> StepLoss:
-    """The loss of the recipe; `total_steps` of the whole run."""
+    """The loss of the recipe; `total_steps` of the whole run, `context` who shares its tokens."""
     section = recipe.objective
     return StepLoss(
         objective=_with_terms(recipe, _own_loss(recipe, own)),
@@ -47,6 +55,7 @@ def make_loss(
         sampling=section.scheduled_sampling,
         noise=EmbeddingNoise(model, section.neftune) if section.neftune else None,
         balance=RouterBalance(Routers(model), section.router_aux) if section.router_aux else None,
+        context=context,
     )
 
 

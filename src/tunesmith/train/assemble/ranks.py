@@ -12,7 +12,9 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.meta import let_go
 from tunesmith.model.wide import restore_linear_maps
+from tunesmith.train.assemble.context import check_context, check_context_recipe
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat each element by itself, and so a part of a weight as the whole."""
@@ -25,6 +27,7 @@ def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
     Raises:
         RecipeError: names the key and what to give instead.
     """
+    check_context_recipe(recipe, ranks)
     if recipe.device.shard == "none":
         if recipe.device.shard_offload:
             raise RecipeError(
@@ -41,6 +44,16 @@ def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
         )
     _check_hybrid(recipe, ranks)
     _check_kind(recipe, device)
+
+
+def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
+    """The ranks as the recipe groups them, if it can be spread over them.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    check_sharing(recipe, ranks, device)
+    return ranks.sharing(recipe.device.context, patience=recipe.device.rank_timeout)
 
 
 def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
@@ -86,11 +99,6 @@ def holders(recipe: Recipe, ranks: Ranks) -> int:
     return {"none": 1, "full": ranks.count, "hybrid": ranks.local_count}[recipe.device.shard]
 
 
-def first_home(recipe: Recipe, device: torch.device) -> torch.device:
-    """Where the model is loaded: one that will be spread comes to a GPU a layer at a time."""
-    return device if recipe.device.shard == "none" else torch.device("cpu")
-
-
 def share_model(
     recipe: Recipe, model: CausalLM, ranks: Ranks, device: torch.device, *, base: Any = None
 ) -> Alone:
@@ -100,14 +108,17 @@ def share_model(
     """
     if ranks.alone:
         return Alone()
+    if model.unread is not None:
+        let_go(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ranks.copy_from_first(trained)
+    ranks.copy_from_first([p for p in trained if not p.is_meta])
+    check_context(model, ranks)
     if recipe.device.shard == "none":
         return Replicated(ranks, trained)
     from tunesmith.distributed.shard import Sharding, shard_model
 
     first = next(model.base.parameters())
-    if first.device != device:
+    if device.type != "cpu":
         restore_linear_maps(model)
         if base is not None:
             restore_linear_maps(base)
@@ -117,7 +128,11 @@ def share_model(
         across=recipe.device.shard == "hybrid",
         offload=recipe.device.shard_offload,
     )
-    return shard_model(model, decoder_layers(model), ranks, how, device)
+    files, model.unread = model.unread, None
+    return shard_model(
+        model, decoder_layers(model), ranks, how,
+        device=device, read=None if files is None else files.read_for,
+    )  # fmt: skip
 
 
 def decoder_layers(model: CausalLM) -> list[nn.Module]:

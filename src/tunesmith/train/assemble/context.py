@@ -1,0 +1,138 @@
+"""Ranks that share the tokens of a micro-batch: which recipes and models that goes with, and that
+it is exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tunesmith.config.schema import Recipe
+from tunesmith.data.batch import collate
+from tunesmith.data.packing import plan_step
+from tunesmith.distributed.context import uneven_heads
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.probe import Probe, in_float32
+from tunesmith.train.dealt import own_part
+from tunesmith.types import Document, Origin, Segment
+
+PROBED_TOKENS = 24
+"""Tokens of the longer one of two made-up documents."""
+
+
+def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what can't be shared by so many ranks, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    context = recipe.device.context
+    if context == 1:
+        return
+    if ranks.alone:
+        raise RecipeError(
+            "one process has nobody to share a sequence with",
+            where="device.context",
+            hint=f"device.ranks={context} or a multiple of it, torchrun, or device.context=1",
+        )
+    if ranks.count % context:
+        fitting = [n for n in range(1, context) if ranks.count % n == 0]
+        raise RecipeError(
+            f"{ranks.count} ranks can't be divided into groups of {context}",
+            where="device.context",
+            hint=f"device.context={fitting[-1]}, or a multiple of {context} ranks",
+        )
+    section = recipe.objective
+    for where, asked, why in (
+        ("device.attention", recipe.device.attention == "isolated", "takes whole paths"),
+        ("objective.router_aux", section.router_aux > 0, "looks at all tokens of a path at once"),
+        (
+            "objective.scheduled_sampling",
+            section.scheduled_sampling > 0,
+            "writes guesses over tokens that another rank may have",
+        ),
+    ):
+        if asked:
+            raise RecipeError(
+                f"this {why}, and device.context={context} gives each rank a slice of them",
+                where=where,
+                hint=f"leave {where} at its default, or device.context=1",
+            )
+
+
+def check_context(model: CausalLM, ranks: Ranks) -> None:
+    """Hold this model, its tokens shared by the ranks, to what each of them computes alone.
+
+    Two made-up documents, all ranks at the same time, before the weights are spread.
+
+    Raises:
+        ModelError: its heads can't be dealt, it takes one path at a time only, or differs.
+    """
+    context = ranks.context
+    if context.count == 1:
+        return
+    where, without = "device.context", "device.context=1"
+    if model.isolated:
+        raise ModelError(
+            "this model runs one path at a time with its own attention, which needs all tokens "
+            "of a path on one device",
+            where=where,
+            hint=without,
+        )
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % context.count:
+        raise uneven_heads(heads, context.count)
+    (worst,) = ranks.most([_excess(model, ranks)])
+    if not worst <= 1:
+        raise ModelError(
+            f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
+            "rounding explains",
+            where=where,
+            hint=without,
+        )
+
+
+def _excess(model: CausalLM, ranks: Ranks) -> float:
+    """The difference of a token's hidden states as a multiple of what rounding may make."""
+    vocabulary = int(model.head.weight.shape[0])
+    documents = [_document(length, vocabulary) for length in (PROBED_TOKENS, PROBED_TOKENS // 3)]
+    (plan,) = plan_step(documents, micro_tokens=2 * PROBED_TOKENS)
+    part = own_part(plan, ranks.context)
+    device, training = model.head.weight.device, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            probe = Probe(model, PROBED_TOKENS)
+            with in_float32(model, probe.widened):
+                whole = model.hidden(collate(plan, device)).float()
+                found = model.hidden(collate(part, device)).float()
+    finally:
+        model.train(training)
+    own = part.layout.own
+    wanted = whole[own.start : own.stop]  # without what was added at the end
+    if not len(wanted):
+        return 0.0
+    apart = (found[: len(wanted)] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return float(apart.max() if probe.exact else apart.median()) / probe.rounding
+
+
+def _document(tokens: int, vocabulary: int) -> Document:
+    ids = np.linspace(vocabulary // 8, vocabulary // 2, tokens).astype(np.int32)
+    index = np.arange(1, tokens, dtype=np.int32)
+    segment = Segment(ids, -1, 0, index, np.ones(len(index), np.float32), np.zeros_like(index))
+    return Document((segment,), Origin("probe", tokens))
+
+
+def context_line(context: int, ranks: int, *, longest: int) -> list[str]:
+    """How micro-batches are spread where ranks share them; nothing where they don't."""
+    if context == 1:
+        return []
+    groups = ranks // context
+    size = -(-longest // context)
+    dealt = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
+    return [
+        f"context: {dealt}, each rank with 1/{context} of its micro-batch's tokens; of the longest "
+        f"path, {longest:,} tokens, at most {size:,} on a rank"
+    ]
