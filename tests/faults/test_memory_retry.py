@@ -10,7 +10,8 @@ import torch
 from fault_runs import KILL_AFTER, Place, assert_clean, assert_same_run, events, records
 from safetensors.torch import load_file
 
-from tunesmith.train.memory_retry import is_out_of_memory, smaller
+from tunesmith.distributed.together import is_out_of_memory
+from tunesmith.train.memory_retry import smaller
 
 NOISY = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "objective.neftune=1"]
 TOO_LARGE = """

@@ -16,7 +16,8 @@ from tunesmith.config.schema import Recipe
 from tunesmith.model.quantized_weight import parameter_count
 from tunesmith.train.build import build
 from tunesmith.train.job import Job
-from tunesmith.train.memory_retry import is_out_of_memory, out_of_memory
+from tunesmith.distributed.together import is_out_of_memory
+from tunesmith.train.memory_retry import out_of_memory
 from tunesmith.train.plan.flops import training_flops
 from tunesmith.train.plan.forecast import memory_parts
 from tunesmith.train.plan.probe import activation_bytes_of, peak_memory, run_longest, run_step

@@ -7,6 +7,7 @@ ranks beforehand, so the sum over the ranks is the gradient of the whole step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.together import all_or_none
 
 if TYPE_CHECKING:
     from tunesmith.distributed.shard import Sharded
@@ -30,6 +32,15 @@ class Alone:
     def sharded(self) -> Sharded | None:
         """Itself where the weights are spread over the ranks."""
         return None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank's numbers stand for those that all ranks have."""
+        return True
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Where micro-batches run that all ranks must finish for a step to be taken."""
+        return nullcontext()
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The values as they are."""
@@ -51,6 +62,14 @@ class Replicated(Alone):
     def __init__(self, ranks: Ranks, parameters: Sequence[Tensor]) -> None:
         self._ranks = ranks
         self._parameters = [p for p in parameters if p.requires_grad]
+
+    @property
+    def first(self) -> bool:
+        return self._ranks.first
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Ranks that share a micro-batch's tokens wait for each other inside, and can't agree."""
+        return nullcontext() if self._ranks.context.count > 1 else all_or_none(self._ranks)
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the ranks."""

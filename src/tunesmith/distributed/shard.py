@@ -10,7 +10,8 @@ a divisor of 1 and plain sums asked for is that undone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,13 @@ from torch.utils import _pytree
 
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Replicated
+from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
 
 SHARD, REPLICATE = "shard", "replicate"
+
+Read = Callable[[str, Sequence[int], Sequence[int]], Tensor]
+"""Gives the part of a parameter, by its name, at these offsets and of these sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,22 @@ class Sharding:
 
 
 def shard_model(
-    root: nn.Module, layers: Sequence[nn.Module], ranks: Ranks, how: Sharding, device: torch.device
+    root: nn.Module,
+    layers: Sequence[nn.Module],
+    ranks: Ranks,
+    how: Sharding,
+    *,
+    device: torch.device,
+    read: Read | None = None,
 ) -> Sharded:
     """Spread `root` in place; `layers` are the modules inside it that are gathered one at a time.
 
     Every rank must come with the same weights. Those that are trained become float32 first, a
-    layer at a time, so that never more than a layer is there twice.
+    layer at a time, so that never more than a layer is there twice. Of weights without memory, on
+    torch's meta device, each rank has `read` its own part and no more.
+
+    Raises:
+        ModelError: what was read is not finite.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -74,7 +89,41 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if read is not None:
+        _fill(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
+        _refuse_broken(root, ranks)
     return Sharded(ranks, root, mesh[SHARD], dtypes)
+
+
+@torch.no_grad()
+def _fill(
+    root: nn.Module, home: torch.device, dtypes: Mapping[str, torch.dtype], *, read: Read
+) -> None:
+    """Give the parts of this rank memory, and what belongs in it."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    empty = [name for name, parameter in root.named_parameters() if parameter.is_meta]
+    root._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
+    parameters: dict[str, Any] = dict(root.named_parameters())
+    for name in empty:
+        whole = parameters[name]
+        sizes, offsets = compute_local_shape_and_global_offset(
+            whole.shape, whole.device_mesh, whole.placements
+        )
+        if 0 not in sizes:
+            # through the model's own precision, as a model that is loaded whole
+            whole.to_local().copy_(read(name, offsets, sizes).to(dtypes[name]))
+
+
+@torch.no_grad()
+def _refuse_broken(root: nn.Module, ranks: Ranks) -> None:
+    parameters: list[Any] = list(root.parameters())
+    broken = not all(bool(p.to_local().isfinite().all()) for p in parameters)
+    if ranks.most([broken])[0]:
+        raise ModelError(
+            "its weights hold what is not a number (NaN) or infinite",
+            hint="the files may be damaged: get the model again",
+        )
 
 
 def _widen_trained(module: nn.Module) -> None:
@@ -123,6 +172,10 @@ class Sharded(Replicated):
         """Itself."""
         return self
 
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Ranks wait for each other in every layer, and can't agree after one has failed."""
+        return nullcontext()
+
     def begin(self, *, last: bool) -> None:
         """Between micro-batches the root's own weights stay gathered, and nothing else."""
         self._root.set_reshard_after_backward(last, recurse=False)
@@ -135,6 +188,10 @@ class Sharded(Replicated):
             grad = self._whole[name].grad
             part.grad = None if grad is None else grad.to_local()
             self._whole[name].grad = None
+
+    def rest(self) -> None:
+        """Give back what a pass outside of a step has gathered."""
+        self._root.reshard()
 
     def drop_gradients(self) -> None:
         """Forget gradients that no step has taken."""

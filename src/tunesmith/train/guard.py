@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import NonFiniteError, RunError
 from tunesmith.train.incident import Decode, number_or_text, ranked, save_incident
 from tunesmith.train.spikes import Spike, Spikes
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
+ALONE = Ranks()
 PATIENCE = 10
 """Steps in a row that may be skipped; then it is no longer the rows that are wrong."""
 NAMED = 3
@@ -32,7 +34,8 @@ class Guard:
         limits: multiples of the running median for "loss" and "grad_norm", None for never.
         stops: whether a step that stands out stops the run.
         patience: steps in a row that may be skipped, None for any number.
-        rank: the first writes to the run's folder for all.
+        ranks: of which the first writes to the run's folder for all. They decide by the same
+            numbers, and so alike.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Guard:
         limits: Mapping[str, float | None],
         stops: bool = False,
         patience: int | None = PATIENCE,
-        rank: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.folder = folder
         self.last: StepResult | None = None  # of the newest step, taken or not
@@ -53,7 +56,7 @@ class Guard:
         self._spikes = Spikes(limits)
         self._stops = stops
         self._patience = patience
-        self._rank = rank
+        self._ranks = ranks
         self._skipped = 0  # in a row
 
     def not_finite(
@@ -143,7 +146,7 @@ class Guard:
     ) -> dict[str, Any]:
         place = save_incident(
             self.folder, step, documents=documents, result=result, decode=self._decode, said=said,
-            rank=self._rank,
+            ranks=self._ranks,
         )  # fmt: skip
         worst = [entry["row"] for _, _, entry in ranked(documents, result)[:NAMED]]
         return {"rows": worst, "incident": None if place is None else place.name}

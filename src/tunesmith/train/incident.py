@@ -1,5 +1,5 @@
 """What a step whose numbers went wrong leaves behind: its rows, their text and the loss of each
-target.
+target, from all ranks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.train.pathkeys import document_target_keys, target_keys
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
 Decode = Callable[[Iterable[int]], str]
 
+ALONE = Ranks()
 MOST = 100
 """Incident folders that a run keeps; later ones are counted only."""
 
@@ -28,19 +32,21 @@ def save_incident(
     result: StepResult,
     decode: Decode,
     said: Mapping[str, Any] | None = None,
-    rank: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Path | None:
     """Write `incident-STEP/rows.json` for a step counted from 1, worst rows first; numbers that
     are not finite are written as text. None if there are `MOST` of them or the disk does not take
     it: that must not hide what happened.
 
-    Losses of single targets are those of this rank's micro-batches, null for others; a rank other
-    than the first writes `rows-rank-R.json`. `said` is put at the front.
+    Every rank comes here with the losses of its own micro-batches, and the first writes them all;
+    each row names the ranks that worked on it. `said` is put at the front.
     """
+    losses = _losses_by_path(result, ranks)
+    if not ranks.first:
+        return folder / f"incident-{step}"
     place = folder / f"incident-{step}"
     if not place.exists() and sum(1 for _ in folder.glob("incident-*")) >= MOST:
         return None
-    losses = _losses_by_path(result)
     rows = [
         {**entry, **_contents(document, number, losses, decode)}
         for number, document, entry in ranked(documents, result)
@@ -52,11 +58,10 @@ def save_incident(
         **(said or {}),
         "rows": rows,
     }
-    name = "rows.json" if rank == 0 else f"rows-rank-{rank}.json"
     try:
         place.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        (place / name).write_text(text, encoding="utf-8")
+        (place / "rows.json").write_text(text, encoding="utf-8")
     except OSError:
         return None
     return place
@@ -89,22 +94,33 @@ def number_or_text(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _losses_by_path(result: StepResult) -> dict[int, float]:
-    """The loss of each target, by the key of the path that it ends."""
-    found: dict[int, float] = {}
-    for plan, losses in result.micro_losses:
-        found.update(zip(target_keys(plan).tolist(), losses.tolist(), strict=True))
+def _losses_by_path(result: StepResult, ranks: Ranks) -> dict[int, tuple[float, int]]:
+    """The loss of each target and the rank that computed it, by the key of the path that the target
+    ends; those of all ranks on the first.
+    """
+    own: list[tuple[np.ndarray, np.ndarray]] = [
+        (target_keys(plan), losses.float().cpu().numpy())
+        for plan, losses in result.micro_losses
+        if len(plan.shares.weight)  # none asked for those of a micro-batch that fills a rank's time
+    ]
+    found: dict[int, tuple[float, int]] = {}
+    for rank, parts in enumerate(ranks.gather(own)):
+        for keys, losses in parts:
+            each = zip(keys.tolist(), losses.tolist(), strict=True)
+            found.update((key, (loss, rank)) for key, loss in each)
     return found
 
 
 def _contents(
-    document: Document, number: int, losses: Mapping[int, float], decode: Decode
+    document: Document, number: int, losses: Mapping[int, tuple[float, int]], decode: Decode
 ) -> dict[str, Any]:
     keys = iter(document_target_keys(document))
     targets: list[dict[str, Any]] = []
+    ranks: set[int] = set()
     for place, segment in enumerate(document.segments):
         for index, weight in zip(segment.index.tolist(), segment.weight.tolist(), strict=True):
-            loss = losses.get(next(keys))
+            loss, rank = losses.get(next(keys), (None, None))
+            ranks |= set() if rank is None else {rank}
             token = int(segment.ids[index])
             targets.append(
                 {
@@ -118,6 +134,7 @@ def _contents(
             )
     return {
         "document": number,
+        "ranks": sorted(ranks),
         "parents": [segment.parent for segment in document.segments],
         "ids": [segment.ids.tolist() for segment in document.segments],
         "text": [decode(segment.ids.tolist()) for segment in document.segments],

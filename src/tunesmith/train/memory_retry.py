@@ -2,7 +2,8 @@
 
 A try that fails leaves nothing: its gradients are dropped and the random generators are set back,
 so that the next one is what a run with the smaller `micro_tokens` would have done from there, to
-the bit. By P3 that is the undisturbed step within rounding.
+the bit. By P3 that is the undisturbed step within rounding. Several ranks try together and fail
+together.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.data.packing import plan_step
+from tunesmith.distributed.together import OutOfMemoryTogether, is_out_of_memory
 from tunesmith.errors import RunError
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.train.dealt import step_plans
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
 from tunesmith.train.job import Job
 from tunesmith.train.rng import RngState, capture_rng, restore_rng
@@ -24,16 +25,8 @@ from tunesmith.types import Document
 
 T = TypeVar("T")
 
-_SAID = ("can't allocate memory", "out of memory", "alloc_failed")
-"""How torch's allocators and libraries say it where they have no exception of its own."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if the error says that memory could not be had, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _SAID)
+Note = Callable[[int, int, Sequence[int]], None]
+"""Told `micro_tokens` before and now, and on which of several ranks memory ran out."""
 
 
 def with_less_memory(
@@ -41,13 +34,14 @@ def with_less_memory(
     job: Job,
     *,
     largest: Callable[[int], int],
-    note: Callable[[int, int], None],
+    note: Note,
 ) -> T:
     """What `attempt` returns; each time it runs out of memory, `job.micro_tokens` is halved until
-    micro-batches become smaller, `note(before, now)` is told, and it is tried again.
+    micro-batches become smaller, `note` is told, and it is tried again.
 
-    `largest` gives the tokens of the largest micro-batch at some `micro_tokens`. Several ranks
-    can't go back by themselves: for them, running out of memory is an error.
+    `largest` gives the tokens of the largest micro-batch at some `micro_tokens`, the same on every
+    rank. Several ranks go back where all of them know that one ran out of memory; where one finds
+    out by itself, while others may wait for it, that is an error.
 
     Raises:
         RunError: out of memory, and nothing smaller is left to try, or weights had already begun
@@ -66,12 +60,14 @@ def with_less_memory(
                 raise
             before = job.micro_tokens
             now = smaller(before, largest)
-            if now is None or job.optimizer.steps != steps or not job.ranks.alone:
+            ranks = error.ranks if isinstance(error, OutOfMemoryTogether) else None
+            known = job.ranks.alone or ranks is not None
+            if now is None or job.optimizer.steps != steps or not known:
                 raise out_of_memory(before, largest(before)) from error
         # Out here the error is gone, and with it the tensors that its frames held.
         _set_back(job, state)
         job.micro_tokens = now
-        note(before, now)
+        note(before, now, ranks or ())
 
 
 def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
@@ -87,14 +83,21 @@ def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
 
 
 def largest_microbatch(
-    model: CausalLM, documents: Sequence[Document], micro_tokens: int, *, share: bool = True
+    job: Job, documents: Sequence[Document], micro_tokens: int, *, grouped: bool
 ) -> int:
-    """Tokens of the largest micro-batch as an evaluation cuts the documents."""
+    """Tokens of the largest micro-batch as a step cuts the documents, or an evaluation."""
+    size = micro_tokens * job.ranks.context.count * GROUP_TOKENS
+    groups = [group for _, group in document_groups(documents, size)] if grouped else [documents]
     return max(
         plan.tokens
-        for _, group in document_groups(documents, micro_tokens * GROUP_TOKENS)
-        for plan in plan_step(
-            group, micro_tokens=micro_tokens, share=share, isolated=model.isolated
+        for group in groups
+        for plan in step_plans(
+            group,
+            job.ranks,
+            costs=job.costs,
+            micro_tokens=micro_tokens,
+            share=job.share or grouped,
+            isolated=job.model.isolated,
         )
     )
 
@@ -107,16 +110,23 @@ def take_over(job: Job, meta: Mapping[str, Any]) -> None:
         job.micro_tokens = int(meta["micro_tokens"])
 
 
-def retry_record(where: str, step: int, before: int, now: int) -> dict[str, Any]:
-    """The event of a retry, in metrics.jsonl and on the console."""
+def retry_record(
+    where: str, step: int, before: int, now: int, *, ranks: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The event of a retry, in metrics.jsonl and on the console; `ranks` are those of several on
+    which it happened.
+    """
+    many = "s" if len(ranks) > 1 else ""
+    place = f" on rank{many} {', '.join(map(str, ranks))}" if ranks else ""
     return {
         "kind": "event",
         "event": "out_of_memory",
         "step": step,
         "micro_tokens_before": before,
         "micro_tokens": now,
-        "message": f"out of memory {where} with micro_tokens {before}: done again with {now}, "
-        "which the run keeps",
+        **({"ranks": list(ranks)} if ranks else {}),
+        "message": f"out of memory {where}{place} with micro_tokens {before}: done again with "
+        f"{now}, which the run keeps",
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -35,6 +36,9 @@ class Reduce(Protocol):
     are.
     """
 
+    @property
+    def first(self) -> bool: ...
+    def all_or_none(self) -> AbstractContextManager[None]: ...
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def begin(self, *, last: bool) -> None: ...
     def add_gradients(self) -> None: ...
@@ -60,6 +64,7 @@ class StepResult:
     document_weight: NDArray[np.float64]
     computed_tokens: int
     target_tokens: int  # repeats counted
+    finite: bool = True  # loss and gradient, on every rank
     micro_losses: Sequence[tuple[MicrobatchPlan, Tensor]] = ()  # of this rank: [N] by target
 
     @property
@@ -87,23 +92,28 @@ def train_step(
     max_grad_norm: float | None,
     device: torch.device,
     reduce: Reduce = ALONE,
+    begin: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Learn from the micro-batches of one step, of which `plans` are this rank's.
+    """Learn from the micro-batches of one step, of which `plans` are this rank's; `begin` is what
+    the loss does before the first of them.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights are then unchanged.
     """
     total = _total_weight(plans, reduce)
     outputs: list[LossOutput] = []
-    for number, plan in enumerate(plans, start=1):
-        reduce.begin(last=number == len(plans))
-        output = loss(model, plan, device)
-        (output.loss_sum / total).backward()
-        outputs.append(_detached(output))
+    with reduce.all_or_none():
+        if begin is not None:
+            begin()
+        for number, plan in enumerate(plans, start=1):
+            reduce.begin(last=number == len(plans))
+            output = loss(model, plan, device)
+            (output.loss_sum / total).backward()
+            outputs.append(_detached(output))
     reduce.add_gradients()
     grad_norm = float(optimizer.clip_grad_norm(max_grad_norm))
     result = _sum_up(plans, outputs, documents=documents, grad_norm=grad_norm, reduce=reduce)
-    if not (math.isfinite(result.loss_sum) and math.isfinite(grad_norm)):
+    if not result.finite:
         optimizer.zero_grad()
         raise NonFiniteStep(result)
     optimizer.step(lr)
@@ -129,7 +139,9 @@ def _sum_up(
     grad_norm: float,
     reduce: Reduce,
 ) -> StepResult:
-    """The step's numbers; those of all ranks are added in one go."""
+    """The step's numbers; those of all ranks are added in one go, so that what is decided by them
+    is decided everywhere alike.
+    """
     loss, weight = np.zeros(documents), np.zeros(documents)
     stats: dict[str, float] = {}
     for plan, output in zip(plans, outputs, strict=True):
@@ -143,6 +155,8 @@ def _sum_up(
                 sum(float(output.loss_sum) for output in outputs),
                 sum(plan.tokens for plan in plans),
                 sum(len(plan.shares.weight) for plan in plans),
+                grad_norm if reduce.first else 0.0,
+                not math.isfinite(grad_norm),
             ],
             np.float64,
         ),
@@ -159,7 +173,7 @@ def _sum_up(
     return StepResult(
         loss_sum=float(sums[0]),
         weight_sum=weight_sum,
-        grad_norm=grad_norm,
+        grad_norm=float(sums[3]),
         stats={
             **{name: float(mean) / weight_sum for name, mean in zip(names, means, strict=True)},
             **{f"effective_weight_p{share * 100:g}": value for share, value in shown},
@@ -168,6 +182,7 @@ def _sum_up(
         document_weight=weight,
         computed_tokens=int(sums[1]),
         target_tokens=int(sums[2]),
+        finite=math.isfinite(sums[0]) and not sums[4],
         micro_losses=[(p, o.token_loss) for p, o in zip(plans, outputs, strict=True)],
     )
 

@@ -31,7 +31,7 @@ from tunesmith.model.checkpointing import (
 from tunesmith.model.footprint import footprint
 from tunesmith.model.memory import MemoryEstimate
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.memory_retry import is_out_of_memory
+from tunesmith.distributed.together import is_out_of_memory
 from tunesmith.train.rng import capture_rng, restore_rng
 from tunesmith.types import Batch, Document, Origin, Segment
 
