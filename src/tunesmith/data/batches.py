@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from tunesmith.data.encoding import Encoder, Wanted
 from tunesmith.data.faults import Fault, RowError
 from tunesmith.data.formats import FORMATS, detect_format, to_example
+from tunesmith.data.readers.raw import LongRow
 from tunesmith.data.render import Rendered, Rendering, render_steps
 from tunesmith.data.store import Columns, pack
 from tunesmith.data.template import Template
@@ -40,12 +41,14 @@ class Options:
 
 
 def in_batches(items: Iterable[T], size: int = ROWS) -> Iterator[list[T]]:
-    """The items in lists that double from one item up to `size`, so that the first come soon."""
+    """The items in lists that double from one item up to `size`, so that the first come soon; a
+    long row ends its list.
+    """
     batch: list[T] = []
     limit = 1
     for item in items:
         batch.append(item)
-        if len(batch) == limit:
+        if len(batch) == limit or isinstance(getattr(item, "values", None), LongRow):
             yield batch
             batch, limit = [], min(2 * limit, size)
     if batch:

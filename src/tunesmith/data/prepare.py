@@ -21,7 +21,7 @@ from tunesmith.data.faults import Fault
 from tunesmith.data.formats import detect_format
 from tunesmith.data.holdout import Side
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.refusals import nothing_left, refusal, unknown_format, write_faults
+from tunesmith.data.refusals import hardly_data, nothing_left, refusal, unknown_format, write_faults
 from tunesmith.data.rendered import TOO_LONG, Rendered
 from tunesmith.data.sources import Row, Source, content_hash, read_rows
 from tunesmith.data.store import Columns, Documents, StoreWriter
@@ -30,6 +30,8 @@ from tunesmith.data.workers import pack_batches
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 
+MOST_FAULTS = 1 << 20
+"""Bad rows after which reading ends if they are most of all rows."""
 UNUSED = "after the last answer"
 
 Keep = Callable[[Mapping[str, Any]], bool]
@@ -188,6 +190,8 @@ def _fresh(work: _Work, folder: Path | None = None) -> Prepared:
                 _record(ledger, one.origin, outcome)
                 if outcome is not None and outcome.fault is not None:
                     faults.append((one.origin, outcome.fault))
+            if len(faults) > MOST_FAULTS and 2 * len(faults) > ledger.totals.rows:
+                raise hardly_data(faults, ledger.totals.rows)
         documents = Documents(writer.finish())
     finally:
         writer.close()

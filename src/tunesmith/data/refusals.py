@@ -69,6 +69,17 @@ def unknown_format(source: Source, first: Row) -> DataError:
     )
 
 
+def hardly_data(faults: Sequence[tuple[Origin, Fault]], rows: int) -> DataError:
+    """The error where so many rows are bad that it is of no use to read on."""
+    origin, fault = faults[-1]
+    return DataError(
+        f"{len(faults):,} of the first {rows:,} rows can't be trained on, so the rest was not read;"
+        f" the last is {origin}: {fault.message}",
+        where=origin.source,
+        hint=fault.hint or "is the file what its name says?",
+    )
+
+
 def nothing_left(ledger: Ledger) -> DataError:
     counts = {
         f"{len(entry.rows)} {reason} ({name})": None

@@ -13,7 +13,7 @@ from typing import Any, cast
 from tunesmith.data.faults import Fault
 from tunesmith.data.readers.columnar import without_filled
 from tunesmith.data.readers.kinds import file_rows
-from tunesmith.data.readers.raw import Raw
+from tunesmith.data.readers.raw import LongRow, Raw
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
 
@@ -116,7 +116,7 @@ def rename_columns(values: dict[str, Any], columns: Mapping[str, str] | None) ->
     taken = set(columns.values())
     renamed = {name: value for name, value in values.items() if name not in taken}
     renamed.update({our: values[name] for our, name in columns.items() if name in values})
-    return renamed
+    return LongRow(renamed) if isinstance(values, LongRow) else renamed
 
 
 def content_hash(source: Source) -> str:

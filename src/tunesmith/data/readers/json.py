@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from tunesmith.data.faults import NOT_UTF8, Fault
-from tunesmith.data.readers.raw import LONGEST, Raw, object_row, too_long
+from tunesmith.data.readers.raw import LONGEST, Raw, object_row, too_long, too_many
 from tunesmith.errors import DataError
 
 _BLOCK = 1 << 20
@@ -71,7 +71,7 @@ def _row(values: Any, raw: str, number: int) -> Raw:
         except UnicodeEncodeError as error:
             message = f"{place} is not UTF-8 text ({error.reason})"
             return None, Fault("invalid-encoding", message, NOT_UTF8)
-    return object_row(values, place)
+    return object_row(values, place, size=len(raw))
 
 
 def _row_list(parsed: Any, name: str) -> list[Any]:
@@ -157,6 +157,12 @@ class _Buffer:
         rest = self._text[self._at :]
         if len(rest) > LONGEST:
             raise too_long(f"the value on line {self._line}", self._name)
+        if too_many(rest):
+            raise DataError(
+                f"the value on line {self._line} holds too many others",
+                where=self._name,
+                hint=_FILE,
+            )
         block = self._file.read(max(_BLOCK, len(rest)))
         self._ended = not block
         try:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from tunesmith.data.faults import NOT_JSON, NOT_UTF8, Fault
-from tunesmith.data.readers.raw import Raw, object_row
+from tunesmith.data.readers.raw import Raw, object_row, too_many
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -21,6 +21,8 @@ def jsonl_rows(lines: Iterable[bytes]) -> Iterator[Raw]:
 
 def _parse_line(line: bytes, number: int) -> Raw:
     place = f"line {number}"
+    if too_many(line):
+        return None, Fault("invalid-json", f"{place} holds too many values for a row", NOT_JSON)
     try:
         text = line.decode()
         values = json.loads(text)
@@ -35,4 +37,4 @@ def _parse_line(line: bytes, number: int) -> Raw:
         return None, Fault("invalid-json", message, NOT_JSON)
     except (ValueError, RecursionError) as error:
         return None, Fault("invalid-json", f"{place} is not JSON: {error}", NOT_JSON)
-    return object_row(values, place)
+    return object_row(values, place, size=len(line))

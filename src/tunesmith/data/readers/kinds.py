@@ -11,7 +11,7 @@ from tunesmith.data.readers.columnar import arrow_rows, parquet_rows
 from tunesmith.data.readers.delimited import delimited_rows
 from tunesmith.data.readers.json import json_rows
 from tunesmith.data.readers.jsonl import jsonl_rows
-from tunesmith.data.readers.raw import Raw, lines_of
+from tunesmith.data.readers.raw import TIMES, Raw, check_expansion, lines_of
 from tunesmith.errors import DataError
 
 Reader = Callable[[Any, str], Iterator[Raw]]
@@ -20,11 +20,14 @@ _TEXTS: dict[str, Reader] = {
     ".jsonl": lambda file, name: jsonl_rows(lines_of(file, name)),
     ".ndjson": lambda file, name: jsonl_rows(lines_of(file, name)),
     ".json": json_rows,
-    ".csv": lambda file, name: delimited_rows(lines_of(file, name), delimiter=","),
-    ".tsv": lambda file, name: delimited_rows(lines_of(file, name), delimiter="\t"),
+    ".csv": lambda file, name: delimited_rows(lines_of(file, name), name, delimiter=","),
+    ".tsv": lambda file, name: delimited_rows(lines_of(file, name), name, delimiter="\t"),
 }
 _TABLES: dict[str, Reader] = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+
+MOST_TIMES = {"gzip": 500, "zstd": TIMES}
+"""How many times its size a compressed file may have beyond `USUAL`; gzip looks back 32 KiB."""
 
 READABLE = " ".join([*_TEXTS, *_TABLES]) + ", the first five also with .gz or .zst"
 """What can be read, for messages."""
@@ -56,7 +59,7 @@ def file_rows(file: Any, name: str, file_name: str) -> Iterator[Raw]:
         yield from {**_TEXTS, **_TABLES}[kind](file, name)
         return
     try:
-        yield from _TEXTS[kind](_decompressed(file, codec), name)
+        yield from _TEXTS[kind](_decompressed(file, codec, name), name)
     except (OSError, EOFError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise DataError(
@@ -66,9 +69,28 @@ def file_rows(file: Any, name: str, file_name: str) -> Iterator[Raw]:
         ) from error
 
 
-def _decompressed(file: Any, codec: str) -> Any:
-    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+def _decompressed(file: Any, codec: str, name: str) -> Any:
+    return io.BufferedReader(_Expanded(file, codec, name), 1 << 20)
 
-    # The Python library reads gzip alone, and half as fast.
-    stream = cast("Any", pyarrow).CompressedInputStream(file, codec)
-    return io.BufferedReader(stream, 1 << 20)
+
+class _Expanded(io.RawIOBase):
+    """The contents of a compressed file, as long as they are not out of all proportion to it."""
+
+    def __init__(self, file: Any, codec: str, name: str) -> None:
+        import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+        # The Python library reads gzip alone, and half as fast.
+        self._stream = cast("Any", pyarrow).CompressedInputStream(file, codec)
+        self._file = file
+        self._times = MOST_TIMES[codec]
+        self._name = name
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        read = int(self._stream.readinto(buffer))
+        self._size += read
+        check_expansion(self._size, self._file.tell(), self._name, times=self._times)
+        return read

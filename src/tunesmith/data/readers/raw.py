@@ -23,6 +23,19 @@ LONGEST = 1 << 28
 """Bytes of a line, or characters of a value, that are read; far above what a row may teach."""
 
 
+USUAL = 1 << 30
+"""Bytes to which any file may expand."""
+TIMES = 5000
+"""How many times its size it may have beyond that."""
+LONG = 1 << 18
+"""Bytes of a row from which on it is a `LongRow`."""
+_MOST_VALUES = 1 << 24
+
+
+class LongRow(dict[str, Any]):
+    """A row so long that few may be held at a time."""
+
+
 def lines_of(file: Any, name: str) -> Iterator[bytes]:
     """The lines of a file.
 
@@ -35,6 +48,28 @@ def lines_of(file: Any, name: str) -> Iterator[bytes]:
         yield line
 
 
+def too_many(text: str | bytes) -> bool:
+    """Whether JSON text may hold so many values that they fill the memory: each, be it written in
+    two bytes, is an object of its own.
+    """
+    if len(text) <= _MOST_VALUES:
+        return False
+    marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    return sum(text.count(cast("Any", mark)) for mark in marks) > _MOST_VALUES
+
+
+def check_expansion(size: int, read: int, name: str, *, times: int = TIMES) -> None:
+    """Raises DataError if `read` bytes of a file have become `size` bytes, more than rows that are
+    alike explain.
+    """
+    if size > USUAL and size > times * read:
+        raise DataError(
+            f"the file expands to more than {times:,} times its size",
+            where=name,
+            hint="rows are not that much alike; if these are, write the file without compression",
+        )
+
+
 def too_long(what: str, name: str) -> DataError:
     """The error of a line or value that is not read on."""
     return DataError(
@@ -44,10 +79,13 @@ def too_long(what: str, name: str) -> DataError:
     )
 
 
-def object_row(values: Any, place: str) -> Raw:
-    """A row from parsed JSON: anything but an object is a fault, which names `place`."""
+def object_row(values: Any, place: str, *, size: int = 0) -> Raw:
+    """A row from parsed JSON of `size` bytes: anything but an object is a fault, which names
+    `place`.
+    """
     if isinstance(values, dict):
-        return cast("dict[str, Any]", values), None
+        row = cast("dict[str, Any]", values)
+        return (LongRow(row) if size >= LONG else row), None
     words = {"list": "a list", "str": "a string", "bool": "true or false", "NoneType": "null"}
     kind = words.get(type(values).__name__, "a number")
     return None, Fault("invalid-json", f"{place} is {kind}, not an object", _OBJECT)
