@@ -44,6 +44,8 @@ def run(rank, group):
     code = 0
     for job in group["jobs"]:
         raise_signal(rank, job.pop("signal_after", None))
+        exec(job.pop("prelude", ""), {"rank": rank})
+        exec(job.pop("prelude", ""), {"__name__": "prelude"})
         try:
             if job.pop("call", "train") == "resume":
                 tunesmith.resume(job["out"], overrides=job["overrides"], progress=False)
@@ -87,7 +89,7 @@ def run_groups(
     what `train` takes, or with `call: resume` an `out` and its overrides.
 
     `machine`: ranks that count as on one machine. `signal_after: [rank, step, number]` in a job
-    has a rank send itself a signal after a step.
+    has a rank send itself a signal after a step; `prelude` is code that each rank runs before.
     """
     spec = {
         "groups": [

@@ -14,6 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
+from tunesmith.model.layers import cut_layers
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import (
     ModelSource,
@@ -63,17 +64,20 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    layers: int | None = None,
 ) -> CausalLM:
     """The model of `source` on `device`, with its adapter trainable on top if it has one;
     randomness in it set to 0. With `quantization` each weight is quantised as it is read.
 
-    What was decided here is in the returned object's `notes`.
+    What was decided here is in the returned object's `notes`. `layers`: only so many of the first.
 
     Raises:
         ModelError: not a causal language model, foreign code without leave, or missing weights.
     """
-    config = _checked_config(source, trust_remote_code)
-    notes = _silence(config)
+    config = checked_config(source, trust_remote_code)
+    if layers is not None:
+        cut_layers(config, layers)
+    notes = silence(config)
     chosen = choose_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
     if quantization is not None:
@@ -103,7 +107,7 @@ def load_causal_lm(
         from tunesmith.model.quantized import finish_loading
 
         notes.append(finish_loading(causal_lm, quantization))
-    _finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, isolated)
     causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
     return causal_lm
 
@@ -119,7 +123,7 @@ def wrap_causal_lm(model: Any) -> CausalLM:
             hint="load it as AutoModelForCausalLM",
         )
     _refuse_config(base.config, type(base).__name__)
-    notes = _silence(base.config)
+    notes = silence(base.config)
     notes += _silence_modules(base)
     native = base.config._attn_implementation or "eager"
     attention.register()
@@ -133,7 +137,7 @@ def wrap_causal_lm(model: Any) -> CausalLM:
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
     )
-    _finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, isolated)
     return causal_lm
 
 
@@ -158,7 +162,8 @@ def settings_kept(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
+def finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
+    """What every model is given once it is loaded."""
     causal_lm.notes = notes
     causal_lm.base.config.use_cache = False
     if widen_linear_maps(causal_lm):
@@ -170,7 +175,12 @@ def _finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
         )
 
 
-def _checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
+def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ModelError: it is of no causal language model, or can't be used as it is.
+    """
     from transformers import AutoConfig
 
     raw = read_json(source.folder / "config.json")
@@ -207,7 +217,7 @@ def _refuse_config(config: Any, where: str) -> None:
         )
 
 
-def _silence(config: Any) -> list[str]:
+def silence(config: Any) -> list[str]:
     """Set every source of noise in a config to 0; one note a changed value."""
     notes: list[str] = []
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
@@ -251,7 +261,7 @@ def _from_pretrained(
 
     def load(implementation: str | None) -> Any:
         chosen = {} if implementation is None else {"attn_implementation": implementation}
-        with _no_bars():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=config,
@@ -284,14 +294,18 @@ def _from_pretrained(
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def quiet(*, reports: bool = True) -> Iterator[None]:
+    """Without transformers' progress bars, and without its `reports` on what it loads if asked."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not reports:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
