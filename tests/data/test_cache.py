@@ -178,7 +178,7 @@ def test_a_full_disk_is_no_error(source, folder, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_flushed", full)
+    monkeypatch.setattr(module.os, "fsync", full)
     prepared = run(source, folder)
     assert alike(prepared, run(source))
     assert any("No space left" in note for note in prepared.notes)

@@ -3,7 +3,7 @@
 An entry is a folder with the arrays of `store.py` and `manifest.json`, which is written last and
 names size and checksum of each. A folder is made aside, flushed to disk and renamed, so that an
 entry is whole or not there, and runs may share it. An entry that is not what its manifest says is
-removed and made anew.
+removed and made anew. Large files are read through again only when they changed (`known.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tunesmith.data.sources import Source, canonical_json
+from tunesmith.data.known import KnownFiles
+from tunesmith.data.sources import Source, canonical_json, content_hash
 from tunesmith.data.store import TYPES, Columns, map_columns
 from tunesmith.data.template import Template
 
@@ -44,19 +46,19 @@ def default_cache_folder() -> Path:
 
 
 def cache_key(
+    cache: Path,
     sources: Sequence[Source],
-    hash_contents: Callable[[Sequence[Source]], dict[str, str]],
     template: Template,
     settings: Mapping[str, Any],
 ) -> tuple[str, dict[str, str]] | None:
     """A hash of the data's bytes and how it is read, the tokenizer, its template, the settings and
     this program's own code, with the hashes of the sources; None where one of them can't be told by
-    its contents.
+    its contents. Raises DataError where a source can't be read.
     """
     tokenizer = _tokenizer_key(template)
     if tokenizer is None or any(source.path is None for source in sources):
         return None
-    hashes = hash_contents(sources)
+    hashes = _hashes(_known_files(cache), sources)
     key = {
         "version": _VERSION,
         "sources": [[_source_key(source), hashes[source.name]] for source in sources],
@@ -65,6 +67,20 @@ def cache_key(
         "code": _code_key(),
     }
     return hashlib.sha256(canonical_json(key)).hexdigest()[:40], hashes
+
+
+def _known_files(cache: Path) -> KnownFiles:
+    """What a cache folder knows of files, its own and those of the data."""
+    return KnownFiles(cache / "known")
+
+
+def _hashes(known: KnownFiles, sources: Sequence[Source]) -> dict[str, str]:
+    return {
+        source.name: known.digest(source.path, "sha256", partial(content_hash, source))
+        if source.path is not None and source.path.is_file()
+        else content_hash(source)
+        for source in sources
+    }
 
 
 def _source_key(source: Source) -> dict[str, Any]:
@@ -109,6 +125,7 @@ class CacheEntry:
 
     def __init__(self, folder: Path, key: str, hashes: Mapping[str, str]) -> None:
         self.hashes = hashes
+        self._known = _known_files(folder)
         self._root = folder / "documents"
         self.folder = self._root / key
 
@@ -129,7 +146,7 @@ class CacheEntry:
         try:
             manifest = json.loads(text)
             for name, (size, checksum) in manifest["files"].items():
-                _check(self.folder / name, size, checksum)
+                self._check(self.folder / name, size, checksum)
             if _digest(manifest["kept"]) != manifest["kept_sha256"]:
                 raise DamagedEntry(f"{MANIFEST} is not what was written")
             columns = map_columns(self.folder, manifest["names"])
@@ -147,7 +164,7 @@ class CacheEntry:
 
     def commit(self, aside: Path, names: Sequence[str], kept: Mapping[str, Any]) -> None:
         """Make the folder the entry, unless another run was first. Raises OSError."""
-        files = {f"{name}.bin": _flushed(aside / f"{name}.bin") for name in TYPES}
+        files = {f"{name}.bin": self._flushed(aside / f"{name}.bin") for name in TYPES}
         manifest = {
             "files": files,
             "names": list(names),
@@ -175,9 +192,25 @@ class CacheEntry:
             self.folder.rename(gone)
             discard(gone)
 
+    def _flushed(self, path: Path) -> tuple[int, int]:
+        """Size and checksum of a file that is now on the disk."""
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size, self._checksum(path, own=True)
+
+    def _check(self, path: Path, size: int, checksum: int) -> None:
+        if path.stat().st_size != size:
+            raise DamagedEntry(f"{path.name} has {path.stat().st_size} bytes, not {size}")
+        if self._checksum(path) != checksum:
+            raise DamagedEntry(f"{path.name} is not what was written")
+
+    def _checksum(self, path: Path, *, own: bool = False) -> int:
+        return int(self._known.digest(path, "crc32", lambda: str(_checksum(path)), own=own))
+
     def _prune(self) -> None:
         """Remove entries that nobody has used for long, and what killed runs left behind."""
         now = time.time()
+        self._known.prune(now - _UNUSED_DAYS * _DAY)
         for other in self._root.iterdir():
             days = _ASIDE_DAYS if other.name.startswith(".") else _UNUSED_DAYS
             manifest = other / MANIFEST
@@ -200,26 +233,12 @@ def _digest(kept: Any) -> str:
     return hashlib.sha256(canonical_json(kept)).hexdigest()
 
 
-def _check(path: Path, size: int, checksum: int) -> None:
-    if path.stat().st_size != size:
-        raise DamagedEntry(f"{path.name} has {path.stat().st_size} bytes, not {size}")
-    if _checksum(path) != checksum:
-        raise DamagedEntry(f"{path.name} is not what was written")
-
-
 def _checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flushed(path: Path) -> tuple[int, int]:
-    """Size and checksum of a file that is now on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, _checksum(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -210,7 +210,7 @@ def _entry(cache: Path, work: _Work) -> CacheEntry | None:
         return None
     settings = {**asdict(work.options), "keep": side}
     try:
-        key = cache_key(work.sources, _hashes, work.template, settings)
+        key = cache_key(cache, work.sources, work.template, settings)
     except DataError:
         return None  # reading the rows says better what is wrong with the source
     return None if key is None else CacheEntry(cache, *key)
