@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, BrokenBarrierError, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 import tunesmith
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
+from tunesmith.cli.plan import lines
 from tunesmith.config.read import read_recipe
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan, plan_step
@@ -28,11 +29,12 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.attention import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
-from tunesmith.train.assemble.context import check_context, context_line
+from tunesmith.train.assemble.context import check_exact, check_model, context_line
 from tunesmith.train.assemble.ranks import check_sharing
 from tunesmith.train.dealt import own_part
 from tunesmith.train.loss import path_lengths
 from tunesmith.train.pathkeys import target_keys
+from tunesmith.train.plan import forecast
 from tunesmith.types import Document, Layout, Origin, Segment
 
 # --- slices of a micro-batch
@@ -158,9 +160,9 @@ def on_ranks(
         thread.start()
     for thread in threads:
         thread.join()
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in found if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+        raise error
     return found
 
 
@@ -308,23 +310,26 @@ def test_ranks_that_make_no_whole_groups() -> None:
 def test_a_model_whose_heads_cannot_be_dealt() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     with pytest.raises(ModelError, match="4 attention heads can't be dealt to 3 ranks"):
-        check_context(model, Ranks(0, 3, 0, 3, Context(3, 0)))
+        check_model(model, Context(3, 0))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     model.isolate()
-    check_context(model, Ranks())
+    check_model(model, Context())
     with pytest.raises(ModelError, match="one path at a time") as caught:
-        check_context(model, Ranks(0, 2, 0, 2, Context(2, 0)))
+        check_model(model, Context(2, 0))
     assert caught.value.hint == "device.context=1"
 
 
 def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [wrap_causal_lm(tiny_model(num_hidden_layers=1)) for _ in range(2)]
+
     def run(context: Context) -> str:
-        model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
-        ranks = SimpleNamespace(context=context, most=list)
-        check_context(model, ranks)
+        model = models[context.place]
+        ranks: Any = SimpleNamespace(context=context, most=list)
+        where = {"device": torch.device("cpu"), "compute": torch.float32}
+        check_exact(model, ranks, **where)
         hidden = model.hidden
 
         def shifted(batch: Any) -> Tensor:
@@ -333,7 +338,7 @@ def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
         model.hidden = shifted
         try:
-            check_context(model, ranks)
+            check_exact(model, ranks, **where)
         except ModelError as error:
             return str(error)
         return "taken"
@@ -349,6 +354,23 @@ def test_the_start_says_how_a_micro_batch_is_spread() -> None:
     assert "at most 4,501 on a rank" in line
 
 
+def test_a_plan_is_of_one_rank(llama_folder: Path, chats: Path) -> None:
+    recipe = {"model": str(llama_folder), "data": {"train": [str(chats)]}}
+    options = ["device.kind=cpu", "device.micro_tokens=1", "train.steps=2", "batch.documents=1"]
+    options.append("device.gradient_checkpointing=none")
+    alone = forecast(read_recipe(recipe, options))
+    shared = forecast(read_recipe(recipe, [*options, "device.context=2", "device.ranks=4"]))
+    assert alone.context == ()
+    assert "2 groups of 2 ranks" in shared.context[0]
+    assert "memory is of one rank" in "\n".join(lines(shared))
+    assert shared.measured.activations < 0.6 * alone.measured.activations
+    assert shared.work.computed == alone.work.computed
+    with pytest.raises(RecipeError, match="3 ranks can't be divided"):
+        forecast(read_recipe(recipe, [*options, "device.context=2", "device.ranks=3"]))
+    with pytest.raises(ModelError, match="attention heads can't be dealt to 3 ranks"):
+        forecast(read_recipe(recipe, [*options, "device.context=3"]))
+
+
 # --- whole runs
 
 STEPS = 4
@@ -358,12 +380,13 @@ CONTEXT = ["device.context=2"]
 CHECKPOINTED = "device.gradient_checkpointing="
 LORA = ["adapter=lora", "adapter.rank=4"]
 FAST = {
-    "full": (2, "llama", []),
-    "shards": (2, "llama", ["device.shard=full", f"{CHECKPOINTED}layers"]),
-    "window, softcap": (2, "gemma2", [*LORA, f"{CHECKPOINTED}selective"]),
+    "whole": (2, "llama", []),
+    "shards": (2, "gemma2", ["device.shard=full", f"{CHECKPOINTED}selective"]),
 }
 SLOW = {
     "sinks": (2, "gpt_oss", []),
+    "lora": (2, "gemma2", [*LORA, f"{CHECKPOINTED}layers"]),
+    "shards of layers": (2, "llama", ["device.shard=full", f"{CHECKPOINTED}2"]),
     "psft": (2, "llama", ["objective=psft", "objective.outer_steps=2"]),
     "anchor": (2, "llama", ["objective.kl=0.1"]),
     "two groups": (4, "llama", []),
@@ -371,7 +394,7 @@ SLOW = {
     "two machines": (4, "llama", ["device.shard=hybrid"]),
     "four": (4, "gemma2", ["device.context=4"]),
 }
-HALTED, WHOLE = "halted", "full"
+HALTED, WHOLE = "halted", "whole"
 
 
 def rows(count: int) -> list[dict]:
@@ -455,8 +478,8 @@ def test_shared_tokens_learn_the_same_in_every_way(slow: Path, name: str) -> Non
 
 
 def test_a_rank_has_a_slice_and_not_the_micro_batch(fast: Path) -> None:
-    one = sum(r["computed_tokens"] for r in records(fast / "full-alone", "train"))
-    both = sum(r["computed_tokens"] for r in records(fast / "full", "train"))
+    one = sum(r["computed_tokens"] for r in records(fast / "whole-alone", "train"))
+    both = sum(r["computed_tokens"] for r in records(fast / "whole", "train"))
     # larger micro-batches share more prefixes; each may have one token added
     assert both <= one + STEPS * 10
 

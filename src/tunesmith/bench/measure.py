@@ -14,6 +14,7 @@ from tunesmith.bench.breakdown import breakdown
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.config.schema import Recipe
 from tunesmith.model.quantized_weight import parameter_count
+from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.job import Job
 from tunesmith.distributed.together import is_out_of_memory
@@ -108,7 +109,7 @@ def bench(recipe: Recipe, *, folders: Sequence[Path] = (), steps: int = STEPS) -
         InputError: what `train` would refuse too.
         RunError: a micro-batch does not fit.
     """
-    job = build(recipe, folders=folders)
+    job = build(for_one_process(recipe), folders=folders)
     work = count_work(job)
     try:
         return _measured(job, work, steps)

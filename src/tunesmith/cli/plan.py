@@ -62,6 +62,8 @@ def lines(found: Forecast) -> list[str]:
         f"{_time(found.eval_seconds)}), from {seen.steps} steps on this machine; loading and "
         "writing come on top",
     ]
+    if found.context:
+        page.append(f"{found.context[0]}; memory is of one rank")
     if work.grouped is not None and work.computed:
         page.append(
             f"batch.group_by_prefix=true would compute {work.grouped:,} tokens, "

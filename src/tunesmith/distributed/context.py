@@ -30,7 +30,8 @@ from tunesmith.types import Chain, Layout
 @dataclass(frozen=True, slots=True)
 class Context:
     """A group of `count` ranks that share tokens; this one is number `place`. One rank has all
-    tokens.
+    tokens. Without a `group` the others are only played: what they would send is as large as what
+    this rank sends them, and is not what they would.
     """
 
     count: int = 1
@@ -57,7 +58,7 @@ class Context:
         """Sums over the group."""
         import torch.distributed as dist
 
-        if self.count > 1:
+        if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
 
@@ -135,7 +136,10 @@ def exchange(context: Context, tensors: Sequence[Tensor], *, to_heads: bool) -> 
     parts = [_by_receiver(tensor, count, to_heads=to_heads) for tensor in tensors]
     sent = torch.cat([part.reshape(count, -1) for part in parts], 1)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=context.group)
+    if context.group is None:
+        received.copy_(sent)
+    else:
+        dist.all_to_all_single(received, sent, group=context.group)
     sizes = [part[0].numel() for part in parts]
     found: list[Tensor] = []
     for tensor, part, got in zip(tensors, parts, received.split(sizes, 1), strict=True):

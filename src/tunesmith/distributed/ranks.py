@@ -58,7 +58,7 @@ class Ranks:
     @property
     def groups(self) -> int:
         """To how many micro-batches are dealt at a time: ranks that share one count once."""
-        return self.count // self.context.count
+        return max(1, self.count // self.context.count)
 
     @property
     def own_group(self) -> int:

@@ -19,6 +19,7 @@ from tunesmith.config.read import read_recipe
 from tunesmith.data.packing import plan_step
 from tunesmith.errors import InputError
 from tunesmith.train.again import check_data
+from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.checkpoint import differences, find_damage, load_checkpoint
 from tunesmith.train.folder import is_run, read_json
@@ -229,7 +230,7 @@ def _build(run: Path, machine: Mapping[str, Any], meta: Mapping[str, Any]) -> Jo
     change = Override(("device", "micro_tokens"), meta["micro_tokens"], "device.micro_tokens")
     recipe = read_recipe(run_files(run)["recipe"], [change])
     started = machine.get("folder")
-    return build(recipe, folders=[run, *([Path(started)] if started else [])])
+    return build(for_one_process(recipe), folders=[run, *([Path(started)] if started else [])])
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Recipe
+from tunesmith.config.sections.device import DeviceSection
 from tunesmith.data.conversation import Example
 from tunesmith.data.store import longest_paths
+from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.folder import read_json
@@ -26,7 +28,7 @@ from tunesmith.verify.exported import Exported, export_checks, write
 from tunesmith.verify.inference import examples, inference_faithful
 from tunesmith.verify.layouts import Layouts, layout_checks
 from tunesmith.verify.outcome import Outcome
-from tunesmith.verify.ranks import one_process, ranks_agree
+from tunesmith.verify.ranks import for_ranks, one_process, ranks_agree
 from tunesmith.verify.resumed import resume_bitwise, run_through
 from tunesmith.verify.subject import Bounds, bounded, build_precise, chosen_documents, shortened
 
@@ -65,6 +67,7 @@ class _Given:
     run: Path | None
     ranks: int
     say: Say
+    device: DeviceSection  # as the recipe has it, for several ranks
 
 
 def verify(
@@ -92,7 +95,9 @@ def verify(
     if run is not None:
         started = read_json(run_files(run)["machine"]).get("folder")
         beside += [run, *([Path(started)] if started else [])]
-    given = _Given(recipe, bounds or Bounds(), beside, run, ranks, say)
+    given = _Given(
+        for_one_process(recipe), bounds or Bounds(), beside, run, ranks, say, recipe.device
+    )
     outcomes, chosen, longest, about = _at_rest(given)
     outcomes += _in_motion(given, chosen, longest)
     order = {promise: number for number, promise in enumerate(("P1", "P2", "P3", "P4", "P5", "P6"))}
@@ -152,7 +157,7 @@ def _in_motion(
             given.say(f"P3: the run on {given.ranks} ranks")
             outcomes.append(
                 ranks_agree(
-                    recipe,
+                    for_ranks(recipe, given.device, given.ranks),
                     folder,
                     ranks=given.ranks,
                     folders=given.folders,

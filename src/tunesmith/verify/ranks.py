@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Recipe
+from tunesmith.config.sections.device import DeviceSection
 from tunesmith.train.checkpoint import load_checkpoint
 from tunesmith.verify.outcome import Outcome, judged
 from tunesmith.verify.subject import STEPS
@@ -35,6 +36,15 @@ def one_process() -> Outcome:
         verdict="not checked",
         note="one process; --ranks 2 starts two",
     )
+
+
+def for_ranks(recipe: Recipe, asked: DeviceSection, ranks: int) -> Recipe:
+    """The recipe with model and sequences shared as `asked`, as far as so many ranks can."""
+    shared = {
+        "shard": "none" if asked.shard == "none" else "full",
+        "context": 1 if ranks % asked.context else asked.context,
+    }
+    return recipe.model_copy(update={"device": recipe.device.model_copy(update=shared)})
 
 
 def ranks_agree(

@@ -4,22 +4,26 @@ it is exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import plan_step
-from tunesmith.distributed.context import uneven_heads
+from tunesmith.distributed.context import Context, uneven_heads
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.probe import Probe, in_float32
 from tunesmith.train.dealt import own_part
 from tunesmith.types import Document, Origin, Segment
 
 PROBED_TOKENS = 24
 """Tokens of the longer one of two made-up documents."""
+ROUNDING = {"cpu": 2e-4, "other": 5e-3, "narrow": 8e-2}
+"""What rounding may change of a hidden state, relative: float32 on a CPU and elsewhere, 16 bits."""
 
 
 def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
@@ -62,60 +66,81 @@ def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
             )
 
 
-def check_context(model: CausalLM, ranks: Ranks) -> None:
-    """Hold this model, its tokens shared by the ranks, to what each of them computes alone.
-
-    Two made-up documents, all ranks at the same time, before the weights are spread.
+def check_model(model: CausalLM, context: Context) -> None:
+    """Refuse a model whose sequences can't be shared.
 
     Raises:
-        ModelError: its heads can't be dealt, it takes one path at a time only, or differs.
+        ModelError: its heads can't be dealt, or it takes one path at a time only.
     """
-    context = ranks.context
     if context.count == 1:
         return
-    where, without = "device.context", "device.context=1"
     if model.isolated:
         raise ModelError(
             "this model runs one path at a time with its own attention, which needs all tokens "
             "of a path on one device",
-            where=where,
-            hint=without,
+            where="device.context",
+            hint="device.context=1",
         )
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % context.count:
         raise uneven_heads(heads, context.count)
-    (worst,) = ranks.most([_excess(model, ranks)])
+
+
+def check_exact(
+    model: CausalLM, ranks: Ranks, *, device: torch.device, compute: torch.dtype
+) -> None:
+    """Hold this model, its tokens shared by the ranks, to what each of them computes alone.
+
+    Two made-up documents, on all ranks at the same time, with weights whole or spread; `compute` is
+    the model's own precision.
+
+    Raises:
+        ModelError: hidden states differ by more than rounding.
+    """
+    if ranks.context.count == 1:
+        return
+    if compute in (torch.bfloat16, torch.float16):
+        rounding = ROUNDING["narrow"]
+    else:
+        rounding = ROUNDING["cpu" if device.type == "cpu" else "other"]
+    apart = _difference(model, ranks.context, device, robust=rounding == ROUNDING["narrow"])
+    (worst,) = ranks.most([apart / rounding])
     if not worst <= 1:
         raise ModelError(
             f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
             "rounding explains",
-            where=where,
-            hint=without,
+            where="device.context",
+            hint="device.context=1",
         )
 
 
-def _excess(model: CausalLM, ranks: Ranks) -> float:
-    """The difference of a token's hidden states as a multiple of what rounding may make."""
+def _difference(model: CausalLM, context: Context, device: torch.device, *, robust: bool) -> float:
+    """The largest relative difference of a token's hidden states; `robust`: the median, since in 16
+    bits rounding can flip an expert of a token.
+    """
     vocabulary = int(model.head.weight.shape[0])
     documents = [_document(length, vocabulary) for length in (PROBED_TOKENS, PROBED_TOKENS // 3)]
     (plan,) = plan_step(documents, micro_tokens=2 * PROBED_TOKENS)
-    part = own_part(plan, ranks.context)
-    device, training = model.head.weight.device, model.training
+    part = own_part(plan, context)
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            probe = Probe(model, PROBED_TOKENS)
-            with in_float32(model, probe.widened):
-                whole = model.hidden(collate(plan, device)).float()
-                found = model.hidden(collate(part, device)).float()
+            whole, found = (model(collate(p, device), _hidden) for p in (plan, part))
     finally:
         model.train(training)
+    assert isinstance(whole, Tensor)
+    assert isinstance(found, Tensor)
     own = part.layout.own
-    wanted = whole[own.start : own.stop]  # without what was added at the end
+    wanted = whole[own.start : own.stop].float()  # without what was added at the end
     if not len(wanted):
         return 0.0
-    apart = (found[: len(wanted)] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    return float(apart.max() if probe.exact else apart.median()) / probe.rounding
+    apart = (found[: len(wanted)].float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return float(apart.median() if robust else apart.max())
+
+
+def _hidden(hidden: Tensor, *_: Any, **__: Any) -> Any:
+    return hidden
 
 
 def _document(tokens: int, vocabulary: int) -> Document:

@@ -14,7 +14,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.meta import let_go
 from tunesmith.model.wide import restore_linear_maps
-from tunesmith.train.assemble.context import check_context, check_context_recipe
+from tunesmith.train.assemble.context import check_context_recipe, check_exact, check_model
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat each element by itself, and so a part of a weight as the whole."""
@@ -44,6 +44,12 @@ def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
         )
     _check_hybrid(recipe, ranks)
     _check_kind(recipe, device)
+
+
+def for_one_process(recipe: Recipe) -> Recipe:
+    """The recipe without what only several ranks can do, to look at a run from one process."""
+    alone = {"ranks": 1, "shard": "none", "shard_offload": False, "context": 1}
+    return recipe.model_copy(update={"device": recipe.device.model_copy(update=alone)})
 
 
 def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
@@ -106,18 +112,19 @@ def share_model(
 
     `base`: a frozen copy that stays whole on each rank.
     """
+    check_model(model, ranks.context)
     if ranks.alone:
         return Alone()
     if model.unread is not None:
         let_go(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     ranks.copy_from_first([p for p in trained if not p.is_meta])
-    check_context(model, ranks)
+    first = next(model.base.parameters())
     if recipe.device.shard == "none":
+        check_exact(model, ranks, device=device, compute=first.dtype)
         return Replicated(ranks, trained)
     from tunesmith.distributed.shard import Sharding, shard_model
 
-    first = next(model.base.parameters())
     if device.type != "cpu":
         restore_linear_maps(model)
         if base is not None:
@@ -129,10 +136,13 @@ def share_model(
         offload=recipe.device.shard_offload,
     )
     files, model.unread = model.unread, None
-    return shard_model(
+    shards = shard_model(
         model, decoder_layers(model), ranks, how,
         device=device, read=None if files is None else files.read_for,
     )  # fmt: skip
+    check_exact(model, ranks, device=device, compute=first.dtype)
+    shards.rest()
+    return shards
 
 
 def decoder_layers(model: CausalLM) -> list[nn.Module]:

@@ -11,13 +11,18 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
+from tunesmith.data.store import longest_paths
+from tunesmith.distributed.context import Context
 from tunesmith.distributed.launch import ranks_to_start
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import RunError
 from tunesmith.model.activations import activation_bytes
 from tunesmith.model.checkpointing import Mode
 from tunesmith.model.memory import free_memory
 from tunesmith.model.quantized_weight import parameter_count
 from tunesmith.train.announcement import FEW_STEPS
+from tunesmith.train.assemble.context import check_context_recipe, context_line
+from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
@@ -43,6 +48,7 @@ class Forecast:
     warnings: tuple[str, ...]
     would_fit: tuple[str, ...]  # changes to the recipe, where the run does not fit
     packing: dict[str, Any] | None = None  # packs, their fill and what was cut, if any are made
+    context: tuple[str, ...] = ()  # how ranks share sequences; memory is then of one of them
 
     @property
     def fits(self) -> bool:
@@ -69,7 +75,9 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     ranks = ranks_to_start(recipe.device.kind, recipe.device.ranks)
     device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
     free = free_memory(device)
-    job = build(recipe, folders=folders)
+    context = recipe.device.context
+    job = _one_of(recipe, ranks, folders)
+    longest = int(longest_paths(job.documents).max())
     work = count_work(job)
     try:
         measured = probe(job, work)
@@ -97,10 +105,24 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
         free=free,
         chosen=job.chosen,
-        warnings=(*_warnings(work), *idle_line(job, ranks)),
+        warnings=(*_warnings(work), *idle_line(job, max(1, ranks // context), context=context)),
         would_fit=lines,
         packing=(job.prepared.ledger.plan or {}).get("packing"),
+        context=tuple(context_line(context, max(ranks, context), longest=longest)),
     )
+
+
+def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
+    """The job in one process: where ranks are to share sequences, with the work of one of them.
+
+    Raises:
+        RecipeError: so many ranks on this machine can't share.
+    """
+    context = recipe.device.context
+    count = ranks if ranks > 1 else context  # alone, it is for ranks of other machines
+    check_context_recipe(recipe, Ranks(0, count, 0, count))
+    played = Ranks(context=Context(context))
+    return build(for_one_process(recipe), folders=folders, ranks=played)
 
 
 def _on_cuda(recipe: Recipe) -> bool:

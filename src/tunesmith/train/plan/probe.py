@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.data.store import longest_paths
 from tunesmith.model.footprint import footprint
+from tunesmith.train.dealt import own_part
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.job import Job
 from tunesmith.train.plan.work import Work, documents_of, planned, spread
@@ -77,9 +79,23 @@ def run_longest(job: Job) -> None:
     """A pass over the longest document, thrown away, as a run begins."""
     longest = job.documents[int(longest_paths(job.documents).argmax())]
     plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
-    for plan in plans[:1]:
+    for plan in own_parts(job, plans[:1]):
         job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
     job.optimizer.zero_grad()
+
+
+def own_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPlan]:
+    """What one rank has of the micro-batches, where ranks are to share them: the one of each with
+    most targets.
+    """
+    context = job.ranks.context
+    return [
+        max(
+            (own_part(plan, replace(context, place=place)) for place in range(context.count)),
+            key=lambda part: len(part.source),
+        )
+        for plan in plans
+    ]
 
 
 def run_step(job: Job, step: int) -> tuple[float, int]:
@@ -88,7 +104,7 @@ def run_step(job: Job, step: int) -> tuple[float, int]:
     plans = planned(job, step)
     job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
     result = train_step(
-        job.model, job.optimizer, plans, job.loss,
+        job.model, job.optimizer, own_parts(job, plans), job.loss,
         documents=len(documents_of(job, step)), lr=0.0,
         max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
     )  # fmt: skip
@@ -102,15 +118,19 @@ def _time_evaluation(job: Job) -> float:
         min(EVAL_DOCUMENTS, len(job.eval_sets[0].documents))
     )]  # fmt: skip
     started = time.monotonic()
-    evaluate(job.model, documents, micro_tokens=job.micro_tokens, device=job.device)
-    return (time.monotonic() - started) / sum(document.tokens for document in documents)
+    evaluate(
+        job.model, documents, micro_tokens=job.micro_tokens, device=job.device, ranks=job.ranks
+    )
+    tokens = sum(document.tokens for document in documents) / job.ranks.context.count
+    return (time.monotonic() - started) / tokens
 
 
 def activation_bytes_of(job: Job, work: Work) -> tuple[int, int]:
     """Bytes held after the largest micro-batch's decoder, and the most above them until its
     gradients are there.
     """
-    plan = max(planned(job, work.largest_step), key=lambda plan: plan.tokens)
+    whole = max(planned(job, work.largest_step), key=lambda plan: plan.tokens)
+    (plan,) = own_parts(job, [whole])
     batch = collate(plan, job.device)
     with footprint(job.device) as forward:
         hidden = job.model.hidden(batch)

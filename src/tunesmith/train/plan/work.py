@@ -42,7 +42,7 @@ def planned(
     """
     return plan_step(
         documents_of(job, step, order=order),
-        micro_tokens=job.micro_tokens,
+        micro_tokens=job.micro_tokens * job.ranks.context.count,
         share=job.share if share is None else share,
         isolated=job.model.isolated,
     )
