@@ -38,6 +38,7 @@ def test_counts_are_those_of_the_run(llama_folder: Path, chats: Path, tmp_path: 
     assert found.memory["gradients"] == found.memory["weights"] == 4 * found.trained
     assert found.memory["optimizer"] == 2 * 4 * found.trained
     assert found.memory["activations"] > 0
+    assert found.memory["checkpoint copy"] == 3 * 4 * found.trained + 8  # and the steps' counter
     assert sum(found.memory.values()) == found.measured.peak
     assert found.train_seconds > 0
     assert found.fits
@@ -61,6 +62,23 @@ def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Pa
     found = forecast(recipe)
     assert found.memory["weights"] == found.memory["base model"] == 2 * found.trained
     assert found.memory["optimizer"] == (2 + 2 * 4) * found.trained
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "copied"),
+    [("auto", 10_000, 0), ("auto", 10**9, 1), ("false", 10**9, 0), ("true", 10_000, 1)],
+)
+def test_a_copy_for_checkpoints_is_counted_where_one_is_made(
+    llama_folder: Path, chats: Path, asked: str, room: int, copied: int
+) -> None:
+    module = importlib.import_module("tunesmith.train.plan.forecast")
+    changes = [*SETTINGS, "adapter=lora", "adapter.rank=2", f"checkpoint.background={asked}"]
+    recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)
+    job = module.build(recipe)
+    found = module.copy_beside(job, peak=5_000, free=5_000 + room)
+    saved = sum(t.numel() * t.element_size() for t in job.optimizer.state_dict().values())
+    assert found == copied * saved
+    assert saved > 10_000
 
 
 def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:

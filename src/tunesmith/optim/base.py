@@ -153,7 +153,8 @@ class Optimizer:
         """Bytes of `state_dict`."""
         kept = (t for slot in self._slots.values() for t in slot.state.values())
         masters = 4 * sum(slot.parameter.numel() for slot in self._slots.values())
-        return masters + sum(t.numel() * t.element_size() for t in kept)
+        counter = 8  # of the steps
+        return counter + masters + sum(t.numel() * t.element_size() for t in kept)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
+from tunesmith.train.optimizer_state import own_bytes
 from tunesmith.train.plan.flops import training_flops
 from tunesmith.train.plan.probe import Measured, probe
 from tunesmith.train.plan.work import Work, count_work
+from tunesmith.train.saving import SPARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,9 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     memory = memory_parts(
         job, peak=measured.peak, activations=measured.activations, working=measured.working
     )
+    if copied := copy_beside(job, peak=measured.peak, free=free):
+        memory["checkpoint copy"] = copied
+        measured = replace(measured, peak=measured.peak + copied)
     lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
     counts = [parameter_count(p) for p in job.model.parameters()]
     return Forecast(
@@ -123,6 +128,17 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     check_context_recipe(recipe, Ranks(0, count, 0, count))
     played = Ranks(context=Context(context))
     return build(for_one_process(recipe), folders=folders, ranks=played)
+
+
+def copy_beside(job: Job, *, peak: int, free: int) -> int:
+    """Bytes of the device's memory for the copy that a checkpoint is written from beside the next
+    steps; 0 where none is made or it rests elsewhere.
+    """
+    asked = job.recipe.checkpoint.background
+    if asked is False or job.device.type != "cpu":
+        return 0
+    copied = own_bytes(job)
+    return copied if asked is True or peak + SPARED * copied <= free else 0
 
 
 def _on_cuda(recipe: Recipe) -> bool:
@@ -181,6 +197,8 @@ def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) 
     now: Mode = job.chosen["gradient_checkpointing"]
     usual = activation_bytes(job.model.config, dtype=dtype, checkpointing=now)
     lines: list[str] = []
+    if measured.peak - memory.get("checkpoint copy", 0) <= free:
+        lines.append("checkpoint.background=false")
     for mode in ("selective", "layers"):
         each = activation_bytes(job.model.config, dtype=dtype, checkpointing=mode)
         saved = measured.activations * (1 - each / usual)
