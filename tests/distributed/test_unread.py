@@ -172,7 +172,6 @@ def test_weights_that_are_changed_on_the_way_in_are_told(tmp_path: Path) -> None
     [
         (["objective.kl=0.1"], "frozen copy"),
         (["adapter.continue_from=/elsewhere"], "goes on with an adapter"),
-        (["device.context=2"], "device.context"),
     ],
 )
 def test_what_needs_the_whole_model_is_named(overrides, reason: str, tmp_path: Path) -> None:
