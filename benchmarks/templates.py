@@ -71,8 +71,12 @@ def sharegpt(row: dict[str, Any]) -> Case:
         else:
             role = {"human": "user", "gpt": "assistant", "observation": "tool"}[turn["from"]]
             turns.append({"role": role, "content": value})
-    tools = row.get("tools")
-    return row, turns, (json.loads(tools) if tools else None) or None
+    tools = json.loads(row.get("tools") or "[]")
+    # A schema without its wrapping is one that no server takes; inference is asked with it.
+    asked = [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    ]
+    return row, turns, asked or None
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Case]] = {
