@@ -124,7 +124,7 @@ def mismatch(unread: CausalLM, trial: CausalLM) -> str | None:
         if name not in mine or mine[name].dtype != tensor.dtype:
             return f"{name} is kept in another way"
         read = files.read(name, [0] * tensor.ndim, tensor.shape).to(tensor.dtype)
-        if not torch.equal(read, tensor.detach()):
+        if not _same(read, tensor):
             return f"{name} is changed while it is loaded"
     buffers = dict(unread.base.named_buffers())
     for name, tensor in trial.base.named_buffers():
@@ -134,7 +134,11 @@ def mismatch(unread: CausalLM, trial: CausalLM) -> str | None:
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    return one.device == two.device and one.dtype == two.dtype and torch.equal(one, two)
+    """To the bit, so that what is not a number is the same too."""
+    if one.device != two.device or one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    bits = [t.detach().contiguous().view(-1).view(torch.uint8) for t in (one, two) if t.numel()]
+    return not bits or torch.equal(*bits)
 
 
 def let_go(causal_lm: CausalLM) -> None:
