@@ -101,8 +101,8 @@ def page(tokens: int, found: dict[int, dict[int, dict[str, Any]]]) -> str:
         f"{SHAPE['num_hidden_layers']} layers of {SHAPE['hidden_size']}, "
         f"{SHAPE['num_attention_heads']} heads, {SHAPE['num_key_value_heads']} key heads and a "
         f"vocabulary of {SHAPE['vocab_size']:,}, in float32",
-        "(`benchmarks/context.py`). MiB of torch's allocator on the rank with most, and the share of",
-        "what one process takes: *kept* by the forward pass for the backward, and the *peak* of",
+        "(`benchmarks/context.py`). MiB of torch's allocator on the rank with most, and the share",
+        "of what one process takes: *kept* by the forward pass for the backward, and the *peak* of",
         "both, less the gradients, which every rank has whole. Weights are not counted.",
         "",
         f"| `device.context` | tokens on a rank | {' | '.join(heads)} | loss |",
