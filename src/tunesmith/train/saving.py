@@ -77,6 +77,7 @@ class Saving:
         self._folder = folder
         self._told = told
         self._asked_micro_tokens = job.micro_tokens
+        self._versions = versions()  # reading them takes as long as a small model's save
         self._begun: int | None = None  # step of the newest checkpoint, whole or not
         self._good: int | None = None  # step of the newest that is known to be whole
         self._flight: _Flight | None = None
@@ -189,7 +190,7 @@ class Saving:
         job = self._job
         return {
             "science": science_dict(job.recipe),
-            "versions": versions(),
+            "versions": self._versions,
             "world_size": job.ranks.count,
             "threads": torch.get_num_threads(),
             "device": str(job.device.type),
