@@ -1,20 +1,20 @@
-"""Adapters on a base of 4 or 8 bits: trained, gone on with, merged, and loaded by plain peft."""
+"""A base of 4 or 8 bits under an adapter: what is quantised, computed, counted and refused.
+
+How adapters on it train, resume and are exported is in tests/export/test_adapter_product.py.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch import nn
 
 import tunesmith
-from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.cli.app import run as command
+from tiny import chat_rows, tiny_folder
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
@@ -22,12 +22,14 @@ from tunesmith.model.memory import estimate, measure
 from tunesmith.model.quantized import Quantization
 from tunesmith.model.quantized_weight import is_quantized, parameter_count
 from tunesmith.model.selftest import self_test
-from tunesmith.model.source import ModelSource, resolve_model
+from tunesmith.model.source import ModelSource
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-KINDS = ("nf4", "fp4", "int8")
+TORCHAO = ("torchao_int8", "torchao_fp8", "torchao_int4")
+KINDS = ("nf4", "fp4", "int8", *TORCHAO)
 FAMILIES = ("llama", "qwen3_moe")
 IDS = torch.tensor([[5, 17, 40, 200, 33, 91, 7, 300, 12, 64, 8, 9, 10]])
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
@@ -49,7 +51,7 @@ def train(
     kind: str,
     adapter: Any = None,
     *,
-    data: Path | None = None,
+    progress: bool = False,
     **more: Any,
 ) -> tunesmith.Run:
     options = {
@@ -60,8 +62,7 @@ def train(
         "adapter": LORA if adapter is None else adapter,
         **more,
     }
-    rows = chat_rows() if data is None else str(data)
-    return tunesmith.train(options, data=rows, out=out, progress=False)
+    return tunesmith.train(options, data=chat_rows(), out=out, progress=progress)
 
 
 def load(base: Path, kind: str, **more: Any) -> Any:
@@ -69,119 +70,14 @@ def load(base: Path, kind: str, **more: Any) -> Any:
     return load_causal_lm(source, dtype="float32", quantization=Quantization(kind), **more)
 
 
-def plain(base: Path, kind: str | None = None) -> Any:
-    """As transformers loads it, quantised or not, with nothing of ours."""
-    options: dict[str, Any] = {}
-    if kind == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif kind is not None:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["lm_head"],
-        )
-    if options:
-        options["device_map"] = {"": "cpu"}
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-
-
-@torch.no_grad()
-def logits(model: Any, *, training: bool = False) -> torch.Tensor:
-    """In training bitsandbytes does not round what an 8-bit map is given, on a CPU."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    base.set_attn_implementation("eager")
-    return model.train(training)(input_ids=IDS, use_cache=False).logits
-
-
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_trains_merges_and_reloads_in_plain_peft(
-    kind: str, family: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    base = bases[family]
-    adapter = {**LORA, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    run = train(base, tmp_path / "whole", kind, adapter)
-    model = run.folder / "model"
-    assert not (model / "config.json").exists()
-    assert "quantization" not in (model / "adapter_config.json").read_text()
-    trained = load_causal_lm(
-        resolve_model(str(run.folder)), dtype="float32", quantization=Quantization(kind)
-    )
-    assert any(is_quantized(module) for module in trained.modules())
-    with trained.generation() as ours, torch.no_grad():
-        expected = ours(input_ids=IDS, use_cache=False).logits
-    bare = load(base, kind)
-    with bare.generation() as ours, torch.no_grad():
-        untrained = ours(input_ids=IDS, use_cache=False).logits
-    assert distance(untrained, expected) > 1e-3
-    on_quantized = logits(
-        PeftModel.from_pretrained(plain(base, kind), model), training=kind == "int8"
-    )
-    assert distance(on_quantized, expected) < 1e-5
-    on_plain = logits(PeftModel.from_pretrained(plain(base), model))
-    assert distance(on_plain, expected) > 1e-4  # by the quantisation
-
-    out = tmp_path / "merged"
-    assert command(["merge", str(run.folder), "--out", str(out)]) == 0
-    assert "quantization_config" not in json.loads((out / "config.json").read_text())
-    assert distance(logits(plain(out)), on_plain) < 1e-5
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_ends_to_the_bit_the_same(
-    kind: str, family: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    whole = train(bases[family], tmp_path / "whole", kind)
-    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows())
-    often = {"checkpoint": {"every": 1, "keep": 5}}
-    parted = train(bases[family], tmp_path / "parted", kind, data=rows, **often)
-    steps = parted.folder / "checkpoints"
-    for path in [steps / "step-2", steps / "step-3", parted.folder / "model"]:
-        for file in sorted(path.rglob("*"), reverse=True):
-            file.unlink()
-        path.rmdir()
-    resumed = tunesmith.resume(parted.folder, progress=False)
-    one = load_file(whole.folder / "model" / "adapter_model.safetensors")
-    two = load_file(resumed.folder / "model" / "adapter_model.safetensors")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-
-
-@pytest.mark.parametrize("kind", ["rslora", "dora", "ia3", "loftq"])
-@pytest.mark.parametrize("quantization", KINDS)
-def test_kinds_train_on_it_and_reload(
-    quantization: str, kind: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    adapter = {"kind": kind} if kind == "ia3" else {**LORA, "kind": kind}
-    run = train(bases["llama"], tmp_path / "R", quantization, adapter)
-    before = plain_on_ours(load(bases["llama"], quantization))
-    trained = plain_on_ours(run.model)
-    assert distance(trained, before) > 1e-3
-    base = plain(bases["llama"], quantization)
-    again = PeftModel.from_pretrained(base, run.folder / "model")
-    assert distance(logits(again, training=quantization == "int8"), trained) < 1e-5
-    merged = ["merge", str(run.folder), "--out", str(tmp_path / "M")]
-    assert command(merged) == (2 if kind == "loftq" else 0)
-
-
 @torch.no_grad()
-def plain_on_ours(model: Any) -> torch.Tensor:
-    if hasattr(model, "generation"):
-        with model.generation() as inner:
-            return inner(input_ids=IDS, use_cache=False).logits
-    return logits(model)
-
-
-@pytest.mark.parametrize("kind", ["pissa", "olora", "vera", "boft", "hra"])
-def test_kinds_that_need_plain_weights_are_refused(kind: str, bases: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="they are quantised"):
-        add_adapter(load(bases["llama"], "nf4"), AdapterSpec(kind=kind, rank=4))
+def logits(model: Any) -> torch.Tensor:
+    with model.generation() as inner:
+        return inner(input_ids=IDS, use_cache=False).logits
 
 
 def test_without_an_adapter_it_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -190,8 +86,12 @@ def test_without_an_adapter_it_is_refused(bases: dict[str, Path], tmp_path: Path
     assert "adapter=lora" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
-@pytest.mark.parametrize("kind", KINDS)
+PAIRS = [(kind, family) for kind in KINDS for family in FAMILIES]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*PAIRS, *((kind, "gpt2") for kind in ("nf4", "fp4", "int8"))]
+)
 def test_layouts_give_the_same_hidden_states(
     kind: str, family: str, bases: dict[str, Path]
 ) -> None:
@@ -215,10 +115,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str, bases: dict[str,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_the_dequantised_weight(kind: str, bases: dict[str, Path]) -> None:
-    from tunesmith.model.quantized_linear import dequantized
-
     module = load(bases["llama"], kind).base.model.layers[0].mlp.up_proj
-    plain_weight = dequantized(module, torch.float32)
+    plain_weight = module.plain_weight(torch.float32)
     inputs = torch.randn(5, 64, requires_grad=True)
     given = torch.randn(5, 96)
     (found,) = torch.autograd.grad(module(inputs), inputs, given)
@@ -231,13 +129,11 @@ def test_the_gradient_is_that_of_the_dequantised_weight(kind: str, bases: dict[s
 
 def test_loftq_begins_nearer_to_the_plain_weights(bases: dict[str, Path]) -> None:
     """By the best product of its rank (Eckart and Young), whatever the scale."""
-    from tunesmith.model.quantized_linear import dequantized
-
     model = load(bases["llama"], "nf4")
     name = "model.layers.0.self_attn.q_proj"
     add_adapter(model, AdapterSpec(kind="loftq", rank=4, alpha=12, targets=["q_proj"]))
     module = model.base.get_submodule(name)
-    kept = dequantized(module.base_layer, torch.float32)
+    kept = module.base_layer.plain_weight(torch.float32)
     weight = load_file(bases["llama"] / "model.safetensors")[f"{name}.weight"]
     product = module.lora_B["default"].weight @ module.lora_A["default"].weight * 3
     values = torch.linalg.svdvals(weight - kept)
@@ -245,28 +141,38 @@ def test_loftq_begins_nearer_to_the_plain_weights(bases: dict[str, Path]) -> Non
     torch.testing.assert_close(rest, values[4:].norm(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("double", [False, True])
-def test_the_estimate_knows_the_bytes(kind: str, double: bool, bases: dict[str, Path]) -> None:
-    if kind == "int8" and double:
-        return
-    source = ModelSource("base", bases["llama"])
-    quantization = Quantization(kind, double=double)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [*KINDS, "nf4 double", "fp4 double"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_knows_the_bytes(
+    kind: str, family: str, dtype: str, bases: dict[str, Path]
+) -> None:
+    """Tensors of experts are counted as they are kept, in the model's dtype."""
+    source = ModelSource("base", bases[family])
+    quantization = Quantization(kind.split()[0], double=kind.endswith("double"))
     size = measure(source)
-    model = load_causal_lm(source, dtype="float32", quantization=quantization)
+    model = load_causal_lm(source, dtype=dtype, quantization=quantization)
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    for module in filter(is_quantized, model.modules()):
-        state = getattr(module.weight, "quant_state", None)
-        if state is None:
-            held[id(module)] = 4 * module.weight.shape[0]
-        else:
-            held[id(module)] = state.absmax.numel() * state.absmax.element_size()
-            if state.nested:
-                held[id(state)] = 4 * state.state2.absmax.numel()
-    needed = estimate(size, dtype=torch.float32, rank=8, quantization=quantization)
-    added = 4 * needed.trained
+    held |= {id(m.weight): weight_bytes(m) for m in filter(is_quantized, model.modules())}
+    needed = estimate(size, dtype=getattr(torch, dtype), rank=8, quantization=quantization)
+    added = getattr(torch, dtype).itemsize * needed.trained
     assert needed.weights - added == pytest.approx(sum(held.values()), rel=1e-3)
     assert sum(parameter_count(p) for p in model.parameters()) == size.parameters
+
+
+def weight_bytes(module: Any) -> int:
+    """What a quantised weight takes, read from its tensors."""
+    weight = module.weight
+    if names := getattr(weight, "tensor_data_names", None):
+        optional = getattr(weight, "optional_tensor_data_names", [])
+        found = [getattr(weight, name) for name in (*names, *optional)]
+    elif (state := getattr(weight, "quant_state", None)) is not None:
+        nested = [state.state2.absmax] if state.nested else []
+        found = [weight.data, state.absmax, *nested]
+    else:
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
+        found = [weight.data, scales]
+    return sum(t.numel() * t.element_size() for t in found if t is not None)
 
 
 def test_double_quantisation_changes_the_scales(bases: dict[str, Path]) -> None:
@@ -275,4 +181,82 @@ def test_double_quantisation_changes_the_scales(bases: dict[str, Path]) -> None:
         load_causal_lm(source, dtype="float32", quantization=Quantization("nf4", double=double))
         for double in (False, True)
     )
-    assert distance(plain_on_ours(one), plain_on_ours(two)) > 1e-5
+    assert distance(logits(one), logits(two)) > 1e-5
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_are_torchaos(kind: str, dtype: torch.dtype, bases: dict[str, Path]) -> None:
+    """4 bits packed by two are the numbers that torchao keeps one to a byte."""
+    from torchao.quantization import quantize_
+
+    from tunesmith.model.quantized_torchao import settings
+
+    source = ModelSource("base", bases["llama"])
+    model = load_causal_lm(source, dtype=dtype, quantization=Quantization(kind))
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
+        weight = load_file(bases["llama"] / "model.safetensors")[f"{name}.weight"].to(dtype)
+        alone = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
+        alone.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(alone, settings(kind))
+        found = model.base.get_submodule(name).plain_weight(dtype)
+        assert torch.equal(found, alone.weight.dequantize())
+        assert not torch.equal(found, weight)
+    assert type(model.head.weight) is nn.Parameter
+
+
+def test_a_start_says_that_experts_stay_as_they_are(
+    bases: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = bases["qwen3_moe"]
+    model = load(base, "nf4")
+    experts = [n for n, p in model.base.named_parameters() if p.ndim == 3]
+    assert experts
+    assert all(model.base.get_parameter(name).dtype == torch.float32 for name in experts)
+    inside = sum(parameter_count(m.weight) for m in filter(is_quantized, model.modules()))
+    share = f"{inside / sum(parameter_count(p) for p in model.parameters()):.0%} of the weights"
+    note = next(note for note in model.notes if "kept as nf4" in note)
+    assert share in note
+    assert "tensors of experts stay as they are" in note
+    train(base, tmp_path / "R", "nf4", progress=True, train={"steps": 1})
+    said = next(line for line in capsys.readouterr().err.splitlines() if "model: " in line)
+    assert said.endswith("% of its weights kept as nf4, tensors of experts as they are")
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_what_torchao_has_no_form_for_is_refused(kind: str, bases: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="has no linear map that can be quantised"):
+        load(bases["gpt2"], kind)  # its maps are no linear layers of torch
+
+
+def test_rows_that_make_no_groups_are_refused(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "odd", intermediate_size=80)
+    with pytest.raises(ModelError, match=r"down_proj has rows of 80 weights.* groups of 32"):
+        load(base, "torchao_int4")
+    assert load(base, "torchao_int8")
+
+
+def test_a_device_that_cannot_is_refused(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.model import quantized_torchao
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Float8_e4m3fn is not supported here\nmore of it")
+
+    monkeypatch.setattr(quantized_torchao, "quantize_", refuse)
+    with pytest.raises(ModelError, match="torchao_fp8 doesn't work on cpu: Float8") as caught:
+        load(bases["llama"], "torchao_fp8")
+    assert "torchao_int8" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("nf4", "quant"), ("torchao_int8", "torchao")])
+def test_a_missing_library_is_named(
+    kind: str, extra: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.model import quantized
+
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="which is not installed") as caught:
+        load(bases["llama"], kind)
+    assert f"tunesmith[{extra}]" in str(caught.value.hint)

@@ -169,7 +169,9 @@ def estimate(
     weights = parameters * dtype.itemsize
     if quantization is not None:
         weights -= size.quantizable * dtype.itemsize
-        weights += quantization.bytes(size.quantizable, size.quantizable_rows)
+        weights += quantization.bytes(
+            size.quantizable, size.quantizable_rows, width=dtype.itemsize
+        )
     return MemoryEstimate(
         parameters=parameters,
         trained=trained,

@@ -1,4 +1,5 @@
-"""A base whose linear maps are kept in 4 or 8 bits, by bitsandbytes, while an adapter is trained.
+"""A base whose linear maps are kept in 4 or 8 bits, by bitsandbytes or torchao, while an adapter is
+trained.
 
 Quantised are the decoder's linear maps that an adapter could go on. Embedding, head, norms, routers
 and tensors that hold a layer's experts stay as they are.
@@ -17,9 +18,10 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import candidates, expert_counts
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logits import LogitTransform
-from tunesmith.model.quantized_weight import parameter_count
+from tunesmith.model.quantized_weight import quantized_share
 
 _BLOCK = 64  # weights that share one scale in 4 bits
+_GROUP = 32  # the same in torchao's 4 bits
 _SCALES = 256  # scales that share one scale where they are quantised too
 # peft reads these names in a model with experts as the experts' own, and works on their weights
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -29,13 +31,23 @@ _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 class Quantization:
     """How the base is kept; `double`: the scales of 4 bits are quantised as well."""
 
-    kind: str  # nf4, fp4 or int8
+    kind: str  # nf4, fp4, int8; torchao_int8, torchao_fp8, torchao_int4
     double: bool = False
 
-    def bytes(self, parameters: int, rows: int) -> int:
-        """Bytes of so many weights in so many rows, scales among them."""
-        if self.kind == "int8":
-            return parameters + 4 * rows
+    @property
+    def library(self) -> str:
+        """The package that quantises."""
+        return "torchao" if self.kind.startswith("torchao_") else "bitsandbytes"
+
+    def bytes(self, parameters: int, rows: int, *, width: int = 4) -> int:
+        """Bytes of so many weights in so many rows, scales among them; `width`: bytes of a weight
+        that is not quantised.
+        """
+        each = {"int8": 4, "torchao_int8": 5, "torchao_fp8": 4}  # of a row; 5 with a zero point
+        if self.kind in each:
+            return parameters + each[self.kind] * rows
+        if self.kind == "torchao_int4":
+            return -(-parameters // 2) + width * (parameters // _GROUP)
         scales = -(-parameters // _BLOCK)
         kept = scales + 4 * -(-scales // _SCALES) if self.double else 4 * scales
         return -(-parameters // 2) + kept
@@ -45,12 +57,13 @@ def check_available(quantization: Quantization) -> None:
     """Raises:
     ModelError: what quantises is not installed.
     """
-    for package in ("bitsandbytes", "accelerate"):
+    extra = {"bitsandbytes": "quant", "torchao": "torchao"}[quantization.library]
+    for package in (quantization.library, "accelerate"):
         if find_spec(package) is None:
             raise ModelError(
                 f"{quantization.kind} needs the package {package}, which is not installed",
                 where="model.quantization",
-                hint="pip install 'tunesmith[quant]', or model.quantization=none",
+                hint=f"pip install 'tunesmith[{extra}]', or model.quantization=none",
             )
 
 
@@ -68,9 +81,19 @@ def loading_options(
         ModelError: the packages are missing, or the model has nothing to quantise.
     """
     check_available(quantization)
+    found = _linear_maps(config, trust_remote_code)
+    kept = [name for name, width in found.items() if width is None]
+    if quantization.library == "torchao":
+        widths = {name: width for name, width in found.items() if width is not None}
+        settings = _torchao(quantization.kind, device, widths=widths, kept=kept)
+    else:
+        settings = _bitsandbytes(quantization, dtype, kept)
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype, kept: list[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
-    kept = _kept(config, trust_remote_code)
     four = quantization.kind in ("nf4", "fp4")
     options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     if four:
@@ -80,8 +103,20 @@ def loading_options(
             "bnb_4bit_use_double_quant": quantization.double,
             "bnb_4bit_compute_dtype": dtype,
         }
-    settings = BitsAndBytesConfig(llm_int8_skip_modules=kept, **options)
-    return {"quantization_config": settings, "device_map": {"": str(device)}}
+    # a pattern of transformers matches whole names only with an end
+    return BitsAndBytesConfig(llm_int8_skip_modules=[f"{name}$" for name in kept], **options)
+
+
+def _torchao(kind: str, device: torch.device, *, widths: dict[str, int], kept: list[str]) -> Any:
+    from transformers import TorchAoConfig
+
+    from tunesmith.model import quantized_torchao
+
+    quantized_torchao.check_device(kind, device)
+    quantized_torchao.check_widths(kind, widths)
+    # here the patterns are held against names of weights
+    skipped = [f"{name}.weight$" for name in kept]
+    return TorchAoConfig(quantized_torchao.settings(kind), modules_to_not_convert=skipped)
 
 
 def quantizable(causal_lm: CausalLM) -> list[str]:
@@ -98,33 +133,37 @@ def finish_loading(causal_lm: CausalLM, quantization: Quantization) -> str:
     Raises:
         ModelError: nothing was quantised.
     """
-    from tunesmith.model.quantized_linear import multiply_dequantized
+    if quantization.library == "torchao":
+        from tunesmith.model.quantized_torchao import multiply_dequantized
+    else:
+        from tunesmith.model.quantized_linear import multiply_dequantized
 
     modules = multiply_dequantized(causal_lm.base)
-    parameters = {id(p): parameter_count(p) for p in causal_lm.base.parameters()}
-    inside = sum(parameters[id(m.weight)] for m in modules)
-    share = inside / sum(parameters.values())
     if not modules:
         raise ModelError(
             f"{causal_lm.config.model_type} has no linear map that can be quantised",
             where="model.quantization",
             hint="model.quantization=none",
         )
+    share = quantized_share(causal_lm.base)
     text = f"{len(modules)} linear maps are kept as {quantization.kind}, {share:.0%} of the weights"
     if expert_counts(causal_lm.config):
         text += "; tensors of experts stay as they are"
     return text
 
 
-def _kept(config: Any, trust_remote_code: bool) -> list[str]:
-    """Names of all linear maps that are not quantised, found without a weight being read."""
+def _linear_maps(config: Any, trust_remote_code: bool) -> dict[str, int | None]:
+    """All linear maps by name, with the width of their input; None: not to be quantised. No weight
+    is read.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     wanted = set(quantizable(CausalLM(model, logits=LogitTransform())))
-    linear = nn.Linear | Conv1D
-    found = [name for name, module in model.named_modules() if isinstance(module, linear)]
-    # a pattern of transformers matches whole names only with an end
-    return [f"{name}$" for name in found if name not in wanted]
+    return {
+        name: module.weight.shape[-1] if name in wanted else None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }

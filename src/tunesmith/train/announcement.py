@@ -10,6 +10,8 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.store import target_counts, token_counts
 from tunesmith.model.adapters import AdapterReport
+from tunesmith.model.adapters.targets import expert_counts
+from tunesmith.model.quantized_weight import quantized_share
 from tunesmith.train.job import EvalSet, Job
 
 FEW_STEPS = 50
@@ -29,7 +31,7 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
         f"max_length {recipe.data.max_length}",
         f"first row: {_shortened(prepared.sample_text)}",
         f"model: {recipe.model.name}, {recipe.model.dtype} on {job.device} "
-        f"with {torch.get_num_threads()} threads",
+        f"with {torch.get_num_threads()} threads{_bits(job)}",
         f"trained: {trained}",
         f"steps: {job.total_steps} of {_batch(recipe)}, "
         f"{recipe.optim.name} lr {recipe.optim.lr:g} {recipe.optim.schedule}{_factors(recipe)}",
@@ -48,6 +50,17 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
             "a smaller batch.documents or more train.epochs gives more"
         )
     return lines
+
+
+def _bits(job: Job) -> str:
+    """How much of a quantised base is kept in fewer bits."""
+    kind = job.recipe.model.quantization
+    if kind == "none":
+        return ""
+    share = f"{quantized_share(job.model.base):.0%} of its weights kept as {kind}"
+    if expert_counts(job.model.config):
+        share += ", tensors of experts as they are"
+    return f"; {share}"
 
 
 def _factors(recipe: Recipe) -> str:

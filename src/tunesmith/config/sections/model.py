@@ -20,7 +20,9 @@ class ModelSection(Section):
         default="auto",
         description="precision of forward and backward; updates are float32-accurate in either",
     )
-    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+    quantization: Literal[
+        "none", "nf4", "fp4", "int8", "torchao_int8", "torchao_fp8", "torchao_int4"
+    ] = Field(
         default="none",
         description="bits that the frozen base is kept in while an adapter is trained",
     )

@@ -37,7 +37,7 @@ from tunesmith.model.adapters.targets import (
     missed_experts,
 )
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.quantized_weight import is_quantized
+from tunesmith.model.quantized_weight import is_packed, is_quantized
 from tunesmith.model.vocabulary import trained_rows
 
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -164,6 +164,12 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             f"{spec.kind} needs the base's plain weights, and they are quantised",
             where="adapter.kind",
             hint=f"one of {', '.join(ON_QUANTIZED)}; or model.quantization=none",
+        )
+    if spec.kind == "dora" and any(is_packed(module) for module in causal_lm.base.modules()):
+        raise ModelError(
+            "dora reads the base's weights, and peft can't read torchao's 4 bits",
+            where="adapter.kind",
+            hint="model.quantization=nf4, or adapter.kind=lora",
         )
     if spec.kind == "loftq" and not quantized:
         raise ModelError(

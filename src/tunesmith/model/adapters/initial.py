@@ -42,8 +42,6 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
     Raises:
         ModelError: the base's weights are not found in safetensors files.
     """
-    from tunesmith.model.quantized_linear import dequantized
-
     folder = Path(str(causal_lm.config._name_or_path))
     files = _files_of_weights(folder)
     prefix = f"{causal_lm.base.base_model_prefix}."
@@ -51,7 +49,7 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
         if not hasattr(module, "lora_A") or not is_quantized(module.base_layer):
             continue
         plain = _read_weight(files, name, prefix)
-        kept = dequantized(module.base_layer, torch.float32)
+        kept = module.base_layer.plain_weight(torch.float32)
         if plain is None or plain.numel() != kept.numel():
             raise ModelError(
                 f"loftq can't begin here: the files hold no {name}.weight",
@@ -59,7 +57,8 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
                 hint="adapter.kind=lora",
             )
         plain = plain.float().to(kept.device)
-        if module.base_layer.source_cls.__name__ == "Conv1D":
+        source = getattr(module.base_layer, "source_cls", None)
+        if source is not None and source.__name__ == "Conv1D":
             plain = plain.T
         _begin_as(module, plain - kept)
 
