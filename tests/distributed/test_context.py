@@ -31,6 +31,7 @@ from tunesmith.model.attention import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.train.assemble.context import check_exact, check_model, context_line
 from tunesmith.train.assemble.ranks import check_sharing
+from tunesmith.train.checkpoint import differences, load_checkpoint
 from tunesmith.train.dealt import own_part
 from tunesmith.train.loss import path_lengths
 from tunesmith.train.pathkeys import target_keys
@@ -490,6 +491,14 @@ def test_a_resume_is_the_run_to_the_bit(fast: Path) -> None:
     assert losses(fast / HALTED) == losses(fast / WHOLE)
 
 
-def test_torch_knows_the_group_of_one(llama_folder: Path, chats: Path) -> None:
+def test_a_resume_with_another_group_is_not_to_the_bit(fast: Path) -> None:
+    saved = load_checkpoint(fast / "whole" / "checkpoints" / f"step-{STEPS}").meta
+    alone = load_checkpoint(fast / "whole-alone" / "checkpoints" / f"step-{STEPS}").meta
+    assert "context was 2, is 1" in differences(saved, alone)
+    before = {key: value for key, value in alone.items() if key != "context"}
+    assert not differences(before, alone)
+
+
+def test_one_process_has_nobody_to_share_with(llama_folder: Path, chats: Path) -> None:
     with pytest.raises(RecipeError, match="nobody to share a sequence with"):
         tunesmith.train(model=llama_folder, data=chats, overrides=["device.context=2"])

@@ -267,6 +267,16 @@ def test_too_few_nodes_are_refused_with_the_number(words: list[str], capsys) -> 
     assert "1 x 1 devices" in capsys.readouterr().err
 
 
+def test_devices_are_whole_groups_of_those_that_share(words: list[str], capsys) -> None:
+    three = ["--slurm", "--gpus-per-node", "3", "device.context=2", "device.micro_tokens=8"]
+    assert run([*words, *three]) == 0
+    assert "2 x 3 devices" in capsys.readouterr().err
+    assert run([*words, *three, "--nodes", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "3 x 3 devices can't be divided into groups of 2" in said
+    assert "--nodes 4" in said
+
+
 def test_model_that_is_not_here_needs_a_number(words: list[str], capsys) -> None:
     words[words.index("--model") + 1] = "/not/here"
     assert run([*words, "--slurm"]) == 2

@@ -87,9 +87,18 @@ def _kind(slurm: bool, k8s: bool, skypilot: bool) -> str:
 
 
 def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tuple[int, list[str]]:
-    """How many machines, and what was computed about it."""
+    """How many machines, and what was computed about it; their devices are whole groups of those
+    that share a sequence.
+    """
     from tunesmith.launch.need import devices_needed
 
+    context = recipe.device.context
+    if asked is not None and asked * per_node % context:
+        raise RecipeError(
+            f"{asked} x {per_node} devices can't be divided into groups of {context}",
+            where="device.context",
+            hint=f"--nodes {_whole_groups(asked, per_node, context)}",
+        )
     try:
         need = devices_needed(recipe, memory=memory, per_node=per_node)
     except ModelError as error:
@@ -100,7 +109,7 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
                 hint="give --nodes, or run this where the model is",
             ) from error
         return asked, [f"needs: can't be computed here, since the model: {error.message}"]
-    least = math.ceil(need.devices / per_node)
+    least = _whole_groups(math.ceil(need.devices / per_node), per_node, context)
     count = least if asked is None else asked
     lines = [f"needs: {need.line()}"]
     if count < least:
@@ -112,6 +121,12 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
     held = need.on(count * per_node, per_node=per_node) / _GIB
     lines.append(f"chosen: {count} x {per_node} devices, about {held:.1f} GiB on each")
     return count, lines
+
+
+def _whole_groups(nodes: int, per_node: int, context: int) -> int:
+    """The least number of machines from `nodes` on whose devices make whole groups."""
+    step = context // math.gcd(context, per_node)
+    return -(-nodes // step) * step
 
 
 def _files(kind: str, job: LaunchJob) -> dict[str, str]:

@@ -36,6 +36,8 @@ ASIDE = ".tmp"
 REPLACED = ".replaced"
 COMPARED = ("versions", "world_size", "context", "threads", "device", "deterministic")
 """Entries of `TrainState.meta` on which bitwise resume depends."""
+UNSAID = {"context": 1}
+"""What an entry is where it is not there."""
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -241,7 +243,9 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     """
     lines: list[str] = []
     for entry in COMPARED:
-        for name, before, now in _pairs(entry, saved.get(entry), current.get(entry)):
+        unsaid = UNSAID.get(entry)
+        pairs = _pairs(entry, saved.get(entry, unsaid), current.get(entry, unsaid))
+        for name, before, now in pairs:
             if before != now:
                 lines.append(f"{name} was {before}, is {now}")
     return lines

@@ -192,6 +192,7 @@ class Saving:
             "science": science_dict(job.recipe),
             "versions": self._versions,
             "world_size": job.ranks.count,
+            "context": job.ranks.context.count,
             "threads": torch.get_num_threads(),
             "device": str(job.device.type),
             "deterministic": job.recipe.device.deterministic,
