@@ -19,6 +19,8 @@ from tunesmith.train.assemble.context import check_context_recipe, check_exact, 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat each element by itself, and so a part of a weight as the whole."""
 ADAPTERS = ("none", "lora")
+KEPT = ("none", "nf4", "fp4")
+"""How a base may be kept whose packed bytes ranks can hold in parts."""
 
 
 def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
@@ -78,7 +80,7 @@ def _check_kind(recipe: Recipe, device: str) -> None:
     for key, value, taken, hint in (
         ("optim.name", recipe.optim.name, ELEMENTWISE, "looks at whole weights"),
         ("adapter.kind", recipe.adapter.kind, ADAPTERS, "needs whole weights of its base"),
-        ("model.quantization", recipe.model.quantization, ("none",), "can't be taken apart"),
+        ("model.quantization", recipe.model.quantization, KEPT, "can't be taken apart"),
     ):
         if value not in taken:
             raise RecipeError(
@@ -125,6 +127,11 @@ def share_model(
         return Replicated(ranks, trained)
     from tunesmith.distributed.shard import Sharding, shard_model
 
+    packed = recipe.model.quantization != "none"
+    if packed:
+        from tunesmith.model.quantized_shards import make_spreadable
+
+        make_spreadable(model, device=device, compute=first.dtype)
     if device.type != "cpu":
         restore_linear_maps(model)
         if base is not None:
@@ -140,6 +147,10 @@ def share_model(
         model, decoder_layers(model), ranks, how,
         device=device, read=None if files is None else files.read_for,
     )  # fmt: skip
+    if packed:
+        from tunesmith.model.quantized_shards import mark_packed
+
+        mark_packed(model)
     check_exact(model, ranks, device=device, compute=first.dtype)
     shards.rest()
     return shards

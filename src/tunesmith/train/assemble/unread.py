@@ -88,6 +88,8 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
     adapter = recipe.adapter
     if source is None:
         return "it was given in memory"
+    if recipe.model.quantization != "none":
+        return "its base is quantised while it is read"
     if source.adapter_folder is not None or adapter.continue_from is not None:
         return "it goes on with an adapter"
     if template.added:
