@@ -20,6 +20,17 @@ def speaks() -> bool:
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
+def restarted(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun has started the ranks anew, after one of them ended."""
+    found = os.environ if environment is None else environment
+    return int(found.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch_id() -> str | None:
+    """By what torchrun knows this job, however often it starts the ranks."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def shared_store() -> Any:
     """The small key-value store that outlives any rank."""
     from torch.distributed import distributed_c10d

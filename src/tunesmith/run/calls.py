@@ -11,10 +11,11 @@ from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.launch import ranks_to_start
+from tunesmith.distributed.launched import launch_id, restarted
 from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.conduct import Run, conduct
-from tunesmith.train.folder import RunFolder, is_run, open_run, read_json
+from tunesmith.train.folder import RunFolder, is_run, launched_run, open_run, read_json
 
 if TYPE_CHECKING:
     from tunesmith.train.assemble.given import Given
@@ -96,10 +97,13 @@ def train_recipe(
     from tunesmith.train.assemble.given import Given
 
     ranks = _connect(asked)
+    path = None if out is None else Path(out)
+    if restarted():  # by torchrun: what there is of the run is its own
+        resume, overwrite, path = True, False, path or launched_run(launch_id())
     folder = _open(
         ranks,
         lambda: open_run(
-            None if out is None else Path(out),
+            path,
             model_name=asked.model.name,
             resume=resume,
             overwrite=overwrite,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.schema import Recipe
+from tunesmith.distributed.launched import launch_id
 from tunesmith.train.folder import write_json, write_text
 from tunesmith.train.job import run_files
 from tunesmith.train.lock import LOCK
@@ -46,6 +47,7 @@ def write_start(path: Path, asked: Recipe, job: Job) -> None:
     machine = {
         **machine_record(),
         "world_size": job.ranks.count,
+        "launch": launch_id(),
         "folder": str(Path.cwd()),
         "asked": to_plain(asked),
         "chosen": job.chosen,

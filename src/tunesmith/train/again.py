@@ -15,7 +15,7 @@ from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint
 from tunesmith.train.console import announce
 from tunesmith.train.folder import read_json, write_json
 from tunesmith.train.job import Job, run_files
-from tunesmith.train.memory_retry import take_over
+from tunesmith.train.memory_retry import take_over, take_word
 from tunesmith.train.own_objective import check_same
 from tunesmith.train.sources import check_unchanged
 from tunesmith.train.trainer import Trainer
@@ -102,11 +102,13 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
     lines: list[str] = []
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         lines.append("resume: there is no checkpoint yet, so the run begins again")
+        lines += take_word(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
     else:
         found = newest_checkpoint(path)
         meta = load_checkpoint(found.path).meta
         lines += found.warnings
         take_over(trainer.job, meta)
+        lines += take_word(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
         now = trainer.meta()
         unlike = changed(meta, now)
         if meta.get("micro_tokens") != now["micro_tokens"]:

@@ -108,6 +108,13 @@ def open_run(
     return RunFolder(path, resumed=resumed, lock=lock)
 
 
+def launched_run(launch: str | None) -> Path | None:
+    """The newest run under `runs` that this launch of torchrun began; None if it has begun none."""
+    found = [path for path in Path("runs").glob("*") if is_run(path)]
+    own = [path for path in found if read_json(path / MARKERS[1]).get("launch", "") == launch]
+    return max(own, key=lambda path: path.name, default=None)
+
+
 def is_run(path: Path) -> bool:
     """True if the folder is a run of Tunesmith."""
     return all((path / name).is_file() for name in MARKERS)

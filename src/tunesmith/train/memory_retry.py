@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +20,13 @@ from tunesmith.distributed.together import OutOfMemoryTogether, is_out_of_memory
 from tunesmith.errors import RunError
 from tunesmith.train.dealt import step_plans
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
+from tunesmith.train.folder import read_json, write_json
 from tunesmith.train.job import Job
 from tunesmith.train.rng import RngState, capture_rng, restore_rng
 from tunesmith.train.stopping import AbandonedError
 from tunesmith.types import Document
 
+WORD = "less-memory.json"
 T = TypeVar("T")
 
 Note = Callable[[int, int, Sequence[int]], None]
@@ -35,13 +39,15 @@ def with_less_memory(
     *,
     largest: Callable[[int], int],
     note: Note,
+    leave: Callable[[int], None],
 ) -> T:
     """What `attempt` returns; each time it runs out of memory, `job.micro_tokens` is halved until
     micro-batches become smaller, `note` is told, and it is tried again.
 
     `largest` gives the tokens of the largest micro-batch at some `micro_tokens`, the same on every
-    rank. Several ranks go back where all of them know that one ran out of memory; where one finds
-    out by itself, while others may wait for it, that is an error.
+    rank. Several ranks go back where all of them know that one ran out of memory. Where one finds
+    out by itself, while others may wait for it, that is an error, and `leave` is told what the next
+    start should try.
 
     Raises:
         RunError: out of memory, and nothing smaller is left to try, or weights had already begun
@@ -62,7 +68,10 @@ def with_less_memory(
             now = smaller(before, largest)
             ranks = error.ranks if isinstance(error, OutOfMemoryTogether) else None
             known = job.ranks.alone or ranks is not None
-            if now is None or job.optimizer.steps != steps or not known:
+            if not known and now is not None:
+                leave(now)
+                raise out_of_memory_on(job.ranks.rank, before, now) from error
+            if now is None or job.optimizer.steps != steps:
                 raise out_of_memory(before, largest(before)) from error
         # Out here the error is gone, and with it the tensors that its frames held.
         _set_back(job, state)
@@ -110,6 +119,25 @@ def take_over(job: Job, meta: Mapping[str, Any]) -> None:
         job.micro_tokens = int(meta["micro_tokens"])
 
 
+def leave_word(folder: Path, *, asked: int, now: int) -> None:
+    """Note in a run's folder that a start with `asked` should go on with `now`; ranks that share
+    layers or tokens can't do that themselves.
+    """
+    with suppress(RunError):  # a full disk must not hide what happened
+        write_json(folder / WORD, {"asked": asked, "micro_tokens": now})
+
+
+def take_word(job: Job, folder: Path, *, asked: int) -> list[str]:
+    """Go on with what ranks that ran out of memory have noted; says so."""
+    word = read_json(folder / WORD) if (folder / WORD).is_file() else None
+    if word is None or word["asked"] != asked or word["micro_tokens"] >= job.micro_tokens:
+        return []
+    job.micro_tokens = int(word["micro_tokens"])
+    return [
+        f"resume: memory ran out with device.micro_tokens={asked}; now it is {job.micro_tokens}"
+    ]
+
+
 def retry_record(
     where: str, step: int, before: int, now: int, *, ranks: Sequence[int] = ()
 ) -> dict[str, Any]:
@@ -137,6 +165,16 @@ def out_of_memory(micro_tokens: int, largest: int) -> RunError:
         f"device.micro_tokens={micro_tokens}",
         hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
         "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
+    )
+
+
+def out_of_memory_on(rank: int, micro_tokens: int, now: int) -> RunError:
+    """The error of one of several ranks, for which others wait inside a micro-batch."""
+    return RunError(
+        f"out of memory on rank {rank} with device.micro_tokens={micro_tokens}; ranks that share a "
+        "model's layers or a sequence can't go back in the middle of a step",
+        hint=f"`tunesmith resume RUN`, or torchrun's own restart, goes on with device.micro_tokens="
+        f"{now}; or device.gradient_checkpointing=true, or a lower data.max_length",
     )
 
 

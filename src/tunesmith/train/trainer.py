@@ -23,7 +23,7 @@ from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.memory_retry import largest_microbatch, retry_record, with_less_memory
+from tunesmith.train.memory_retry import largest_microbatch, leave_word, retry_record, with_less_memory
 from tunesmith.train.metrics import Sink, peak_memory
 from tunesmith.train.rng import rng_kept, seed_step
 from tunesmith.train.rows import RowLosses
@@ -198,6 +198,9 @@ class Trainer:
             largest=lambda tokens: largest_microbatch(job, documents, tokens, grouped=grouped),
             note=lambda before, now, ranks: self._emit(
                 retry_record(where, step, before, now, ranks=ranks)
+            ),
+            leave=lambda now: leave_word(
+                self.folder, asked=self.meta()["micro_tokens_asked"], now=now
             ),
         )
 
