@@ -23,7 +23,12 @@ from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.memory_retry import largest_microbatch, leave_word, retry_record, with_less_memory
+from tunesmith.train.memory_retry import (
+    largest_microbatch,
+    leave_word,
+    retry_record,
+    with_less_memory,
+)
 from tunesmith.train.metrics import Sink, peak_memory
 from tunesmith.train.rng import rng_kept, seed_step
 from tunesmith.train.rows import RowLosses
