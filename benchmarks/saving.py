@@ -149,7 +149,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What a save costs the steps around it.")
     parser.add_argument("--model", help="a folder with a model; a tiny one if it is left out")
     parser.add_argument("--data", help="rows as JSON lines; short chats if it is left out")
     parser.add_argument("--documents", type=int, default=8)
