@@ -100,6 +100,75 @@ def test_an_adapter_with_its_own_objective_holds_on_two_ranks_too(folder: Path) 
     assert found.outcomes[1].counts["parameters"] < 20_000
 
 
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    **{kind: {"adapter": {"kind": kind, "rank": 4}} for kind in ("pissa", "olora", "dora")},
+    "rslora": {"adapter": {"kind": "rslora", "rank": 4}, "model": {"dtype": "bfloat16"}},
+    **{
+        f"lora, {kept}": {
+            "adapter": {"kind": "lora", "rank": 4}, "model": {"quantization": kept}
+        }
+        for kept in ("nf4", "int8")
+    },
+    "dora, nf4": {
+        "adapter": {"kind": "dora", "rank": 4},
+        "model": {"quantization": "nf4", "dtype": "bfloat16"},
+    },
+    "loftq, nf4": {"adapter": {"kind": "loftq", "rank": 4}, "model": {"quantization": "nf4"}},
+    **{kind: {"adapter": {"kind": kind}} for kind in ("vera", "oft", "ia3", "loha", "hra", "miss")},
+}  # fmt: skip
+FEW = Bounds(documents=2, rows=5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("pissa", "lora, nf4") else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
+def test_every_kind_of_adapter_and_base_holds(folder: Path, kind: str) -> None:
+    """On a quantised base the folder is judged on that base, and how far the plain one is from it
+    is said.
+    """
+    sections = KINDS[kind]
+    kept = sections.get("model", {}).get("quantization", "none")
+    if kept != "none":
+        pytest.importorskip("bitsandbytes")
+    found = verify(recipe_of(folder, **sections), bounds=FEW)
+    seen = verdicts(found)
+    assert seen.pop("P3 1 = N ranks") == "not checked"
+    assert set(seen.values()) == {"holds"}, found.outcomes
+    line = next(outcome for outcome in found.outcomes if outcome.name == "export = trained")
+    if kept == "none":
+        assert line.note == ""
+        return
+    assert line.counts["quantised maps"] == 14
+    assert "on the plain base" in line.note
+    assert float(line.note.split("logits are ")[1].split()[0]) > 10 * line.difference
+
+
+def test_a_fault_in_an_adapter_on_a_quantised_base_fails_p6(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far less than what the plain base differs by."""
+    pytest.importorskip("bitsandbytes")
+    own = exported.write
+
+    def other_scale(job: Job, place: Path) -> None:
+        own(job, place)
+        edited("adapter_config.json", lambda c: c.update(lora_alpha=c["lora_alpha"] * 1.5))(place)
+
+    monkeypatch.setattr(exported, "write", other_scale)
+    from tunesmith.verify import examine
+
+    monkeypatch.setattr(examine, "write", other_scale)
+    recipe = recipe_of(folder, **KINDS["lora, nf4"], optim={"lr": 0.02})
+    found = verify(recipe, bounds=FEW)
+    assert {name for name, seen in verdicts(found).items() if seen == "fails"} == {
+        "P6 export = trained"
+    }
+
+
 @pytest.mark.parametrize(
     "sections",
     [{"train_on": "all"}, {"train_on": "last"}, {"template": "none"}],
@@ -293,17 +362,6 @@ def test_differences_that_are_no_numbers_are_the_largest() -> None:
     missing = dataclasses.replace(sound, gradients={"a": torch.ones(3)})
     assert largest_difference(missing, sound) == (1.0, "the gradient of b")
     assert largest_difference(sound, missing)[0] == pytest.approx(1.0)
-
-
-def test_activations_quantised_together_are_measured(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Layouts, "approximate", property(lambda _: True))
-    _collated(monkeypatch, _leak)
-    found = layouts_of(precise(folder))["packed = alone"]
-    assert found.verdict == "measured"
-    assert found.difference is not None
-    assert found.difference > found.tolerance
 
 
 # Faults of the ledger.

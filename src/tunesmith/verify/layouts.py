@@ -39,11 +39,6 @@ class Layouts:
     def tolerance(self) -> float:
         return tolerance_of(self.job)
 
-    @property
-    def approximate(self) -> bool:
-        """Rows of a call influence each other through its quantised activations."""
-        return self.job.recipe.model.quantization == "int8"
-
     def counts(self, **more: int) -> dict[str, int]:
         """What every line counts."""
         return {
@@ -174,9 +169,6 @@ def _line(
         if not value <= worst:
             worst, of = value, f"{what}, {layout}"
     verdict = judged(worst, subject.tolerance)
-    if subject.approximate and worst != float("inf"):
-        verdict = "measured"
-        note = f"{note}{'; ' if note else ''}int8 quantises the activations of a call together"
     parts = [part for part in (note, f"largest in {of}" if of else "") if part]
     return Outcome(
         promise=promise,

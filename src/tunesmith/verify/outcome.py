@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Verdict = Literal["holds", "fails", "measured", "not checked"]
+Verdict = Literal["holds", "fails", "not checked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +15,7 @@ class Outcome:
     """A promise, what was compared with what, and how it came out.
 
     `difference` is the largest that was seen, in `measure`, and `tolerance` what it may be; 0 asks
-    for the same bits or ids. `measured`: the recipe itself makes results differ, as quantised
-    activations do, so the difference is stated and not judged.
+    for the same bits or ids.
     """
 
     promise: str  # P1 to P6
