@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
@@ -28,6 +27,7 @@ import torch
 from tunesmith.objectives import head_loss, nll
 from tunesmith.objectives.head import CHUNK_BYTES, CHUNK_ROWS
 from tunesmith.train.device import keep_freed_memory
+from tunesmith.train.metrics import cpu_name
 
 VOCABULARY, HIDDEN, TARGETS, ROUNDS = 150_000, 1024, 512, 5
 MEMORY_HIDDEN, MEMORY_TARGETS = 64, (256, 1024, 4096, 16384)
@@ -155,17 +155,6 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
@@ -174,7 +163,7 @@ def main() -> None:
     whole = (asked.vocabulary, asked.targets) == (VOCABULARY, TARGETS)
     counts = MEMORY_TARGETS if whole else (asked.targets, 4 * asked.targets)
     result = {
-        "machine": machine_name(),
+        "machine": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "chunk_bytes": max(CHUNK_BYTES, CHUNK_ROWS * 4 * asked.vocabulary),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tunesmith.config.read import read_recipe
 from tunesmith.errors import RecipeError
 from tunesmith.run import train
 
@@ -114,3 +115,11 @@ def test_stopped_and_resumed_to_the_bit(
             run(tmp_path / "parts")
     resumed = run(tmp_path / "parts")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_paged_states_are_refused_with_what_there_is_instead(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"must be one of adamw, .*not '{name}'") as caught:
+        read_recipe({"model": "m", "data": {"train": "d"}, "optim": {"name": name}})
+    assert "CUDA" in str(caught.value.hint)
+    assert "optim.name=adamw_8bit" in str(caught.value.hint)

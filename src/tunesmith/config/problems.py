@@ -33,6 +33,10 @@ _KINDS = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+_PAGED = (
+    "states are not paged: that works on CUDA alone; "
+    "optim.name=adamw_8bit keeps both moments in a byte each"
+)
 
 
 def note_findings(document: Document, error: ValidationError) -> None:
@@ -98,6 +102,8 @@ def _describe(path: Path, group: list[Mapping[str, Any]]) -> tuple[str, str | No
         choices = [word for item in group for word in _choices(item)]
         close = nearest(value, choices)
         hint = f"did you mean {close}?" if close else hint
+        if path == ("optim", "name") and "paged" in value:
+            hint = _PAGED
     return f"must be {' or '.join(expected)}, not {_shown(value)}", hint
 
 

@@ -13,7 +13,15 @@ from tunesmith.optim.adamw import AdamW
 from tunesmith.optim.base import Optimizer, Slot, zeros
 
 
-class SGD(Optimizer):
+class _OneMoment(Optimizer):
+    """A rule that keeps one tensor for a weight."""
+
+    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+        """The momentum."""
+        return {"momentum": zeros(slot)}
+
+
+class SGD(_OneMoment):
     """Gradient descent with momentum: m = momentum * m + g, w = w - lr * m, with decoupled decay.
 
     Args:
@@ -32,10 +40,6 @@ class SGD(Optimizer):
         self.momentum = momentum
         super().__init__(named_parameters, **shared)
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
-        """The running sum of gradients."""
-        return {"momentum": zeros(slot)}
-
     def rule(
         self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
     ) -> None:
@@ -44,7 +48,7 @@ class SGD(Optimizer):
         master.mul_(1 - lr * self.decay(slot)).add_(buffer, alpha=-lr)
 
 
-class Lion(Optimizer):
+class Lion(_OneMoment):
     """The sign of an interpolated momentum (Chen et al., arXiv 2302.06675, algorithm 2).
 
     w = w - lr * (sign(b1 * m + (1 - b1) * g) + decay * w), then m = b2 * m + (1 - b2) * g.
@@ -59,10 +63,6 @@ class Lion(Optimizer):
     ) -> None:
         self.betas = betas
         super().__init__(named_parameters, **shared)
-
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
-        """The momentum."""
-        return {"momentum": zeros(slot)}
 
     def rule(
         self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor

@@ -135,7 +135,7 @@ def machine_record() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
@@ -184,7 +184,8 @@ def _length_up_to(path: Path, step: int) -> int:
     return length
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

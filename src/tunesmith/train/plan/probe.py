@@ -4,12 +4,9 @@ nothing may be kept of it.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan, plan_step
@@ -18,6 +15,7 @@ from tunesmith.model.footprint import footprint
 from tunesmith.train.dealt import own_part
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.job import Job
+from tunesmith.train.metrics import peak_memory
 from tunesmith.train.plan.work import Work, documents_of, planned, spread
 from tunesmith.train.step import train_step
 
@@ -61,18 +59,6 @@ def probe(job: Job, work: Work) -> Measured:
     peak = peak_memory(job.device)
     activations, working = activation_bytes_of(job, work)
     return Measured(peak, activations, working, seconds / tokens, per_eval, timed)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the device's allocator held, on a CPU the process; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_longest(job: Job) -> None:
