@@ -4,11 +4,14 @@
     python benchmarks/memory.py --model MODEL --only selective    # one, put into the results
 
 One document of `--tokens` random tokens, all of them targets, forward and backward with the head.
-Each way runs in a process of its own; the gradients are there before, so what is counted is
-activations, the head and temporaries. Bytes are those of torch's allocator above what was held
-before. One pass counts memory and its gradients are held against those of `none`, a second is
-timed. With `+offload` activations go to the host's memory; on a CPU, which is the host, what would
-move is counted, and what stays on the device is what was kept without it.
+Memory is counted in a process of its own for each way; the gradients are there before, so what is
+counted is activations, the head and temporaries. Bytes are those of torch's allocator above what
+was held before. The gradients of that pass are held against those of `none`. With `+offload`
+activations go to the host's memory; on a CPU, which is the host, what would move is counted, and
+what stays on the device is what was kept without it.
+
+Time is taken in one process, all ways in turn for `--rounds` rounds, of a document of
+`--time-tokens` tokens; each round gives a ratio to its own `none`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +44,7 @@ from tunesmith.types import Batch, Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WAYS = ("none", "selective", "2", "layers", "none+offload", "layers+offload")
+TIMES = "times"
 HEAD = functools.partial(head_loss, objective=nll)
 
 
@@ -54,11 +59,10 @@ def random_batch(tokens: int, vocabulary: int, device: torch.device) -> Batch:
 
 
 def measure(model: CausalLM, batch: Batch, way: str, device: torch.device) -> dict[str, Any]:
-    """Bytes kept for the backward pass, moved to the host, and the most in a pass; seconds of a
-    pass. The gradients of one pass are left in the model.
+    """Bytes kept for the backward pass, moved to the host, and the most in a pass, whose gradients
+    are left in the model.
     """
-    mode, _, offload = way.partition("+")
-    set_checkpointing(model.base, int(mode) if mode.isdigit() else mode)
+    offload = choose(model, way)
     moved: list[int] = []
     note = lambda tensor: moved.append(tensor.numel() * tensor.element_size())  # noqa: E731
     host = offloaded(model, copied=note) if offload else nullcontext()
@@ -69,22 +73,37 @@ def measure(model: CausalLM, batch: Batch, way: str, device: torch.device) -> di
     with footprint(device) as backward:
         through_head(model, hidden, batch)
         del hidden
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.offload = bool(offload)
-    started = time.perf_counter()
-    model(batch, HEAD).loss_sum.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    for name, parameter in model.named_parameters():
-        parameter.grad = gradients.get(name)
     return {
         "way": way,
         "kept": forward.held,
         "moved": sum(moved),
         "peak": max(forward.peak, forward.held + backward.peak),
-        "seconds": seconds,
     }
+
+
+def choose(model: CausalLM, way: str) -> bool:
+    """Set the model to the way; whether activations are to go to the host."""
+    mode, _, offload = way.partition("+")
+    set_checkpointing(model.base, int(mode) if mode.isdigit() else mode)
+    return bool(offload)
+
+
+def timed(model: CausalLM, batch: Batch, *, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Of each way, seconds of a pass over those of `none` in the same round."""
+    ratios: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(rounds + 1):  # the first warms up
+        seconds: dict[str, float] = {}
+        for way in WAYS if number else WAYS[:1]:
+            model.offload = choose(model, way)
+            model.zero_grad()
+            started = time.perf_counter()
+            model(batch, HEAD).loss_sum.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[way] = time.perf_counter() - started
+            if number:
+                ratios[way].append(seconds[way] / seconds[WAYS[0]])
+    return ratios
 
 
 def through_head(model: CausalLM, hidden: torch.Tensor, batch: Batch) -> None:
@@ -109,13 +128,11 @@ def difference(model: CausalLM, file: Path) -> float | None:
 
 
 def one(given: argparse.Namespace) -> None:
-    """Measure one way and put it into the results."""
+    """Measure one way, or the time of all, and put it into the results."""
     keep_freed_memory()
     device = torch.device(given.device)
     model = load_causal_lm(resolve_model(given.model), dtype="float32", device=device).train()
-    batch = random_batch(given.tokens, model.config.vocab_size, device)
-    found = measure(model, batch, given.only, device)
-    found["gradients_off"] = difference(model, given.gradients)
+    vocabulary = model.config.vocab_size
     about = {
         "model": Path(given.model).name,
         "dtype": "float32",
@@ -123,26 +140,42 @@ def one(given: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
     }
-    file = RESULTS / "memory.json"
+    file = given.results / "memory.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    same = all(kept.get(key) == value for key, value in about.items())
-    ways = {w["way"]: w for w in kept.get("ways", [])} if same else {}
-    ways[given.only] = found
-    whole = {**about, "ways": [ways[way] for way in WAYS if way in ways]}
+    if any(kept.get(key) != value for key, value in about.items()):
+        kept = {}
+    whole = {**about, "ways": kept.get("ways", []), "times": kept.get("times")}
+    if given.only == TIMES:
+        batch = random_batch(given.time_tokens, vocabulary, device)
+        ratios = timed(model, batch, rounds=given.rounds, device=device)
+        whole["times"] = {"tokens": given.time_tokens, "ratios": ratios}
+    else:
+        found = measure(model, random_batch(given.tokens, vocabulary, device), given.only, device)
+        found["gradients_off"] = difference(model, given.gradients)
+        ways = {w["way"]: w for w in [*whole["ways"], found]}
+        whole["ways"] = [ways[way] for way in WAYS if way in ways]
     file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "memory.md").write_text(page(whole), encoding="utf-8")
+    if whole["ways"]:
+        (given.results / "memory.md").write_text(page(whole), encoding="utf-8")
 
 
 def page(found: dict[str, Any]) -> str:
     """The table, relative to the first way."""
-    first = found["ways"][0]
+    first, times = found["ways"][0], found.get("times") or {"tokens": 0, "ratios": {}}
+    rounds = max(map(len, times["ratios"].values()), default=0)
     lines = [
         "# Memory of activations",
         "",
         f"{found['model']}, {found['dtype']}, {found['tokens']} tokens in one micro-batch, "
         f"{found['device']}, {found['threads']} threads. Gradients: the largest relative L2 "
-        f"difference from those of {first['way']}, 0 is the same to the bit. Time is of one pass "
-        "each.",
+        f"difference from those of {first['way']}, 0 is the same to the bit.",
+    ]
+    if rounds:
+        lines[-1] += (
+            f" Time is over that of {first['way']} in the same round, least, median and most of "
+            f"{rounds} rounds, with {times['tokens']} tokens."
+        )
+    lines += [
         "",
         "| activations | kept MiB | to the host MiB | peak MiB | peak | time | gradients |",
         "|---|---|---|---|---|---|---|",
@@ -152,7 +185,8 @@ def page(found: dict[str, Any]) -> str:
         lines.append(
             f"| {way['way']} | {way['kept'] / 2**20:.0f} | {way['moved'] / 2**20:.0f} "
             f"| {way['peak'] / 2**20:.0f} | {way['peak'] / first['peak']:.2f} "
-            f"| {way['seconds'] / first['seconds']:.2f} | {'-' if off is None else f'{off:.1g}'} |"
+            f"| {spread(times['ratios'].get(way['way'], []))} "
+            f"| {'-' if off is None else f'{off:.1g}'} |"
         )
     if found["device"] == "CPU" and any(way["moved"] for way in found["ways"]):
         lines += [
@@ -163,24 +197,34 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def spread(ratios: list[float]) -> str:
+    """Least, median and most."""
+    if not ratios:
+        return "-"
+    return f"{min(ratios):.2f}–{statistics.median(ratios):.2f}–{max(ratios):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--time-tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=WAYS, help="measure this way alone")
+    parser.add_argument("--only", choices=(*WAYS, TIMES), help="measure this alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--gradients", type=Path, help="file of the gradients of none")
     given = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    given.results.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         given.gradients = given.gradients or Path(folder) / "gradients.pt"
         if given.only:
             one(given)
         else:
-            for way in WAYS:
+            for way in (*WAYS, TIMES):
                 words = [*sys.argv, "--only", way, "--gradients", str(given.gradients)]
                 subprocess.run([sys.executable, *words], check=True)
-    print((RESULTS / "memory.md").read_text(encoding="utf-8"))
+    print((given.results / "memory.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
