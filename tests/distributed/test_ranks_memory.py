@@ -26,14 +26,12 @@ import torch
 from tunesmith.train.trainer import Trainer
 
 between = getattr(Trainer._between, "whole", Trainer._between)
-calls = [0]
 
 def limited(self):
     between(self)
     if rank not in {ranks} or self.job.model.training != {training} or self.step < {step}:
         return
-    calls[0] += 1
-    if calls[0] > 1 and self.job.micro_tokens > {fits}:  # others are past it, gradients are there
+    if self.job.micro_tokens > {fits}:
         torch.rand(7)  # what was drawn before the failure must not count
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
