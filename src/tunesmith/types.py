@@ -100,9 +100,7 @@ class Spread(Protocol):
         """This rank's tokens."""
         ...
 
-    def by_heads(
-        self, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def by_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads."""
         ...
 

@@ -169,9 +169,7 @@ def estimate(
     weights = parameters * dtype.itemsize
     if quantization is not None:
         weights -= size.quantizable * dtype.itemsize
-        weights += quantization.bytes(
-            size.quantizable, size.quantizable_rows, width=dtype.itemsize
-        )
+        weights += quantization.bytes(size.quantizable, size.quantizable_rows, width=dtype.itemsize)
     return MemoryEstimate(
         parameters=parameters,
         trained=trained,

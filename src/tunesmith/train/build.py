@@ -111,9 +111,7 @@ def build(
     notes += prepared.notes
     packing = pack_prepared(recipe, prepared, max_length=max_length)
     room = int(ranks.least(_room(device, ranks)))
-    loaded = load_for_ranks(
-        recipe, source, given, template=template, ranks=ranks, device=device
-    )
+    loaded = load_for_ranks(recipe, source, given, template=template, ranks=ranks, device=device)
     model = loaded.model
     notes += model.notes
     longest = int(longest_paths(prepared.documents).max())
@@ -124,8 +122,13 @@ def build(
     trained = choose_trained(recipe, model)
     spared = 0 if size is None else size.total - size.total // together
     fit = fit_device(
-        recipe, model, device, longest=-(-longest // ranks.context.count), room=room + spared,
-        held=size, probes=ranks.alone,
+        recipe,
+        model,
+        device,
+        longest=-(-longest // ranks.context.count),
+        room=room + spared,
+        held=size,
+        probes=ranks.alone,
     )
     steps = plan_steps(recipe, prepared, train, packing)
     order, total = steps.order, steps.total
@@ -138,9 +141,7 @@ def build(
     assert isinstance(resolved.optim.lr, float)
     model.train()
     costs = model_costs(model)
-    loss = make_loss(
-        recipe, model, order, total_steps=total, own=own, context=ranks.context
-    )
+    loss = make_loss(recipe, model, order, total_steps=total, own=own, context=ranks.context)
     reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
     shards = reduce.sharded
     optimizer = make_optimizer(resolved, model, None if shards is None else shards.parts)

@@ -78,7 +78,9 @@ def evaluate(
                     if before_each is not None:
                         before_each()
                     output = model(collate(plan, device), head)
-                    add_document_losses(loss[numbers], weight[numbers], plan.shares, output.token_loss)
+                    add_document_losses(
+                        loss[numbers], weight[numbers], plan.shares, output.token_loss
+                    )
                     for name in sums:
                         sums[name] += float(output.stats[name])
     finally:

@@ -12,6 +12,7 @@ import torch
 from tunesmith.config.schema import Recipe
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import plan_step
+from tunesmith.distributed.together import is_out_of_memory
 from tunesmith.errors import InputError
 from tunesmith.model.activations import (
     MODES,
@@ -31,7 +32,6 @@ from tunesmith.model.checkpointing import (
 from tunesmith.model.footprint import footprint
 from tunesmith.model.memory import MemoryEstimate
 from tunesmith.objectives import head_loss, nll
-from tunesmith.distributed.together import is_out_of_memory
 from tunesmith.train.rng import capture_rng, restore_rng
 from tunesmith.types import Batch, Document, Origin, Segment
 
