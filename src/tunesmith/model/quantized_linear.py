@@ -37,7 +37,7 @@ class Dequantized8bit(Linear8bitLt):
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the map stands for."""
         weight: Any = self.weight
-        scale = weight.SCB if getattr(weight, "SCB", None) is not None else self.state.SCB
+        scale: Any = weight.SCB if getattr(weight, "SCB", None) is not None else self.state.SCB
         return weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
 
 

@@ -82,7 +82,8 @@ def settings(kind: str) -> Any:
         return Int8WeightOnlyConfig()
     if kind == "torchao_fp8":
         return Float8WeightOnlyConfig()
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    four: Any = getattr(torch, "int4")  # noqa: B009, torch's stubs leave it out
+    return IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(GROUP))
 
 
 def check_device(kind: str, device: torch.device) -> None:

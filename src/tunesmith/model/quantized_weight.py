@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 _NAMES = ("Params4bit", "Int8Params")
 _TORCHAO = "TorchAOBaseTensor"
@@ -25,7 +25,7 @@ def is_packed(module: Any) -> bool:
     return type(getattr(module, "weight", None)).__name__ == "PackedInt4"
 
 
-def parameter_count(parameter: Tensor) -> int:
+def parameter_count(parameter: Any) -> int:
     """Weights in a tensor; 4-bit ones are packed, two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else prod(state.shape)

@@ -102,8 +102,9 @@ def _lengths(array: Any) -> Sizes:
 
     pa, kind = cast("Any", pyarrow), array.type
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
-        views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)
-        return views[array.offset : array.offset + len(array), 0].astype(np.float64)
+        words: NDArray[np.int32] = np.frombuffer(array.buffers()[1], np.int32)
+        lengths = words[::4]  # the first of a view's four
+        return lengths[array.offset : array.offset + len(array)].astype(np.float64)
     large = pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
     if large or pa.types.is_string(kind) or pa.types.is_binary(kind):
         if not len(array):
@@ -122,10 +123,11 @@ def _list_sizes(array: Any) -> Sizes:
     if types.is_map(array.type):
         return _map_sizes(array)
     lengths, inside = _plain(cast("Any", compute).list_value_length(array)), array.type.value_type
+    counts = lengths.astype(np.float64)
     if types.is_null(inside):
-        return _OBJECT + _POINTER * lengths
+        return _OBJECT + _POINTER * counts
     if types.is_primitive(inside):
-        return _OBJECT + _OBJECT / 2 * lengths
+        return _OBJECT + _OBJECT / 2 * counts
     if lengths.sum(dtype=np.float64) > _ITEMS:
         raise _TooMany
     return _OBJECT + _summed(_sizes(array.flatten()), np.concatenate([[0], np.cumsum(lengths)]))
@@ -159,7 +161,8 @@ def _view_sizes(array: Any) -> Sizes:
 
 def _run_sizes(array: Any) -> Sizes:
     ends = _plain(array.run_ends)
-    at = np.searchsorted(ends, np.arange(array.offset, array.offset + len(array)), side="right")
+    numbers = np.arange(array.offset, array.offset + len(array), dtype=np.int64)
+    at = np.searchsorted(ends, numbers, side="right")
     return _sizes(array.values)[at]
 
 
