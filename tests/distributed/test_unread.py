@@ -108,6 +108,54 @@ def test_it_learns_the_same(runs: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+NOTED = """
+from tunesmith.train import build
+load = build.load_for_ranks
+
+def loading(*args, **options):
+    loaded = load(*args, **options)
+    assert any("reads its own part" in note for note in loaded.model.notes), loaded.model.notes
+    return loaded
+
+build.load_for_ranks = loading
+"""
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_tied_heads_and_adapters_learn_what_one_process_does(tied: Path, adapter: str) -> None:
+    alone, parts = tied / f"alone-{adapter}", tied / f"parts-{adapter}"
+    assert losses(parts) == pytest.approx(losses(alone), rel=1e-6)
+    one, two = weights(alone), weights(parts)
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=2e-6) for name in one)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process and two ranks, all parameters and a LoRA, of a model whose head is its
+    embedding.
+    """
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_folder(folder / "model", "gemma2", num_hidden_layers=3, tie_word_embeddings=True)
+    write_jsonl(folder / "rows.jsonl", chat_rows(10))
+    options = ["train.steps=2", "model.dtype=float32", "optim.lr=0.003", "batch.documents=4"]
+
+    def job(name: str, *more: str, prelude: str = "") -> dict:
+        return {
+            "model": str(folder / "model"), "data": str(folder / "rows.jsonl"),
+            "out": str(folder / name), "overrides": [*options, *more], "prelude": prelude,
+        }  # fmt: skip
+
+    lora, full = ["adapter=lora", "adapter.rank=4"], "device.shard=full"
+    alone = [job("alone-none"), job("alone-lora", *lora)]
+    spread = [
+        job("parts-none", full, prelude=NOTED), job("parts-lora", full, *lora, prelude=NOTED)
+    ]  # fmt: skip
+    codes, _ = run_groups([(1, alone), (2, spread)])
+    assert codes == [[0], [0, 0]]
+    return folder
+
+
 CPU = torch.device("cpu")
 
 

@@ -156,11 +156,11 @@ def limited(self, batch, head):
     calls[0] += 1
     if calls[0] == 6:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        size = pages * resource.getpagesize() + 2**26
+        size = pages * resource.getpagesize() + 2**28  # threads reserve some
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
     if calls[0] > 5 and batch.input_ids.shape[-1] > 140:
         import torch
-        torch.empty(2**28)  # what the activations of a larger model would take
+        torch.empty(2**29)  # what the activations of a larger model would take
     return forward(self, batch, head)
 CausalLM.forward = limited
 """

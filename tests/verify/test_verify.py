@@ -388,7 +388,7 @@ def test_a_resume_that_forgets_fails_p5(
 ) -> None:
     from tunesmith.data.loader import StepOrder
     from tunesmith.optim import Optimizer
-    from tunesmith.train import trainer
+    from tunesmith.train import saving
     from tunesmith.train.build import build
 
     recipe = bounded(recipe_of(folder, adapter={"kind": "lora", "rank": 4, "dropout": 0.1}), BOUNDS)
@@ -410,7 +410,7 @@ def test_a_resume_that_forgets_fails_p5(
         patch.setattr(Optimizer, "load_state_dict", without_moments)
         assert again().failed
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "restore_rng", lambda state: None)
+        patch.setattr(saving, "restore_rng", lambda state: None)
         assert again().failed  # dropout draws other numbers
     with monkeypatch.context() as patch:
         indices = StepOrder.step_indices

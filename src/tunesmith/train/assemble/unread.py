@@ -122,8 +122,6 @@ def _unread(
     if not isinstance(traits, Traits):
         return str(traits)
     model = unread_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
-    if model.head.weight is model.base.get_input_embeddings().weight:
-        return "its head is its embedding"
     reason = ranks.share(None if trial is None else mismatch(model, trial))
     if reason is not None:
         return reason
