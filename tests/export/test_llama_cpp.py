@@ -34,7 +34,10 @@ NEW = 24
 
 def folder_of(path: Path, family: str) -> Path:
     """A tiny folder whose weights F16 holds exactly, so that rounding them is no difference."""
-    model = tiny_model(family).half().float()
+    scale = (
+        {"query_pre_attn_scalar": 16} if family == "gemma2" else {}
+    )  # what llama.cpp takes it for
+    model = tiny_model(family, **scale).half().float()
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
