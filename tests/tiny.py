@@ -141,3 +141,15 @@ def difference(one, two) -> float:
     assert a.keys() == b.keys()
     squares = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
     return (squares / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
+
+
+def chat_inputs(folder: Path, *, held_out: int = 0) -> dict[str, str]:
+    """Paths of a small llama, of fourteen chats to learn, and of others to evaluate with."""
+    found = {
+        "model": str(tiny_folder(folder / "llama", num_hidden_layers=2)),
+        "data": str(write_jsonl(folder / "rows.jsonl", chat_rows(14))),
+    }
+    if held_out:
+        rows = chat_rows(14 + held_out)[14:]
+        found["eval"] = str(write_jsonl(folder / "eval.jsonl", rows))
+    return found

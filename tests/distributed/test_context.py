@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tunesmith
+from attention_oracle import softmax_over_mask, visible
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.cli.plan import lines
@@ -36,7 +37,7 @@ from tunesmith.train.dealt import own_part
 from tunesmith.train.loss import path_lengths
 from tunesmith.train.pathkeys import target_keys
 from tunesmith.train.plan import forecast
-from tunesmith.types import Document, Layout, Origin, Segment
+from tunesmith.types import Document, Origin, Segment
 
 # --- slices of a micro-batch
 
@@ -181,35 +182,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def visible(layout: Layout, size: int | None, chunked: bool) -> Tensor:
-    """[T, T] by the definition of `visible_until`; no chains."""
-    total = len(layout.position)
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    for query in range(total):
-        for key in range(query + 1):
-            at, to = int(layout.position[query]), int(layout.position[key])
-            near = size is None or (at // size == to // size if chunked else to > at - size)
-            mask[query, key] = near and query < int(layout.visible_until[key])
-    return mask
-
-
-def softmax_over_mask(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
-    softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    groups, outputs = query.shape[1] // key.shape[1], []
-    for head in range(query.shape[1]):
-        scores = query.shape[-1] ** -0.5 * query[0, head] @ key[0, head // groups].T
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        exponents = scores.exp() * mask
-        total = exponents.sum(-1, keepdim=True)
-        if sinks is not None:
-            total = total + sinks[head].exp()
-        outputs.append(exponents / total @ value[0, head // groups])
-    return torch.stack(outputs, 1)[None]
-
-
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_attention_and_its_gradients(
@@ -226,9 +198,13 @@ def test_attention_and_its_gradients(
     ]
     sinks = torch.randn(options["heads"], generator=generator).requires_grad_()
     toward = torch.randn(1, plan.tokens, options["heads"], options["value_width"])
-    mask = visible(plan.layout, options["size"], options["chunked"])
+    mask = visible(plan.layout, size=options["size"], chunked=options["chunked"])
     wanted = softmax_over_mask(
-        *whole, mask, softcap=options["softcap"], sinks=sinks if options["sinks"] else None
+        *whole,
+        mask,
+        scale=16**-0.5,
+        softcap=options["softcap"],
+        sinks=sinks if options["sinks"] else None,
     )
     (wanted * toward).sum().backward()
     kinds = ["chunked_attention" if options["chunked"] else "full_attention"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gang import losses, records, run_groups, weights
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import chat_inputs
 
 OPTIONS = [
     "train.steps=6",
@@ -30,11 +30,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": str(tiny_folder(folder / "llama", num_hidden_layers=2)),
-        "data": str(write_jsonl(folder / "rows.jsonl", chat_rows(14))),
-    }
+    return chat_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

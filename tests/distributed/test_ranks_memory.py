@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gang import losses, records, run_groups, weights
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import chat_inputs
 
 OPTIONS = [
     "train.steps=4",
@@ -53,12 +53,7 @@ def too_large(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": str(tiny_folder(folder / "llama", num_hidden_layers=2)),
-        "data": str(write_jsonl(folder / "rows.jsonl", chat_rows(14))),
-        "eval": str(write_jsonl(folder / "eval.jsonl", chat_rows(23)[14:])),
-    }
+    return chat_inputs(tmp_path_factory.mktemp("inputs"), held_out=9)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tunesmith
-from tiny import chat_rows, tiny_folder, write_jsonl
+from tiny import chat_inputs
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
@@ -83,12 +83,7 @@ print(json.dumps(codes))
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": str(tiny_folder(folder / "llama", num_hidden_layers=2)),
-        "data": str(write_jsonl(folder / "rows.jsonl", chat_rows(14))),
-        "eval": str(write_jsonl(folder / "eval.jsonl", chat_rows(17)[14:])),
-    }
+    return chat_inputs(tmp_path_factory.mktemp("inputs"), held_out=3)
 
 
 def undisturbed(inputs: dict[str, str], out: Path, options: list[str]) -> Path:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_oracle import softmax_over_mask, visible
 from tiny import tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import MaskRule, layout_attention
@@ -46,36 +47,6 @@ def make_layout(tree: Any = TREE) -> Layout:
         last = max(e for n, (_, e) in enumerate(spans) if n == number or number in tree[n][1])
         until[start:end] = last
     return Layout(tuple(chains), until, np.array(position, np.int32))
-
-
-def visible(layout: Layout, *, size: int | None = None, chunked: bool = False) -> Tensor:
-    """[T, T] booleans by the definition of `visible_until` and of windows; no chains."""
-    total = len(layout.position)
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    for query in range(total):
-        for key in range(query + 1):
-            at, to = int(layout.position[query]), int(layout.position[key])
-            near = size is None or (at // size == to // size if chunked else to > at - size)
-            mask[query, key] = near and query < int(layout.visible_until[key])
-    return mask
-
-
-def oracle(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float,
-    softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for head in range(query.shape[1]):
-        scores = scale * query[0, head] @ key[0, head // groups].T
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.exp() * mask
-        total = weights.sum(-1, keepdim=True)
-        if sinks is not None:
-            total = total + sinks[head].exp()
-        outputs.append(weights / total @ value[0, head // groups])
-    return torch.stack(outputs, 1)[None]
 
 
 def module(*, chunked: bool = False, training: bool = False) -> Any:
@@ -133,7 +104,7 @@ def test_output_and_every_gradient(case: str, dtype: torch.dtype) -> None:
     assert weights is None
     scale = tensors[0].shape[-1] ** -0.5 if scaling is None else scaling
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    expected = oracle(
+    expected = softmax_over_mask(
         *wide[:3], visible(layout, size=size, chunked=chunked), scale=scale,
         softcap=softcap, sinks=wide[3] if sunk else None,
     )  # fmt: skip
@@ -160,7 +131,8 @@ def test_the_oracle_sees_a_leak() -> None:
     total = len(make_layout().position)
     found, _ = layout_attention(module(), *tensors, MaskRule(None), layout=make_layout())
     leaking = torch.ones(total, total, dtype=torch.bool).tril()
-    assert relative(found, oracle(*[t.double() for t in tensors], leaking, scale=0.25)) > 1e-2
+    expected = softmax_over_mask(*[t.double() for t in tensors], leaking, scale=0.25)
+    assert relative(found, expected) > 1e-2
 
 
 def test_a_window_wider_than_the_longest_path_is_none() -> None:
