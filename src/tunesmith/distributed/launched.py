@@ -32,12 +32,12 @@ def launch_id() -> str | None:
 
 
 def shared_store() -> Any:
-    """The small key-value store that outlives any rank."""
+    """The small key-value store of this attempt, which outlives any rank if torchrun keeps it."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
 def shared_key(name: str) -> str:
-    """A key of the store that is this attempt's alone, since torchrun may start the ranks again."""
-    return f"tunesmith/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    """A key of that store which is nobody else's."""
+    return f"tunesmith/{name}"

@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.failure import lost_rank
-from tunesmith.distributed.launched import launched, shared_key, shared_store
+from tunesmith.distributed.launched import launched, restarted, shared_key, shared_store
+from tunesmith.distributed.meeting import meeting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 T = TypeVar("T")
+Asking = Literal["group", "all", "nobody"]
 
 PATIENCE = 30.0
 """Minutes that a rank waits for the others inside a step before it calls them lost."""
@@ -44,6 +46,7 @@ class Ranks:
     count: int = 1
     local_rank: int = 0
     local_count: int = 1  # ranks on this machine
+    restarted: bool = False  # torchrun has started the ranks of this job before
     context: Context = _NOBODY  # those with whom this rank shares the tokens of a micro-batch
 
     @property
@@ -65,10 +68,13 @@ class Ranks:
         """Which of them this rank works on."""
         return self.rank // self.context.count
 
-    def sharing(self, context: int, *, patience: float = PATIENCE) -> Ranks:
+    def sharing(
+        self, context: int, *, patience: float = PATIENCE, asking: Asking = "group"
+    ) -> Ranks:
         """These ranks with every `context` neighbours sharing the tokens of a micro-batch.
 
-        `context` divides their count. `patience` as in `connect`.
+        `context` divides their count. `patience` as in `connect`. `asking`: who meets before such
+        neighbours wait for each other; it must be `all` where ranks wait for others inside, too.
         """
         if context == 1:
             return self
@@ -79,7 +85,8 @@ class Ranks:
             members = range(first, first + context)
             group = dist.new_group(list(members), timeout=timedelta(minutes=patience))
             if self.rank in members:
-                own = Context(context, self.rank - first, group)
+                asked = {"group": group, "all": dist.group.WORLD, "nobody": None}[asking]
+                own = Context(context, self.rank - first, group, asked)
         assert own is not None
         return replace(self, context=own)
 
@@ -208,20 +215,24 @@ def connect(kind: str = "auto", *, patience: float = PATIENCE) -> Ranks:
     `patience`: minutes that a rank waits for another one inside a step.
     """
     if launched() == 1:
-        return Ranks()
+        return Ranks(restarted=restarted())
     import torch
     import torch.distributed as dist
 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank))
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    again = restarted()
     if not dist.is_initialized():
         on_gpu = kind in ("auto", "cuda") and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=count, timeout=timedelta(minutes=patience)
-        )
-    return Ranks(rank, count, local, local_count)
+        timeout = timedelta(minutes=patience)
+        with meeting(rank, timeout=timeout) as met:
+            dist.init_process_group(
+                backend, store=met.store, rank=rank, world_size=count, timeout=timeout
+            )
+            again = not met.first
+    return Ranks(rank, count, local, local_count, restarted=again)
 
 
 def _of_communication(error: RuntimeError) -> bool:

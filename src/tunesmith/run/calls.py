@@ -11,7 +11,7 @@ from tunesmith.config.overrides import Override
 from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.launch import ranks_to_start
-from tunesmith.distributed.launched import launch_id, restarted
+from tunesmith.distributed.launched import launch_id
 from tunesmith.distributed.ranks import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.conduct import Run, conduct
@@ -98,7 +98,7 @@ def train_recipe(
 
     ranks = _connect(asked)
     path = None if out is None else Path(out)
-    if restarted():  # by torchrun: what there is of the run is its own
+    if ranks.restarted:  # by torchrun: what there is of the run is its own
         resume, overwrite, path = True, False, path or launched_run(launch_id())
     folder = _open(
         ranks,
