@@ -43,6 +43,11 @@ from tunesmith.train.trainer import Trainer
 Trainer._between = getattr(Trainer._between, "whole", Trainer._between)
 """
 
+NOBODY_ASKS = """
+from tunesmith.distributed import shard
+shard.MOST = 1
+"""
+
 
 def too_large(
     *, fits: int = 128, step: int = 0, ranks: tuple[int, ...] = (1,), training: bool = True
@@ -74,7 +79,7 @@ def story(inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
                 job("evaluation", prelude=too_large(fits=256, ranks=(0,), training=False)),
             ]),
             (2, [job("nothing-left", "train.steps=1", prelude=too_large(fits=0))]),
-            (2, [job("sharded", "device.shard=full", prelude=too_large(step=2))]),
+            (2, [job("sharded", "device.shard=full", prelude=NOBODY_ASKS + too_large(step=2))]),
             (2, [{"call": "resume", "out": str(folder / "sharded"), "overrides": []}]),
         ]
     )  # fmt: skip
@@ -130,7 +135,7 @@ def test_where_nothing_smaller_is_left_all_end_with_one_message(story) -> None:
     assert not (folder / "nothing-left" / "model").exists()
 
 
-def test_ranks_that_share_layers_end_at_once_and_the_next_start_takes_less(story) -> None:
+def test_ranks_that_do_not_ask_end_at_once_and_the_next_start_takes_less(story) -> None:
     folder, codes, said = story
     assert codes[2:] == [[1, 1], [0, 0]]
     assert said.count("out of memory on rank 1 with device.micro_tokens=512") == 1

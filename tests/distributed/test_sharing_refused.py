@@ -28,7 +28,13 @@ def check(ranks: Ranks, *overrides: str) -> None:
         (["device.shard=full", "optim=muon"], "optim.name"),
         (["device.shard=full", "optim=adamw_8bit"], "optim.name"),
         (["device.shard=full", "adapter=dora"], "adapter.kind"),
-        (["device.shard=full", "model.quantization=int8", "adapter=lora"], "model.quantization"),
+        *(
+            (
+                ["device.shard=full", f"model.quantization={kept}", "adapter=lora"],
+                "model.quantization",
+            )
+            for kept in ("int8", "torchao_int8", "torchao_fp8", "torchao_int4")
+        ),
         (["device.shard=full", "eval.samples=2", "data.eval=2%"], "eval.samples"),
         (["device.shard=hybrid"], "device.shard"),
         (["device.shard_offload=true"], "device.shard_offload"),

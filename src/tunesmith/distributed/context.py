@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.distributed.asking import ask
 from tunesmith.errors import ModelError
 from tunesmith.types import Chain, Layout
 
@@ -37,6 +38,7 @@ class Context:
     count: int = 1
     place: int = 0
     group: Any = None
+    asked: Any = None  # who meets before each exchange, see `asking`; None where nobody does
 
     def spread(self, layout: Layout) -> Layout:
         """The layout with its tokens dealt to the group: a slice each, of equal length.
@@ -59,8 +61,18 @@ class Context:
         import torch.distributed as dist
 
         if self.group is not None:
+            self.ask()
             dist.all_reduce(values, group=self.group)
         return values
+
+    def ask(self, *, failed: bool = False) -> None:
+        """Hear whether all who will exchange are still at it, or say that this rank is not.
+
+        Raises:
+            MemoryElsewhereError: memory ran out on another rank.
+        """
+        if self.asked is not None:
+            ask(self.asked, failed=failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,7 @@ def exchange(context: Context, tensors: Sequence[Tensor], *, to_heads: bool) -> 
     if context.group is None:
         received.copy_(sent)
     else:
+        context.ask()
         dist.all_to_all_single(received, sent, group=context.group)
     sizes = [part[0].numel() for part in parts]
     found: list[Tensor] = []

@@ -68,8 +68,9 @@ class Replicated(Alone):
         return self._ranks.first
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Ranks that share a micro-batch's tokens wait for each other inside, and can't agree."""
-        return nullcontext() if self._ranks.context.count > 1 else all_or_none(self._ranks)
+        """Only ranks that share a micro-batch's tokens wait for each other inside."""
+        context = self._ranks.context
+        return all_or_none(self._ranks, context.ask if context.count > 1 else None)
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the ranks."""

@@ -10,8 +10,8 @@ a divisor of 1 and plain sums asked for is that undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from tunesmith.distributed.asking import ask
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Replicated
+from tunesmith.distributed.together import OutOfMemoryTogether, all_or_none
 from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
 
 SHARD, REPLICATE = "shard", "replicate"
+MOST = 64
+"""Ranks that may ask each other before each layer: gloo's message to all takes a hop for each, and
+must not take longer than the layer.
+"""
 
 Read = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 """Gives the part of a parameter, by its name, at these offsets and of these sizes."""
@@ -37,6 +43,16 @@ class Sharding:
     compute: torch.dtype  # what it computes in
     across: bool = False  # whole copies on each machine, spread over the ranks of one
     offload: bool = False  # shards rest in the host's memory
+
+
+def can_go_back(count: int) -> bool:
+    """Whether so many ranks that share layers can drop a step together when memory runs out on one.
+
+    FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return count <= MOST and hasattr(FSDPModule, "reset_iter_state")
 
 
 def shard_model(
@@ -85,14 +101,44 @@ def shard_model(
         fully_shard(layer, **options)
     _widen_trained(root)
     fully_shard(root, **options)
+    asks = can_go_back(ranks.count)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if asks:
+                _ask_before(module)
     if read is not None:
         _fill(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
         _refuse_broken(root, ranks)
-    return Sharded(ranks, root, mesh[SHARD], dtypes)
+    return Sharded(ranks, root, mesh[SHARD], dtypes, asks=asks)
+
+
+class _Asking:
+    """A collective of FSDP's before which all ranks of the run meet."""
+
+    def __init__(self, collective: Any) -> None:
+        self._collective = collective
+
+    def allocate(self, *size: Any, **options: Any) -> Tensor:
+        return self._collective.allocate(*size, **options)
+
+    def __call__(self, *tensors: Any, **options: Any) -> Any:
+        _ask_all()
+        return self._collective(*tensors, **options)
+
+
+def _ask_before(module: Any) -> None:
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is not None:
+        module.set_custom_all_gather(_Asking(group._all_gather_comm))
+        module.set_custom_reduce_scatter(_Asking(group._reduce_scatter_comm))
+
+
+def _ask_all(*, failed: bool = False) -> None:
+    import torch.distributed as dist
+
+    ask(dist.group.WORLD, failed=failed)
 
 
 @torch.no_grad()
@@ -154,9 +200,16 @@ class Sharded(Replicated):
     """
 
     def __init__(
-        self, ranks: Ranks, root: nn.Module, mesh: Any, dtypes: Mapping[str, torch.dtype]
+        self,
+        ranks: Ranks,
+        root: nn.Module,
+        mesh: Any,
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        asks: bool,
     ) -> None:
         super().__init__(ranks, [])
+        self._asks = asks
         self._root: Any = root
         self._mesh = mesh
         self._dtypes = dtypes
@@ -172,9 +225,28 @@ class Sharded(Replicated):
         """Itself."""
         return self
 
-    def all_or_none(self) -> AbstractContextManager[None]:
-        """Ranks wait for each other in every layer, and can't agree after one has failed."""
-        return nullcontext()
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Ranks wait for each other in every layer; where they don't ask before, one that has
+        failed can't be followed.
+        """
+        if not self._asks:
+            yield
+            return
+        try:
+            with all_or_none(self._ranks, _ask_all):
+                yield
+        except OutOfMemoryTogether:
+            self._leave_pass()
+            raise
+
+    def _leave_pass(self) -> None:
+        """Forget a forward or backward that was left in the middle, and what is gathered."""
+        for parameter in self._root.parameters():
+            parameter.grad = None  # of a layer that is gathered now, not yet added up
+        if self._root._get_fsdp_state()._is_root:  # else there was no pass yet
+            self._root.reset_iter_state()
+        self.drop_gradients()
 
     def begin(self, *, last: bool) -> None:
         """Between micro-batches the root's own weights stay gathered, and nothing else."""

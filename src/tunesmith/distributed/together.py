@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
+from tunesmith.distributed.asking import MemoryElsewhereError
 from tunesmith.distributed.ranks import Ranks
 
 _SAID = ("can't allocate memory", "out of memory", "alloc_failed")
@@ -29,11 +31,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _SAID)
 
 
+class Ask(Protocol):
+    """`asking.ask` with those that exchange something inside."""
+
+    def __call__(self, *, failed: bool = False) -> None: ...
+
+
 @contextmanager
-def all_or_none(ranks: Ranks) -> Iterator[None]:
+def all_or_none(ranks: Ranks, ask: Ask | None = None) -> Iterator[None]:
     """Where memory runs out inside on any rank, all raise the same error at the end.
 
-    Nothing inside may wait for another rank.
+    Where ranks wait for each other inside, they `ask` before they do.
 
     Raises:
         OutOfMemoryTogether: as said; on a process alone the error itself.
@@ -42,14 +50,20 @@ def all_or_none(ranks: Ranks) -> Iterator[None]:
         yield
         return
     said: str | None = None
+    heard = False
     try:
         yield
+        if ask is not None:
+            ask()  # one may have failed after the last exchange
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        heard = isinstance(error, MemoryElsewhereError)
         said = str(error)
     # Out here the error is gone, and with it the tensors that its frames held.
-    own = said is not None
+    own = said is not None and not heard
+    if own and ask is not None:
+        ask(failed=True)
     failed = ranks.most([float(own and rank == ranks.rank) for rank in range(ranks.count)])
     if any(failed):
         where = tuple(rank for rank, one in enumerate(failed) if one)

@@ -46,8 +46,8 @@ def with_less_memory(
 
     `largest` gives the tokens of the largest micro-batch at some `micro_tokens`, the same on every
     rank. Several ranks go back where all of them know that one ran out of memory. Where one finds
-    out by itself, while others may wait for it, that is an error, and `leave` is told what the next
-    start should try.
+    out by itself, outside of micro-batches or where ranks don't ask each other, that is an error,
+    and `leave` is told what the next start should try.
 
     Raises:
         RunError: out of memory, and nothing smaller is left to try, or weights had already begun
@@ -120,8 +120,8 @@ def take_over(job: Job, meta: Mapping[str, Any]) -> None:
 
 
 def leave_word(folder: Path, *, asked: int, now: int) -> None:
-    """Note in a run's folder that a start with `asked` should go on with `now`; ranks that share
-    layers or tokens can't do that themselves.
+    """Note in a run's folder that a start with `asked` should go on with `now`, where the ranks
+    can't do that themselves.
     """
     with suppress(RunError):  # a full disk must not hide what happened
         write_json(folder / WORD, {"asked": asked, "micro_tokens": now})
@@ -169,10 +169,10 @@ def out_of_memory(micro_tokens: int, largest: int) -> RunError:
 
 
 def out_of_memory_on(rank: int, micro_tokens: int, now: int) -> RunError:
-    """The error of one of several ranks, for which others wait inside a micro-batch."""
+    """The error of one of several ranks, where the others can't be told to go back."""
     return RunError(
-        f"out of memory on rank {rank} with device.micro_tokens={micro_tokens}; ranks that share a "
-        "model's layers or a sequence can't go back in the middle of a step",
+        f"out of memory on rank {rank} with device.micro_tokens={micro_tokens}, where the other "
+        "ranks can't go back with it",
         hint=f"`tunesmith resume RUN`, or torchrun's own restart, goes on with device.micro_tokens="
         f"{now}; or device.gradient_checkpointing=true, or a lower data.max_length",
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.ranks import Asking, Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
@@ -61,7 +61,20 @@ def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
         RecipeError: names the key and what to give instead.
     """
     check_sharing(recipe, ranks, device)
-    return ranks.sharing(recipe.device.context, patience=recipe.device.rank_timeout)
+    return ranks.sharing(
+        recipe.device.context, patience=recipe.device.rank_timeout, asking=_asking(recipe, ranks)
+    )
+
+
+def _asking(recipe: Recipe, ranks: Ranks) -> Asking:
+    """Who meets before a rank waits for others inside a micro-batch: all where they share layers,
+    since a rank that has failed can come to one meeting only.
+    """
+    if recipe.device.shard == "none" or ranks.alone:
+        return "group"
+    from tunesmith.distributed.shard import can_go_back
+
+    return "all" if can_go_back(ranks.count) else "nobody"
 
 
 def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
