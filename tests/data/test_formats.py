@@ -168,6 +168,11 @@ def test_function_calls_of_sharegpt_become_tool_calls() -> None:
         ("tokens", {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [1, 1]},
          "conflicting-wishes", "different"),
         ("tokens", {"input_ids": [1, 2], "attention_mask": [1, 0]}, "padding", "zeros"),
+        ("tokens", {"input_ids": [1, 2], "weights": [1]}, "wrong-length", "1 entries"),
+        ("tokens", {"input_ids": [1, 2], "weights": [1, -0.5]}, "wrong-type", "weights[1]"),
+        ("tokens", {"input_ids": [1, 2], "weights": [1, float("nan")]}, "wrong-type", "finite"),
+        ("tokens", {"input_ids": [1, 2], "weights": [1, True]}, "wrong-type", "numbers"),
+        ("tokens", {"input_ids": [1, 2], "weights": 2}, "wrong-type", "numbers"),
         ("tokens", {"input_ids": [1, 2], "completion_mask": [0, 2]}, "wrong-type", "0 and 1"),
     ],
 )  # fmt: skip
@@ -212,6 +217,36 @@ def test_tokens_are_the_document_they_were_made_of(template: Template) -> None:
     assert everything == [ids, ids[1:]]
     beyond = [*ids, len(template.tokenizer)]
     assert fault({"input_ids": beyond}, "tokens", template).kind == "unknown-token"
+
+
+def test_each_token_may_have_a_weight(template: Template) -> None:
+    stop = min(template.stop_ids)
+    ids = [*range(15, 23), stop]
+    weights = [1, 0, 2, 0.5, 0, 1, 0.25, 3, 1.5]
+
+    def weighed(row: dict[str, Any], **options: Any) -> list[tuple[int, float]]:
+        found = render(template, row, **options).document
+        assert found is not None
+        return [
+            (int(segment.ids[at]), float(weight))
+            for segment in found.segments
+            for at, weight in zip(segment.index, segment.weight, strict=True)
+        ]
+
+    pairs = list(zip(ids, weights, strict=True))
+    assert weighed({"input_ids": ids, "weights": weights}) == [p for p in pairs[1:] if p[1]]
+    labels = [-100, -100, -100, 18, 19, -100, -100, 22, stop]
+    both = {"input_ids": ids, "weights": weights, "labels": labels}
+    assert weighed(both) == [(18, 0.5), (22, 3.0), (stop, 1.5)]
+    assert weighed(both, train_on="last") == [(22, 3.0), (stop, 1.5)]
+    full = [1 + n / 8 for n in range(len(ids))]
+    row = {"input_ids": ids, "weights": full}
+    assert weighed(row) == weighed(row, train_on="all") == list(zip(ids, full, strict=True))[1:]
+    pieces = weighed(row, max_length=4, too_long="split")
+    first = {ids[0], ids[4], ids[7]}  # of each piece; nothing predicts it
+    assert pieces == [p for p in zip(ids, full, strict=True) if p[0] not in first]
+    with pytest.raises(RowError, match="leaves some out"):
+        weighed({"input_ids": ids, "weights": weights}, train_on="all")
 
 
 def test_templated_text_is_the_chat_it_was_written_from(template: Template) -> None:

@@ -86,6 +86,7 @@ class Tokens:
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
+    weights: tuple[float, ...] | None = None  # of each id; None: all alike
 
 
 Example: TypeAlias = Chat | Completion | Text | Parts | TemplatedText | Tokens
@@ -156,7 +157,8 @@ def _message(value: Any, place: str) -> Message:
     train = fields.pop("train", None)
     if train is not None and not isinstance(train, bool):
         wrong_type(f"{place}.train", "true or false", train)
-    weight = _weight(fields.pop("weight", None), place)
+    weight = fields.pop("weight", None)
+    weight = None if weight is None else read_weight(weight, f"{place}.weight")
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{place}.tool_calls")
     if not isinstance(fields.get("reasoning_content", ""), str):
@@ -171,16 +173,19 @@ def _message(value: Any, place: str) -> Message:
     return Message(role, content, fields, train, weight)
 
 
-def _weight(value: Any, place: str) -> float | None:
-    if value is None:
-        return None
+def read_weight(value: Any, place: str) -> float:
+    """The weight of a message or a token, a finite number that is not negative.
+
+    Raises:
+        RowError: it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        wrong_type(f"{place}.weight", "a number", value)
+        wrong_type(place, "a number", value)
     if not math.isfinite(value) or value < 0:
         refuse(
             "wrong-type",
-            f"`{place}.weight` is {value}; it must be finite and at least 0",
-            "0 leaves the message out, 1 is the usual weight",
+            f"`{place}` is {value}; it must be finite and at least 0",
+            "0 leaves it out, 1 is the usual weight",
         )
     return float(value)
 

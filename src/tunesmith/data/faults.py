@@ -22,6 +22,7 @@ _CALL = '{"name": "...", "arguments": {"...": "..."}}'
 _SHAPES = {
     "a string": '"..."',
     "a number": "1.0",
+    "a list of numbers": "[0, 1, 0.5, ...]",
     "true or false": "true",
     "an object": '{"...": "..."}',
     "an object with role and content": _MESSAGE,

@@ -13,6 +13,7 @@ from tunesmith.data.conversation import (
     Tokens,
     prompt_completion,
     read_chat,
+    read_weight,
 )
 from tunesmith.data.dialects import COMMON, alpaca, preference, sharegpt
 from tunesmith.data.faults import listing, refuse, wrong_type
@@ -35,7 +36,7 @@ _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", *COMMON),
     "sharegpt": ("conversations", "system", *COMMON),
-    "tokens": ("input_ids", "labels", "attention_mask", *_MASKS),
+    "tokens": ("input_ids", "labels", "weights", "attention_mask", *_MASKS),
     "segments": ("segments",),
     "preference": ("prompt", "chosen", "rejected", *COMMON),
     "prompt_completion": ("prompt", "completion", *COMMON),
@@ -130,13 +131,26 @@ def _parts(value: Any) -> Parts:
 
 
 def _tokens(values: Mapping[str, Any]) -> Tokens:
-    """`input_ids` with `labels`, or with a mask of 0 and 1; with neither everything is learned."""
+    """`input_ids` with `labels`, or with a mask of 0 and 1, and with a weight for each id; without
+    any of them everything is learned.
+    """
     ids = _numbers(values, "input_ids")
     if not ids:
         refuse("empty-text", "`input_ids` is empty", "take the row out")
     seen = values.get("attention_mask")
     if seen is not None and not all(_numbers(values, "attention_mask", len(ids))):
         refuse("padding", "`attention_mask` has zeros: the ids hold padding", "take it out")
+    learned = _learned(values, ids)
+    if values.get("weights") is None:
+        return Tokens(ids, learned)
+    weights = _entries(values, "weights", len(ids), kinds=(int, float), what="a list of numbers")
+    found = tuple(read_weight(weight, f"weights[{at}]") for at, weight in enumerate(weights))
+    marks = tuple(one and weight > 0 for one, weight in zip(learned, found, strict=True))
+    return Tokens(ids, marks, found)
+
+
+def _learned(values: Mapping[str, Any], ids: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which ids `labels` or a mask marks."""
     learned: dict[str, tuple[bool, ...]] = {}
     if values.get("labels") is not None:
         labels = _numbers(values, "labels", len(ids))
@@ -161,24 +175,37 @@ def _tokens(values: Mapping[str, Any]) -> Tokens:
             f"{' and '.join(f'`{name}`' for name in learned)} mark different ids",
             "take out the one that is not meant",
         )
-    return Tokens(ids, next(iter(learned.values()), (True,) * len(ids)))
+    return next(iter(learned.values()), (True,) * len(ids))
 
 
 def _numbers(
     values: Mapping[str, Any], column: str, length: int | None = None, *, booleans: bool = False
 ) -> tuple[int, ...]:
+    kinds = (int, bool) if booleans else (int,)
+    found = _entries(values, column, length, kinds=kinds, what="a list of whole numbers")
+    return tuple(int(one) for one in found)
+
+
+def _entries(
+    values: Mapping[str, Any],
+    column: str,
+    length: int | None,
+    *,
+    kinds: tuple[type, ...],
+    what: str,
+) -> tuple[Any, ...]:
+    """The column's list, one entry of these types for each id."""
     value = values[column]
     if not isinstance(value, list | tuple):
-        wrong_type(column, "a list of whole numbers", value)
-    numbers = tuple(cast("list[Any]", value))
-    kinds = (int, bool) if booleans else (int,)
-    odd = [one for one in numbers if type(one) not in kinds]
+        wrong_type(column, what, value)
+    found = tuple(cast("list[Any]", value))
+    odd = [one for one in found if type(one) not in kinds]
     if odd:
-        wrong_type(column, "a list of whole numbers", odd[0])
-    if length is not None and len(numbers) != length:
+        wrong_type(column, what, odd[0])
+    if length is not None and len(found) != length:
         refuse(
             "wrong-length",
-            f"`{column}` has {len(numbers)} entries, `input_ids` {length}",
+            f"`{column}` has {len(found)} entries, `input_ids` {length}",
             "both have one entry a token; a mask that stands one place off is not shifted here",
         )
-    return tuple(int(one) for one in numbers)
+    return found

@@ -6,6 +6,7 @@ Nothing is added to them, so what inference has to send is exactly what stands b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from tunesmith.data.faults import refuse
 from tunesmith.data.paths import fit_stream, make_segment
 from tunesmith.data.rendered import NO_TARGETS, TOO_LONG, Limit, Rendered, Rendering, over_long
 from tunesmith.data.template import Template
-from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin
+from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
 _Run = tuple[int, int]
 """Ids [start, end) that are learned together."""
@@ -86,10 +87,30 @@ def render_tokens(
         )
     ids, runs = np.array(example.ids, np.int32), _runs(example.learned)
     refuse_roles(train_on)
+    if train_on == "all" and not all((example.weights or ())[1:]):
+        refuse(
+            "conflicting-wishes",
+            "data.train_on=all learns every token, but `weights` leaves some out",
+            "data.train_on=auto learns what the row marks",
+        )
     if train_on == "all" or all(example.learned):
-        return fit_stream(ids, 1, limit, origin)
-    _check_stop(ids, runs, template, "run of `input_ids`")
-    return _document(ids, _wanted(runs, train_on), limit, origin)
+        rendered = fit_stream(ids, 1, limit, origin)
+    else:
+        _check_stop(ids, runs, template, "run of `input_ids`")
+        rendered = _document(ids, _wanted(runs, train_on), limit, origin)
+    return rendered if example.weights is None else _weighted(rendered, example.weights)
+
+
+def _weighted(rendered: Rendered, weights: Sequence[float]) -> Rendered:
+    """With the weights of the row's ids; pieces of a row that was split lie end to end."""
+    if rendered.document is None:
+        return rendered
+    given, start = np.asarray(weights, np.float32), 0
+    segments: list[Segment] = []
+    for segment in rendered.document.segments:
+        segments.append(replace(segment, weight=given[start + segment.index]))
+        start += len(segment.ids)
+    return replace(rendered, document=replace(rendered.document, segments=tuple(segments)))
 
 
 def _runs(learned: Sequence[bool]) -> list[_Run]:
