@@ -89,12 +89,12 @@ def oracle(made: Made, formula: Callable[..., Tensor], transform):
     return losses.detach(), torch.autograd.grad(total, leaves)
 
 
-def run(made: Made, objective, transform, dtype: torch.dtype, rows: int = 4):
+def run(made: Made, objective, transform, dtype: torch.dtype, rows: float = 4):
     leaves = [x.to(dtype).requires_grad_() for x in (made.hidden, made.weight, made.bias)]
     base = Base(*(x.to(dtype) for x in made.base))
     output: LossOutput = head_loss(
         *leaves, source=made.source, target=made.target, target_weight=made.target_weight,
-        objective=objective, transform=transform, chunk_bytes=4 * V * rows,
+        objective=objective, transform=transform, chunk_bytes=int(4 * V * rows),
         sides=Sides(progress=0.3, old_logprob=made.old.to(dtype), base=base),
     )  # fmt: skip
     (output.loss_sum / 2).backward()
@@ -141,7 +141,8 @@ def test_weights_of_zero_give_a_finite_zero_and_a_connected_graph(case: str) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_do_not_change_the_result(case: str) -> None:
     made = Made()
-    outputs = [run(made, CASES[case][0], None, torch.float64, rows) for rows in (1, 2, 4, 100)]
+    sizes = (1, 2, 2.7, 4, 100)  # some leave a rest of the targets, one a rest of its own bytes
+    outputs = [run(made, CASES[case][0], None, torch.float64, rows) for rows in sizes]
     first, grads = outputs[0]
     for output, found in outputs[1:]:
         assert torch.allclose(output.token_loss, first.token_loss, rtol=1e-12)
@@ -196,6 +197,25 @@ def test_mean_weight(case: str, weight) -> None:
     output, _ = run(made, CASES[case][0], None, torch.float64)
     expected = (made.target_weight * weight(own.exp(), factor)).sum()
     assert output.stats["mean_weight"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "strength"),
+    [
+        ("nll", lambda log_p, y: torch.ones(len(y))),
+        ("smoothed", lambda log_p, y: torch.ones(len(y))),
+        ("z-loss", lambda log_p, y: torch.ones(len(y))),
+        ("dft", lambda log_p, y: (-nll(log_p, y)).exp()),
+        ("asft", lambda log_p, y: (-nll(log_p, y)).exp()),
+        ("eaft", lambda log_p, y: eaft(log_p, y) / nll(log_p, y)),
+    ],
+)
+def test_effective_weights_are_the_factor_over_the_probability(case: str, strength) -> None:
+    made = Made()
+    log_p = (made.hidden[made.source] @ made.weight.T + made.bias).log_softmax(-1)
+    output, _ = run(made, CASES[case][0], None, torch.float64)
+    expected = strength(log_p, made.target) / (-nll(log_p, made.target)).exp()
+    torch.testing.assert_close(output.effective.exp(), expected.double(), rtol=1e-6, atol=0)
 
 
 def test_psft_starts_with_the_gradient_of_nll() -> None:

@@ -154,6 +154,23 @@ def test_guesses_replace_targets_where_they_are_read(isolated: bool) -> None:
         assert torch.equal(found.target, batch.target)
 
 
+def test_guesses_are_as_frequent_as_the_step_asks() -> None:
+    """At the middle of the run, half of the probability of its end."""
+    model = wrapped()
+    (plan,) = plan_step(rows()[:2], micro_tokens=100, share=False)
+    batch = collate(plan, CPU)
+    all_of_them = StepLoss(named_objective("nll"), steps=5, sampling=1.0, step=4)
+    places = all_of_them._with_guesses(model, batch, plan).input_ids != batch.input_ids
+    loss = StepLoss(named_objective("nll"), steps=5, sampling=0.6, step=2)
+    torch.manual_seed(0)
+    drawn = [loss._with_guesses(model, batch, plan).input_ids for _ in range(1000)]
+    changed = torch.stack([ids != batch.input_ids for ids in drawn])
+    assert places.sum() >= 2
+    assert not changed[:, ~places].any()
+    share = changed[:, places].float().mean(0)
+    assert ((share - 0.3).abs() < 0.06).all()  # four standard errors
+
+
 def test_guesses_grow_from_none() -> None:
     model = wrapped()
     (plan,) = plan_step(rows()[:1], micro_tokens=100)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import difference, tiny_folder
+from tunesmith.config.read import read_recipe
 from tunesmith.errors import InputError, InterruptedRun, ModelError, RecipeError
 from tunesmith.run import resume, train
 
@@ -92,6 +93,20 @@ def test_every_objective_changes_what_is_learned(start, plain: Left, name: str) 
     assert difference(run, plain) > 1e-4
     assert all(record["loss"] is not None for record in run.records)
     assert len(run.records) == 4
+
+
+def test_published_settings_are_the_defaults() -> None:
+    def settings(name: str) -> dict[str, Any]:
+        given = {"model": "m", "data": {"train": "d"}, "objective": name}
+        return read_recipe(given).objective.model_dump(exclude_none=True)
+
+    psft = {"eps_low": 0.2, "eps_high": 0.28, "outer_steps": 8, "warmup_epochs": 0.0}
+    assert settings("psft").items() >= psft.items()
+    assert settings("eaft")["alpha"] == 1.0
+    assert settings("asft")["kl"] == 0.05
+    terms = ("z_loss", "entropy", "neftune", "router_aux", "scheduled_sampling")
+    assert all(settings("nll")[name] == 0 for name in terms)
+    assert not settings("nll").keys() & {"kl", "label_smoothing", *psft}
 
 
 SECOND = {
