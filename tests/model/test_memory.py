@@ -82,6 +82,14 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert not hint.startswith("model.dtype"), "full training in bfloat16 doesn't fit either"
 
 
+def test_paging_is_named_where_it_is_enough() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_fits(BIG, dtype=torch.bfloat16, rank=None, free=9 * 10**9, name="m")
+    assert "device.paged_optimizer=true needs 7.5 GiB" in (caught.value.hint or "")
+    paged = check_fits(BIG, dtype=torch.bfloat16, rank=None, free=9 * 10**9, name="m", paged=True)
+    assert paged.total == 8 * 10**9
+
+
 def test_hint_is_honest_where_nothing_fits() -> None:
     with pytest.raises(ModelError) as caught:
         check_fits(BIG, dtype=torch.bfloat16, rank=8, free=10**9, name="m")
@@ -149,5 +157,7 @@ def test_the_estimate_knows_what_each_rule_keeps() -> None:
         "adamw": 8_000_000, "lion": 4_000_000, "sgd": 4_000_000, "adamw_8bit": 2_031_250,
         "adafactor": 0,
     }  # fmt: skip
+    paged = estimate(size, dtype=torch.bfloat16, rank=None, paged=True)
+    assert paged.optimizer == 2_000_000  # what completes the masters stays
     lora = estimate(size, dtype=torch.bfloat16, rank=8, optimizer="muon")
     assert lora.optimizer == (4 + 2) * 800

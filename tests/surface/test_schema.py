@@ -29,7 +29,7 @@ KEYS = {
     "max_grad_norm",
     "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
-    "activation_offload deterministic "
+    "activation_offload paged_optimizer deterministic "
     "threads watchdog cache prepare_processes ranks rank_timeout context shard shard_offload",
     "checkpoint": "every keep background",
     "eval": "every samples max_new_tokens",

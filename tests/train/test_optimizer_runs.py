@@ -72,11 +72,22 @@ def test_the_share_of_decay_changes_the_weights(weights) -> None:
     assert distance(weights(wsd, "optim.decay=0.9"), weights(wsd)) > 1e-5
 
 
-def test_a_factor_of_zero_leaves_the_embedding_where_it_was(weights, eight_chats: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "part"), [("embeddings", "embed_tokens"), ("head", "lm_head"), ("mlp", ".mlp.")]
+)
+def test_a_factor_of_zero_leaves_its_group_where_it_was(
+    weights, eight_chats: Path, group: str, part: str
+) -> None:
     before = load_file(eight_chats / "model" / "model.safetensors")
-    after = weights("optim.lr_factors={embeddings: 0}")
+    after = weights("optim.lr_factors={" + group + ": 0}")
     for name in before:
-        assert torch.equal(before[name], after[name]) == ("embed_tokens" in name), name
+        assert torch.equal(before[name], after[name]) == (part in name), name
+
+
+@pytest.mark.parametrize("options", [[], ["optim.name=adamw_8bit", "model.dtype=bfloat16"]])
+def test_a_run_with_paged_state_learns_the_same_to_the_bit(weights, options: list[str]) -> None:
+    paged, usual = weights(*options, "device.paged_optimizer=true"), weights(*options)
+    assert all(torch.equal(paged[name], usual[name]) for name in usual)
 
 
 @pytest.mark.parametrize("group", ["lora_b", "nothing_has_this_name", "'(('"])
@@ -118,8 +129,8 @@ def test_stopped_and_resumed_to_the_bit(
 
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_paged_states_are_refused_with_what_there_is_instead(name: str) -> None:
+def test_names_of_paged_rules_say_what_there_is_instead(name: str) -> None:
     with pytest.raises(RecipeError, match=f"must be one of adamw, .*not '{name}'") as caught:
         read_recipe({"model": "m", "data": {"train": "d"}, "optim": {"name": name}})
-    assert "CUDA" in str(caught.value.hint)
+    assert "device.paged_optimizer=true" in str(caught.value.hint)
     assert "optim.name=adamw_8bit" in str(caught.value.hint)

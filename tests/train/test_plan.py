@@ -56,6 +56,17 @@ def test_prints_one_object_and_leaves_nothing_behind(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_paged_state_is_not_counted_as_memory(llama_folder: Path, chats: Path) -> None:
+    recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, SETTINGS)
+    module = importlib.import_module("tunesmith.train.plan.forecast")
+    asked = recipe.device.model_copy(update={"paged_optimizer": True})
+    job = module.build(recipe.model_copy(update={"device": asked}))
+    parts = module.memory_parts(job, peak=10**9, activations=0, working=0)
+    moments = 8 * job.trained_parameters
+    assert 0 < job.optimizer.paged_bytes < moments
+    assert parts["optimizer"] == moments - job.optimizer.paged_bytes
+
+
 def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Path) -> None:
     changes = [*SETTINGS, "model.dtype=bfloat16", "objective.kl=0.1"]
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)

@@ -34,7 +34,7 @@ _KINDS = {
     "model_attributes_type": "a mapping",
 }
 _PAGED = (
-    "states are not paged: that works on CUDA alone; "
+    "device.paged_optimizer=true pages the state of any of these; "
     "optim.name=adamw_8bit keeps both moments in a byte each"
 )
 

@@ -153,12 +153,14 @@ def estimate(
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
     optimizer: str = "adamw",
+    paged: bool = False,
     frozen_copy: bool = False,
 ) -> MemoryEstimate:
     """Bytes for training all parameters (`rank` None) or an all-linear adapter of this rank.
 
     `frozen_copy`: the objective compares with the model as it was. Full training keeps a copy of it
-    for that; with an adapter the model itself is still there.
+    for that; with an adapter the model itself is still there. `paged`: what the update rule keeps
+    is elsewhere.
     """
     added = 0
     if rank is not None:
@@ -170,12 +172,13 @@ def estimate(
     if quantization is not None:
         weights -= size.quantizable * dtype.itemsize
         weights += quantization.bytes(size.quantizable, size.quantizable_rows, width=dtype.itemsize)
+    state = _state_bytes(size, optimizer, trained, full=rank is None)
     return MemoryEstimate(
         parameters=parameters,
         trained=trained,
         weights=weights,
         gradients=4 * trained,
-        optimizer=rest * trained + _state_bytes(size, optimizer, trained, full=rank is None),
+        optimizer=rest * trained + (0 if paged else state),
         base=weights if frozen_copy and rank is None else 0,
     )
 
@@ -215,6 +218,7 @@ def check_fits(
     rotation_size: int | None = None,
     quantization: Quantization | None = None,
     optimizer: str = "adamw",
+    paged: bool = False,
     frozen_copy: bool = False,
 ) -> MemoryEstimate:
     """The estimate, if it leaves room.
@@ -227,6 +231,7 @@ def check_fits(
         "rotation_size": rotation_size,
         "quantization": quantization,
         "optimizer": optimizer,
+        "paged": paged,
         "frozen_copy": frozen_copy,
     }
     needed = estimate(size, dtype=dtype, rank=rank, **same)
@@ -236,6 +241,9 @@ def check_fits(
     lines = [] if dtype != torch.float32 else ["model.dtype=bfloat16"]
     if lines:
         options.append((lines[0], estimate(size, dtype=torch.bfloat16, rank=rank, **same)))
+    if not paged:
+        elsewhere = estimate(size, dtype=dtype, rank=rank, **{**same, "paged": True})
+        options.append(("device.paged_optimizer=true", elsewhere))
     if frozen_copy and rank is None:
         plain = estimate(size, dtype=dtype, rank=None, **{**same, "frozen_copy": False})
         options.append(("objective.kl=0", plain))

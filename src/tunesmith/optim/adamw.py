@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.optim.base import Optimizer, Slot, zeros
+from tunesmith.optim.base import Optimizer, Slot
 
 
 class AdamW(Optimizer):
@@ -37,7 +37,7 @@ class AdamW(Optimizer):
 
     def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
         """Two moments."""
-        return {"exp_avg": zeros(slot), "exp_avg_sq": zeros(slot)}
+        return {"exp_avg": self.zeros(slot), "exp_avg_sq": self.zeros(slot)}
 
     def rule(
         self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
@@ -98,8 +98,12 @@ class AdamW8bit(AdamW):
             return super().new_state(name, slot)
         state: dict[str, Tensor] = {}
         for kind in ("exp_avg", "exp_avg_sq"):
-            entries, scale = quantize(zeros(slot), self._map(kind, slot.flat.device))
-            state[kind], state[f"{kind}_scale"] = entries, scale
+            flat = slot.flat
+            block = torch.zeros(BLOCK, device=flat.device)
+            entries, scale = quantize(block, self._map(kind, flat.device))
+            numbers = entries[:1].expand(flat.numel()).contiguous()
+            state[kind] = numbers if self.pages is None else self.pages.rest(numbers)
+            state[f"{kind}_scale"] = scale.expand(-(-flat.numel() // BLOCK)).contiguous()
         return state
 
     def rule(

@@ -1,14 +1,11 @@
 """What every optimizer shares: updates exact to float32 whatever the precision of the parameters,
 clipping, and a state that is saved and taken over to the bit.
-
-A bfloat16 parameter is one half of its float32 master: the parameter holds the upper 16 bits,
-rounded to nearest with halves away from zero, and an int16 tensor holds what the rounding took
-away. Joined they are the master to the last bit, in 2 + 2 bytes instead of 2 + 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +14,8 @@ from torch import Tensor
 
 from tunesmith.optim.decay import no_decay
 from tunesmith.optim.norm import clip_factor, grad_norm
+from tunesmith.optim.paging import Pages
+from tunesmith.optim.split import join, split_
 
 CPU_CHUNK = 1 << 15
 """Elements a CPU thread updates at a time: parameter, gradient and moments of a chunk stay in the
@@ -26,24 +25,6 @@ DEVICE_CHUNK = 1 << 24
 """Elements updated at a time on an accelerator, where only launches and the size of the scratch
 buffers count.
 """
-
-
-def join(upper: Tensor, low: Tensor, *, out: Tensor) -> Tensor:
-    """float32 `out` [n] from its bfloat16 part and the int16 remainder of its rounding."""
-    bits = out.view(torch.int32)
-    bits.copy_(upper.view(torch.int16)).bitwise_left_shift_(16).add_(low)
-    return out
-
-
-def split_(master: Tensor, *, upper: Tensor, low: Tensor) -> None:
-    """Inverse of `join`: writes `upper` bfloat16 and `low` int16 and destroys `master`; all [n].
-
-    The remainder bits - (upper << 16) lies in [-32768, 32767] just because halves are rounded away
-    from zero, and is then the lower 16 bits of the master read as a signed number.
-    """
-    bits = master.view(torch.int32)
-    low.copy_(bits)
-    upper.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
 @dataclass(slots=True)
@@ -86,6 +67,7 @@ class Optimizer:
         weight_decay: share of lr by which weights shrink each step.
         undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
         lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
+        pages: where the rule's state rests between steps; None: on the parameter's device.
     """
 
     def __init__(
@@ -95,8 +77,10 @@ class Optimizer:
         weight_decay: float = 0.0,
         undecayed: Collection[str] | None = None,
         lr_factors: Mapping[str, float] | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self.weight_decay = weight_decay
+        self.pages = pages
         self.steps = 0
         self.sharing: Sharing | None = None
         self._clip = 1.0
@@ -124,6 +108,12 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def zeros(self, slot: Slot) -> Tensor:
+        """A float32 tensor of zeros [n], as long as the parameter, where state rests."""
+        if self.pages is not None:
+            return self.pages.zeros(slot.flat)
+        return torch.zeros_like(slot.flat, dtype=torch.float32)
+
     def whole(self, slot: Slot) -> bool:
         """Whether the rule needs the parameter at once instead of in chunks."""
         return False
@@ -144,9 +134,14 @@ class Optimizer:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of what is kept between steps, parameters and gradients left out."""
+        """Bytes of what is kept between steps, parameters, gradients and what is paged left out."""
         kept = (t for slot in self._slots.values() for t in (slot.rest, *slot.state.values()))
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        return sum(t.numel() * t.element_size() for t in kept if t is not None) - self.paged_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of the state that rest outside of the device's memory."""
+        return 0 if self.pages is None else self.pages.bytes
 
     @property
     def saved_bytes(self) -> int:
@@ -181,7 +176,8 @@ class Optimizer:
             device = slot.parameter.device
             if device not in counters:
                 counters[device] = torch.full((), float(self.steps), device=device)
-            self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
+            with nullcontext() if self.pages is None else self.pages.at_hand(slot):
+                self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
 
     def zero_grad(self) -> None:
         """Give the gradients' memory to the next forward pass, which runs before there are any."""
@@ -300,11 +296,6 @@ def _new_slot(parameter: Tensor, *, decay: bool) -> Slot:
     elif flat.dtype != torch.float32:
         rest = flat.to(torch.float32)
     return Slot(parameter, rest, decay)
-
-
-def zeros(slot: Slot) -> Tensor:
-    """A float32 tensor of zeros [n], as long as the parameter."""
-    return torch.zeros_like(slot.flat, dtype=torch.float32)
 
 
 def _shaped(tensor: Tensor, parameter: Tensor) -> Tensor:

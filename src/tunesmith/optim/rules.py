@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.adamw import AdamW
-from tunesmith.optim.base import Optimizer, Slot, zeros
+from tunesmith.optim.base import Optimizer, Slot
 
 
 class _OneMoment(Optimizer):
@@ -18,7 +18,7 @@ class _OneMoment(Optimizer):
 
     def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
         """The momentum."""
-        return {"momentum": zeros(slot)}
+        return {"momentum": self.zeros(slot)}
 
 
 class SGD(_OneMoment):
@@ -86,7 +86,7 @@ class Adafactor(Optimizer):
         """Means over the last and the last but one dimension; of a vector the second moment."""
         shape = slot.parameter.shape
         if len(shape) < 2:
-            return {"exp_avg_sq": zeros(slot)}
+            return {"exp_avg_sq": self.zeros(slot)}
         flat = slot.flat
         options: dict[str, Any] = {"dtype": torch.float32, "device": flat.device}
         return {
@@ -178,7 +178,7 @@ class Muon(AdamW):
         """The momentum of a matrix, two moments of others."""
         chosen = slot.decay if self.matrices is None else name in self.matrices
         if chosen and slot.parameter.ndim >= 2:
-            return {"momentum": zeros(slot)}
+            return {"momentum": self.zeros(slot)}
         return super().new_state(name, slot)
 
     def whole(self, slot: Slot) -> bool:

@@ -144,7 +144,12 @@ def build(
     loss = make_loss(recipe, model, order, total_steps=total, own=own, context=ranks.context)
     reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
     shards = reduce.sharded
-    optimizer = make_optimizer(resolved, model, None if shards is None else shards.parts)
+    optimizer = make_optimizer(
+        resolved,
+        model,
+        None if shards is None else shards.parts,
+        folder=faults_file and faults_file.parent,
+    )
     optimizer.sharing = shards
     job = Job(
         recipe=resolved,

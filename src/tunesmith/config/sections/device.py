@@ -37,6 +37,11 @@ class DeviceSection(Section):
     activation_offload: bool = Field(
         default=False, description="keep activations in the host's memory until the backward pass"
     )
+    paged_optimizer: bool = Field(
+        default=False,
+        description="let the optimizer's state rest outside of the device's memory between steps: "
+        "on a CPU in a file that the system pages, else in the host's memory",
+    )
     deterministic: bool = Field(
         default=True, description="only kernels that give the same bits each time"
     )

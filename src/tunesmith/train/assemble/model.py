@@ -31,6 +31,7 @@ def check_memory(
         rotation_size=recipe.adapter.rotation_size,
         quantization=chosen_quantization(recipe),
         optimizer=recipe.optim.name,
+        paged=recipe.device.paged_optimizer,
         frozen_copy=bool(recipe.objective.kl),
         free=free,
         name=recipe.model.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,19 +12,37 @@ from torch import Tensor, nn
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon, Optimizer, undecayed
+from tunesmith.optim import (
+    SGD,
+    Adafactor,
+    AdamW,
+    AdamW8bit,
+    Lion,
+    Muon,
+    Optimizer,
+    Pages,
+    undecayed,
+)
 
 
 def make_optimizer(
-    recipe: Recipe, model: CausalLM, parts: Mapping[str, Tensor] | None = None
+    recipe: Recipe,
+    model: CausalLM,
+    parts: Mapping[str, Tensor] | None = None,
+    *,
+    folder: Path | None = None,
 ) -> Optimizer:
-    """The optimizer over the model's parameters, or over a rank's `parts` of them by name."""
+    """The optimizer over the model's parameters, or over a rank's `parts` of them by name.
+
+    `folder`: on a disk, for state that is paged; None: the current one.
+    """
     optim = recipe.optim
     named = list(model.named_parameters() if parts is None else parts.items())
     shared: dict[str, Any] = {
         "weight_decay": optim.weight_decay,
         "undecayed": undecayed(model),
         "lr_factors": lr_factors(recipe, model),
+        "pages": Pages(folder or Path.cwd()) if recipe.device.paged_optimizer else None,
     }
     adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, **shared}
     if optim.name == "adamw_8bit":

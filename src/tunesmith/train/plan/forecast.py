@@ -204,6 +204,9 @@ def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) 
         saved = measured.activations * (1 - each / usual)
         if saved > 0 and measured.peak - saved <= free:
             lines.append(f"device.gradient_checkpointing={mode}")
+    moments = job.optimizer.saved_bytes - memory["gradients"]  # without the masters, 4 bytes each
+    if not job.recipe.device.paged_optimizer and measured.peak - moments <= free:
+        lines.append("device.paged_optimizer=true")
     half = (measured.activations + measured.working) / 2
     if job.micro_tokens >= 512 and measured.peak - half <= free:
         lines.append(f"device.micro_tokens={job.micro_tokens // 2}")

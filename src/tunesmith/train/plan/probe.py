@@ -42,6 +42,7 @@ def probe(job: Job, work: Work) -> Measured:
     that of the same run in its own order.
     """
     run_longest(job)
+    begun = peak_memory(job.device)
     seconds = tokens = timed = 0
     started = time.monotonic()
     ran: list[int] = []
@@ -56,7 +57,9 @@ def probe(job: Job, work: Work) -> Measured:
     if work.largest_step not in ran:
         run_step(job, work.largest_step)
     per_eval = _time_evaluation(job)
-    peak = peak_memory(job.device)
+    # pages that the system could write out are counted as the process's own
+    paged = job.optimizer.paged_bytes if job.device.type == "cpu" else 0
+    peak = max(begun, peak_memory(job.device) - paged)
     activations, working = activation_bytes_of(job, work)
     return Measured(peak, activations, working, seconds / tokens, per_eval, timed)
 
