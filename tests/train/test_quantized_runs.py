@@ -5,6 +5,9 @@ How adapters on it train, resume and are exported is in tests/export/test_adapte
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import nn
 
 import tunesmith
 from tiny import chat_rows, tiny_folder
+from tunesmith.cli.app import run as tunesmith_command
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
@@ -125,6 +129,69 @@ def test_the_gradient_is_that_of_the_dequantised_weight(kind: str, bases: dict[s
     (found,) = torch.autograd.grad(module(narrow), narrow, given.bfloat16())
     assert found.dtype == torch.bfloat16
     assert distance(found.float(), given @ plain_weight) < 2e-2
+
+
+def test_a_loftq_adapter_is_known_wherever_it_goes(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Its beginning makes up for an error that the plain base doesn't have."""
+    base = bases["llama"]
+    first = train(base, tmp_path / "one", "nf4", {**LORA, "kind": "loftq"}, train={"steps": 1})
+    goes_on = {"continue_from": str(first.folder)}
+    with pytest.raises(ModelError, match="this base is plain"):
+        train(base, tmp_path / "two", "none", goes_on)
+    second = train(base, tmp_path / "two", "nf4", goes_on, train={"steps": 1})
+    assert "kind: loftq" in (second.folder / "recipe.yaml").read_text()
+    for run in (first, second):
+        assert tunesmith_command(["merge", str(run.folder), "--out", str(tmp_path / "M")]) == 2
+        moved = shutil.copytree(run.model_folder, tmp_path / f"moved-{run.folder.name}")
+        assert tunesmith_command(["merge", str(moved), "--out", str(tmp_path / "M")]) == 2
+        with pytest.raises(InputError, match="this base is plain"):
+            train(moved, tmp_path / "three", "none", {"kind": "none"})
+    with pytest.raises(InputError, match="changes the weights below it"):
+        train(base, tmp_path / "four", "nf4", {**LORA, "kind": "loftq"}, objective={"kl": 0.1})
+    assert not (tmp_path / "M").exists()
+
+
+LIMITED = """
+import resource, sys
+import torch
+from tunesmith.model.load import load_causal_lm
+from tunesmith.model.quantized import Quantization
+from tunesmith.model.source import resolve_model
+
+def load(name, kind):
+    quantization = None if kind == "none" else Quantization(kind)
+    return load_causal_lm(resolve_model(name), dtype="float32", quantization=quantization)
+
+torch.set_num_threads(1)
+large, small, room, *kinds = sys.argv[1:]
+for kind in ("none", *kinds):
+    load(small, kind)  # what is imported and made once
+used = next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]
+limit = int(used) * 1024 + int(room)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+for kind in kinds:
+    load(large, kind)
+try:
+    load(large, "none")
+except Exception as error:
+    assert "memory" in str(error).lower(), error
+else:
+    sys.exit("the plain model fits as well")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_model_is_quantised_in_less_memory_than_it_takes(tmp_path: Path) -> None:
+    """Each weight is, as it is read; the plain model does not fit."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 10}
+    large = tiny_folder(tmp_path / "large", **sizes)
+    small = tiny_folder(tmp_path / "small", num_hidden_layers=1)
+    plain = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    room = str(int(0.6 * plain))
+    command = [sys.executable, "-c", LIMITED, str(large), str(small), room, *KINDS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_loftq_begins_nearer_to_the_plain_weights(bases: dict[str, Path]) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
-
-FILE = "tunesmith.json"
+from tunesmith.model.source import OWN_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ def read_choice(folder: Path) -> TemplateChoice | None:
     Raises:
         ModelError: the file is there and can't be understood.
     """
-    path = folder / FILE
+    path = folder / OWN_FILE
     if not path.is_file():
         return None
     try:

@@ -16,11 +16,11 @@ from tunesmith.data.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
-from tunesmith.export.choice import FILE as CHOICE_FILE
 from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
+from tunesmith.model.adapters.initial import OF_QUANTIZED
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.source import ModelSource
+from tunesmith.model.source import OWN_FILE, ModelSource
 
 TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
@@ -61,7 +61,10 @@ def write_model(
         _fill(aside, model, template, source, stop_ids=stop_ids, dtype=dtype)
         adapter = _is_adapter(model)
         _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapter))
-        _write_json(aside / CHOICE_FILE, _choice(card, adapter))
+        own = _choice(card, adapter)
+        if adapter and model.of_quantized:
+            own[OF_QUANTIZED] = True
+        _write_json(aside / OWN_FILE, own)
         _publish(aside, out)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -23,6 +23,7 @@ from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import ModelCard
 from tunesmith.export.choice import TemplateChoice, read_choice
 from tunesmith.export.folder import base_name, write_model
+from tunesmith.model.adapters import began_quantized
 from tunesmith.model.adapters.merge import add_difference, fold, untie
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm
@@ -218,7 +219,7 @@ def _refuse(parts: Sequence[Part], out: Path, overwrite: bool) -> None:
         names = " and ".join(sorted(map(str, folders)))
         raise ModelError(f"the adapters are for different bases: {names}", where=str(out))
     for part in parts:
-        if _section(part, "adapter").get("kind") == "loftq":
+        if began_quantized(part.adapter):
             raise ModelError(
                 "began as what quantising took from the base; on the base itself that is too much",
                 where=str(part.adapter),

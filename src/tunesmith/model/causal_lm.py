@@ -36,6 +36,7 @@ class CausalLM(nn.Module):
         self.notes: list[str] = []
         self.untied = False  # head and embedding differ since an adapter of one was merged
         self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
+        self.of_quantized = False  # the adapter began with what quantising took from the base
         self.unread: Any = None  # the files of a model whose weights are not in memory
         self.new_rows: tuple[int, ...] = ()  # of tokens that the tokenizer got for its template
 

@@ -103,6 +103,10 @@ def load_causal_lm(
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
     )
+    if source.adapter_folder is not None:
+        from tunesmith.model.adapters import began_quantized
+
+        causal_lm.of_quantized = began_quantized(source.adapter_folder)
     if quantization is not None:
         from tunesmith.model.quantized import finish_loading
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from tunesmith.errors import ModelError
 
+OWN_FILE = "tunesmith.json"
+"""Beside each model and adapter that we write: what its other files have no place for."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = "*.safetensors"
 _WANTED = [_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]

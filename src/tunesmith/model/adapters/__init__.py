@@ -6,8 +6,9 @@ from tunesmith.model.adapters.add import (
     add_adapter,
     has_adapter,
     load_adapter,
+    refuse_plain_base,
 )
-from tunesmith.model.adapters.initial import save_adapter
+from tunesmith.model.adapters.initial import began_quantized, save_adapter
 from tunesmith.model.adapters.kinds import AdapterSpec
 from tunesmith.model.adapters.report import AdapterReport, freeze, full_report
 from tunesmith.model.adapters.targets import Candidates, candidates, expert_counts
@@ -19,11 +20,13 @@ __all__ = [
     "adapted_names",
     "adapter_fields",
     "add_adapter",
+    "began_quantized",
     "candidates",
     "expert_counts",
     "freeze",
     "full_report",
     "has_adapter",
     "load_adapter",
+    "refuse_plain_base",
     "save_adapter",
 ]

@@ -119,6 +119,18 @@ def _cast_additions(model: Any) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
+def refuse_plain_base(causal_lm: CausalLM) -> None:
+    """Raises:
+    ModelError: the model's adapter stands for an error that its base does not have.
+    """
+    if causal_lm.of_quantized and not any(map(is_quantized, causal_lm.base.modules())):
+        raise ModelError(
+            "the adapter began with what quantising took from its base, and this base is plain",
+            where="model.quantization",
+            hint="the model.quantization that the adapter was trained with",
+        )
+
+
 def has_adapter(causal_lm: CausalLM) -> bool:
     """True for a model with an adapter on it."""
     return hasattr(causal_lm.model, "peft_config")
@@ -131,7 +143,8 @@ def adapter_config(causal_lm: CausalLM) -> Any:
 
 def adapter_fields(causal_lm: CausalLM) -> dict[str, Any]:
     """Kind, rank and so on of the adapter on the model, named as in a recipe."""
-    return described(adapter_config(causal_lm))
+    found = described(adapter_config(causal_lm))
+    return {**found, "kind": "loftq"} if causal_lm.of_quantized else found
 
 
 def adapted_names(causal_lm: CausalLM) -> list[str]:

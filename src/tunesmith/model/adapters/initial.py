@@ -21,6 +21,12 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.quantized_weight import is_quantized
+from tunesmith.model.source import OWN_FILE, read_json
+
+OF_QUANTIZED = "of_quantized_base"
+"""Entry beside an adapter that began with what quantising took from its base: on the plain base it
+adds that once too often, and peft's own configuration has no place to say so.
+"""
 
 
 def remember_start(causal_lm: CausalLM, kind: str) -> None:
@@ -61,6 +67,13 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
         if source is not None and source.__name__ == "Conv1D":
             plain = plain.T
         _begin_as(module, plain - kept)
+    causal_lm.of_quantized = True
+
+
+def began_quantized(folder: Path) -> bool:
+    """Whether the adapter in the folder began with what quantising took from its base."""
+    path = folder / OWN_FILE
+    return path.is_file() and bool(read_json(path).get(OF_QUANTIZED, False))
 
 
 def _begin_as(module: Any, difference: Tensor) -> None:

@@ -18,7 +18,12 @@ CHANGE_BASE = ("pissa", "olora")
 """Take their beginning out of the weights they go on, so that the model starts as it was."""
 ON_EXPERTS = ("lora", "rslora")
 ON_EMBEDDING = ("lora", "rslora")
-ON_QUANTIZED = ("lora", "rslora", "dora", "loftq", "ia3")
+ON_QUANTIZED = (
+    "lora", "rslora", "dora", "loftq", "ia3", "vera", "oft", "loha", "lokr", "miss",
+)  # fmt: skip
+"""Go beside or around a map and leave its weight alone; the others would rewrite it, step by step
+or at the start.
+"""
 ON_ANY_HEAD = ("lora", "rslora", "pissa", "olora", "loftq")
 """Can be on a head of 16-bit weights; others would lose small changes to rounding there."""
 WITH_ROWS = ("lora", "rslora", "dora")

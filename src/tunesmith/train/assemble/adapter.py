@@ -15,10 +15,12 @@ from tunesmith.model.adapters import (
     AdapterSpec,
     adapter_fields,
     add_adapter,
+    began_quantized,
     freeze,
     full_report,
     has_adapter,
     load_adapter,
+    refuse_plain_base,
 )
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import resolve_model
@@ -36,6 +38,7 @@ def choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
     start = adapter_source(recipe)
     if start is not None:
         _load(model, start)
+    refuse_plain_base(model)
     if adapter.kind != "none" or start is not None:
         spec = AdapterSpec(**{name: getattr(adapter, name) for name in SPEC})
         asked = adapter.model_fields_set & set(SPEC)
@@ -125,6 +128,7 @@ def _load(model: CausalLM, start: ModelSource) -> None:
     _refuse_adapted(model)
     assert start.adapter_folder is not None
     model.model = load_adapter(model.base, start.adapter_folder)
+    model.of_quantized = began_quantized(start.adapter_folder)
 
 
 def _refuse_adapted(model: CausalLM) -> None:

@@ -112,7 +112,7 @@ def _base(recipe: Recipe, model: CausalLM) -> BaseModel:
         frozen = copy.deepcopy(model).eval()
         return BaseModel(frozen.requires_grad_(False))
     config = model.model.peft_config[model.model.active_adapter]
-    start = getattr(config, "init_lora_weights", True)
+    start = "loftq" if model.of_quantized else getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise RecipeError(
             f"an adapter that begins as {start} changes the weights below it, so the base model is "
