@@ -77,6 +77,7 @@ def test_peft_computes_the_same(family: str, tmp_path: Path):
     plain = PeftModel.from_pretrained(base, str(tmp_path / "out"))
     torch.testing.assert_close(logits(plain), own_logits(model), rtol=1e-5, atol=1e-5)
     assert (before - logits(plain)).abs().max() > 1e-2
+    assert "tunesmith export RUN --to hf" in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert read(tmp_path / "out" / "generation_config.json")["eos_token_id"] == 2
 
@@ -206,6 +207,10 @@ def test_choice_and_card(tmp_path: Path):
     assert "license" not in front
     for part in ("# run\n", "a\\|b.jsonl", "| 12 |", "1.235", "enable_thinking=False", "model: M"):
         assert part in text, part
+    serving = (
+        'vllm serve run   # each request with chat_template_kwargs: {"enable_thinking": false}'
+    )
+    assert f"\n{serving}\n" in text
 
 
 def test_raw_training_is_said(tmp_path: Path):

@@ -218,6 +218,35 @@ def test_lora_plus_lets_b_learn_faster(bases: dict[str, Path], tmp_path: Path) -
         {n: p for n, p in run.model.named_parameters() if ".lora_A." in n} for run in runs.values()
     ]
     assert all(torch.equal(down[0][name], down[1][name]) for name in down[0])
+    optim = {"lr": 1e-2, "warmup": 0, "lr_factors": {"lora_b": 16}}
+    steps = {"steps": 1}
+    group = train(bases["llama"], tmp_path / "G", section("lora"), optim=optim, train=steps)
+    theirs = dict(runs[16.0].model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in group.model.named_parameters())
+
+
+def test_ranks_of_single_maps_are_trained_said_and_merged(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 8}
+    adapter = section("lora", rank_pattern=ranks, alpha_pattern={"v_proj": 64})
+    run = train(bases["llama"], tmp_path / "R", adapter, progress=True)
+    again = PeftModel.from_pretrained(
+        plain(bases["llama"]), str(run.model_folder), is_trainable=True
+    )
+    torch.testing.assert_close(logits(again), logits(run.model), rtol=1e-5, atol=1e-5)
+    sizes = {n: p.shape[0] for n, p in again.named_parameters() if ".lora_A." in n}
+    for name, rank in sizes.items():
+        wanted = 2 if "down_proj" in name else 8 if "layers.0.self_attn.q_proj" in name else 4
+        assert rank == wanted, name
+    trained, total = again.get_nb_trainable_parameters()
+    said = capsys.readouterr().err
+    assert f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}): " in said
+    assert all(f"{kind} x4" in said for kind in (*ATTENTION, "gate_proj", "up_proj", "down_proj"))
+    assert command(["merge", str(run.folder), "--out", str(tmp_path / "M")]) == 0
+    torch.testing.assert_close(
+        logits(plain(tmp_path / "M")), logits(run.model), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("asked", ["auto", True])
