@@ -10,6 +10,7 @@ from contextlib import suppress
 from threading import Thread
 from typing import Any, TypeVar
 
+from tunesmith.distributed.alarm import HUNG
 from tunesmith.distributed.launched import launched, shared_key, shared_store
 from tunesmith.errors import RunError, TunesmithError
 
@@ -93,7 +94,8 @@ def _is_told(error: TunesmithError, rank: int, store: Any) -> bool:
     text, told = str(error).encode(), shared_key("told")
     if isinstance(error, LostRankError):
         time.sleep(SECONDS / 4)
-        return not store.check([told]) and rank == min(error.living or (rank,))
+        known = any(store.check([key]) for key in (told, shared_key(HUNG)))
+        return not known and rank == min(error.living or (rank,))
     if rank == 0:
         store.set(told, text)
         return True

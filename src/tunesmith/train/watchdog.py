@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.distributed.alarm import Alarm
+
 AUTO_SECONDS = 3600.0
 """The shortest limit that is chosen by itself."""
 AUTO_TIMES = 20.0
 """By itself the limit is at least this many times the longest pause so far."""
 WRITE_SECONDS = 10.0
 """How long writing to the run folder may take, which may be what hangs."""
+LOOK_SECONDS = 10.0
+"""The longest time between two looks, at the beats and at what other ranks say."""
 
 Minutes = Literal["auto"] | float | None
 
@@ -49,6 +53,7 @@ class Watchdog:
         self._last = clock()
         self._longest = 0.0
         self._at = "the start"
+        self._alarm = None if rank is None else Alarm(rank)
         self._done = threading.Event()
         self.stacks = folder / ("stacks.txt" if rank is None else f"stacks-rank-{rank}.txt")
 
@@ -83,7 +88,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         last = self._clock()
-        while not self._done.wait(tick := min(10.0, self.limit / 4)):
+        while not self._done.wait(tick := self._tick):
             now = self._clock()
             stood_still = now - last - tick
             if stood_still > max(5.0, tick):
@@ -91,20 +96,38 @@ class Watchdog:
             last = now
             if now - self._last > self.limit:
                 self._end()
+            elif self._alarm is not None and (other := self._alarm.heard()) is not None:
+                self._end(other)
 
-    def _end(self) -> None:
+    @property
+    def _tick(self) -> float:
+        return min(LOOK_SECONDS, self.limit / 4)
+
+    def _end(self, other: int | None = None) -> None:
+        """Leave the stacks and end the process; `other` is the rank that no longer moves, if it is
+        not this one that found out.
+        """
+        if other is None:
+            why = f"nothing has moved for {self.limit / 60:.3g} min, at {self._at}"
+        else:
+            why = f"rank {other} has said that nothing moves; this one was at {self._at}"
         said = (
-            f"error: nothing has moved for {self.limit / 60:.3g} min, at {self._at}; the run is "
+            f"error: {why}; the run is "
             f"ended\nhint: {self.stacks} has what each thread was doing; `tunesmith resume "
             f"{self.stacks.parent}` goes on from the last checkpoint, device.watchdog sets the "
             "limit\n"
         )
         sys.stderr.write(f"\n{said}")
         sys.stderr.flush()
+        if self._alarm is not None and other is None:
+            self._alarm.ring()
         # A folder that can't be written in must not keep this thread, too.
         writer = threading.Thread(target=self._write_stacks, daemon=True)
         writer.start()
         writer.join(WRITE_SECONDS)
+        if self._alarm is not None:
+            # The others would take this rank for lost, and end before they have looked.
+            time.sleep(self._tick + 1.0)
         os._exit(1)
 
     def _write_stacks(self) -> None:
