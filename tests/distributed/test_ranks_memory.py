@@ -44,8 +44,8 @@ Trainer._between = getattr(Trainer._between, "whole", Trainer._between)
 """
 
 NOBODY_ASKS = """
-from tunesmith.distributed import shard
-shard.MOST = 1
+from tunesmith.distributed import asking
+asking.MOST = 1
 """
 
 

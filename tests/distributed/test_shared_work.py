@@ -27,11 +27,11 @@ NOTED = """
 import json
 from pathlib import Path
 from tunesmith.data import prepare
-from tunesmith.distributed import shard
+from tunesmith.distributed.asking import Asked
 from tunesmith.train.trainer import Trainer
 
 fresh = getattr(prepare._fresh, "whole", prepare._fresh)
-call = getattr(shard._Asking.__call__, "whole", shard._Asking.__call__)
+call = getattr(Asked.__call__, "whole", Asked.__call__)
 learn = getattr(Trainer._learn, "whole", Trainer._learn)
 step = [-1]
 
@@ -57,7 +57,7 @@ def learning(self, number, lr):
         step[0] = -1
 
 freshly.whole, gathering.whole, learning.whole = fresh, call, learn
-prepare._fresh, shard._Asking.__call__, Trainer._learn = freshly, gathering, learning
+prepare._fresh, Asked.__call__, Trainer._learn = freshly, gathering, learning
 """
 
 ALLOWED = """

@@ -11,6 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+MOST = 64
+"""Ranks that may ask each other before each layer: gloo's message to all takes a hop for each, and
+must not take longer than the layer.
+"""
 
 
 class MemoryElsewhereError(MemoryError):
@@ -31,3 +37,45 @@ def ask(group: Any, *, failed: bool = False) -> None:
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
     if not failed and bool(said):
         raise MemoryElsewhereError("out of memory on another rank")
+
+
+def ask_all(*, failed: bool = False) -> None:
+    """The same with all ranks of the run."""
+    import torch.distributed as dist
+
+    ask(dist.group.WORLD, failed=failed)
+
+
+def can_go_back(count: int) -> bool:
+    """Whether so many ranks that share layers can drop a step together when memory runs out on one.
+
+    FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return count <= MOST and hasattr(FSDPModule, "reset_iter_state")
+
+
+def ask_before(module: Any) -> None:
+    """Have all ranks ask each other before this module of FSDP's gathers weights or adds up
+    gradients.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is not None:
+        module.set_custom_all_gather(Asked(group._all_gather_comm))
+        module.set_custom_reduce_scatter(Asked(group._reduce_scatter_comm))
+
+
+class Asked:
+    """A collective of FSDP's, before which all ranks meet; it has its memory by then."""
+
+    def __init__(self, collective: Any) -> None:
+        self._collective = collective
+
+    def allocate(self, *size: Any, **options: Any) -> Tensor:
+        """As the collective does."""
+        return self._collective.allocate(*size, **options)
+
+    def __call__(self, *tensors: Any, **options: Any) -> Any:
+        ask_all()
+        return self._collective(*tensors, **options)

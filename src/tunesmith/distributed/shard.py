@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from tunesmith.distributed.asking import ask
+from tunesmith.distributed.asking import ask_all, ask_before, can_go_back
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Replicated
 from tunesmith.distributed.together import OutOfMemoryTogether, all_or_none
@@ -27,10 +27,6 @@ from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
 
 SHARD, REPLICATE = "shard", "replicate"
-MOST = 64
-"""Ranks that may ask each other before each layer: gloo's message to all takes a hop for each, and
-must not take longer than the layer.
-"""
 
 Read = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 """Gives the part of a parameter, by its name, at these offsets and of these sizes."""
@@ -43,16 +39,6 @@ class Sharding:
     compute: torch.dtype  # what it computes in
     across: bool = False  # whole copies on each machine, spread over the ranks of one
     offload: bool = False  # shards rest in the host's memory
-
-
-def can_go_back(count: int) -> bool:
-    """Whether so many ranks that share layers can drop a step together when memory runs out on one.
-
-    FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    return count <= MOST and hasattr(FSDPModule, "reset_iter_state")
 
 
 def shard_model(
@@ -107,38 +93,11 @@ def shard_model(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if asks:
-                _ask_before(module)
+                ask_before(module)
     if read is not None:
         _fill(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
         _refuse_broken(root, ranks)
     return Sharded(ranks, root, mesh[SHARD], dtypes, asks=asks)
-
-
-class _Asking:
-    """A collective of FSDP's before which all ranks of the run meet."""
-
-    def __init__(self, collective: Any) -> None:
-        self._collective = collective
-
-    def allocate(self, *size: Any, **options: Any) -> Tensor:
-        return self._collective.allocate(*size, **options)
-
-    def __call__(self, *tensors: Any, **options: Any) -> Any:
-        _ask_all()
-        return self._collective(*tensors, **options)
-
-
-def _ask_before(module: Any) -> None:
-    group = module._get_fsdp_state()._fsdp_param_group
-    if group is not None:
-        module.set_custom_all_gather(_Asking(group._all_gather_comm))
-        module.set_custom_reduce_scatter(_Asking(group._reduce_scatter_comm))
-
-
-def _ask_all(*, failed: bool = False) -> None:
-    import torch.distributed as dist
-
-    ask(dist.group.WORLD, failed=failed)
 
 
 @torch.no_grad()
@@ -234,7 +193,7 @@ class Sharded(Replicated):
             yield
             return
         try:
-            with all_or_none(self._ranks, _ask_all):
+            with all_or_none(self._ranks, ask_all):
                 yield
         except OutOfMemoryTogether:
             self._leave_pass()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tunesmith.config.schema import Recipe
+from tunesmith.distributed.asking import can_go_back
 from tunesmith.distributed.ranks import Asking, Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
@@ -72,8 +73,6 @@ def _asking(recipe: Recipe, ranks: Ranks) -> Asking:
     """
     if recipe.device.shard == "none" or ranks.alone:
         return "group"
-    from tunesmith.distributed.shard import can_go_back
-
     return "all" if can_go_back(ranks.count) else "nobody"
 
 
