@@ -6,8 +6,9 @@ One run with everything on that repeats: steps, evaluations with samples, checkp
 each other, metrics. From outside, the process's resident memory, open files and threads are read
 from /proc while it goes; the slope is a least-squares line over the second half, so that filling
 caches at the start does not count. Losses of every row in every epoch are kept until the end, by
-design: their size is computed and shown beside. With `--seconds` the run is ended by SIGTERM after
-that time, and the report is of the steps that were done.
+design, and once more in the copy from which a checkpoint is written beside the steps: their size is
+computed and shown beside. With `--seconds` the run is ended by SIGTERM after that time, and the
+report is of the steps that were done.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from tiny import chat_rows, tiny_folder, write_jsonl  # noqa: E402
 
 DOCUMENTS = 4
 BYTES_A_DOCUMENT = 4 + 8 + 8 + 8  # step, number, loss and weight
+BY_DESIGN = 2 * DOCUMENTS * BYTES_A_DOCUMENT  # bytes a step
 GROWTH_A_STEP = 256.0
-"""Bytes a step, beyond the row losses, that count as growth."""
+"""Bytes a step, beyond these, that count as growth."""
 
 
 @dataclass
@@ -124,7 +126,6 @@ def go(folder: Path, steps: int, seconds: float) -> Seen:
 
 
 def report(found: Seen) -> str:
-    row_losses = DOCUMENTS * BYTES_A_DOCUMENT
     slope = found.slope()
     shown = np.linspace(0, len(found.step) - 1, 11).astype(int)
     lines = [
@@ -135,7 +136,7 @@ def report(found: Seen) -> str:
         f"{platform.system()}, Python {platform.python_version()}.",
         "",
         f"- Memory grows by **{slope:.0f} bytes a step** in the second half, of which the losses "
-        f"of the rows, kept until the end by design, are {row_losses}.",
+        f"of the rows, kept until the end by design, and their copy are {BY_DESIGN}.",
         f"- Open files: {min(found.files)} to {max(found.files)}, at the first look "
         f"{found.files[0]}, at the last {found.files[-1]}.",
         f"- Threads: {min(found.threads)} to {max(found.threads)}.",
@@ -163,7 +164,7 @@ def main() -> int:
     print(text)
     if options.results is not None:
         options.results.write_text(text, encoding="utf-8")
-    extra = found.slope() - DOCUMENTS * BYTES_A_DOCUMENT
+    extra = found.slope() - BY_DESIGN
     leaks = extra > GROWTH_A_STEP or found.files[-1] > found.files[len(found.files) // 2] + 2
     return 1 if leaks else 0
 

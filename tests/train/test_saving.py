@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,11 @@ def test_a_snapshot_stays_as_it_was_and_uses_its_memory_again() -> None:
     assert second["a"].tolist() == [1, 2, 3, 4]
     assert second["a"].data_ptr() == first["a"].data_ptr()
     assert second["b"].tolist() == [1, 1, 1]
+    third = taken.take([("b", torch.ones(2, 3))])
+    assert third["b"].shape == (2, 3)
+    assert third["b"].data_ptr() == second["b"].data_ptr()  # it had room to grow
+    other_kind = taken.take([("b", torch.ones(2, dtype=torch.int8))])
+    assert other_kind["b"].dtype == torch.int8
 
 
 def test_work_beside_hands_over_its_result_or_its_error_once() -> None:
@@ -299,3 +305,33 @@ def test_work_beside_hands_over_its_result_or_its_error_once() -> None:
     work.abandon()
     with pytest.raises(LeftUndoneError):
         work.between()
+
+
+def test_work_beside_has_one_thread_that_ends_with_it() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    before = threading.enumerate()
+    work = Background()
+    seen = set()
+    for _ in range(3):
+        work.start(threading.get_ident)
+        seen.add(work.result())
+    assert len(seen) == 1
+    (thread,) = threads()
+    assert seen == {thread.ident}
+    del work
+    thread.join(PATIENCE)
+    assert not threads()
+
+
+def test_work_that_is_done_is_not_held() -> None:
+    work = Background()
+    held = torch.zeros(1)
+    gone = weakref.ref(held)
+    work.start(held.sum)
+    work.join()
+    del held
+    work.start(lambda: None)
+    work.join()
+    assert gone() is None

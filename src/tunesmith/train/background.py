@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable
 from enum import IntEnum
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 GRACE_SECONDS = 2.0
@@ -23,38 +25,66 @@ class LeftUndoneError(Exception):
     """Work was abandoned by who asked for it."""
 
 
+class _Piece:
+    """Something to do, and what came of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.done = Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._work: Callable[[], Any] | None = work
+
+    def do(self) -> None:
+        work, self._work = self._work, None  # what it holds is free once it is done
+        assert work is not None
+        try:
+            self.result = work()
+        except BaseException as error:  # for who asks
+            self.error = error
+        finally:
+            self.done.set()
+
+
 class Background:
-    """A piece of work under way, or done; nothing at first, which counts as done."""
+    """A piece of work under way, or done; nothing at first, which counts as done.
+
+    One thread does them all: the memory that a thread takes for its own stays taken when it ends.
+    It ends with `close`, or with this object.
+    """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._left = threading.Event()
-        self._error: BaseException | None = None
-        self._result: Any = None
+        self._asked: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._piece: _Piece | None = None
+        self._left = Event()
 
     @property
     def state(self) -> State:
         """What has become of the work."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._piece is None:
+            return State.DONE
+        if not self._piece.done.is_set():
             return State.BUSY
-        return State.DONE if self._error is None else State.FAILED
+        return State.DONE if self._piece.error is None else State.FAILED
 
     def start(self, work: Callable[[], Any], *, here: bool = False) -> None:
         """Begin with `work`; `here` does it at once and on this thread. The last must be done."""
-        self._result = None
+        self._piece = _Piece(work)
         if here:
-            self._work(work)
+            self._piece.do()
             return
-        self._thread = threading.Thread(
-            target=self._work, args=(work,), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        if self._thread is None:
+            self._thread = Thread(
+                target=_serve, args=(self._asked,), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+            weakref.finalize(self, self._asked.put, None)
+        self._asked.put(self._piece)
 
     def join(self) -> None:
         """Wait until the work is done or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._piece is not None:
+            self._piece.done.wait()
 
     def result(self) -> Any:
         """What the work returned.
@@ -63,10 +93,13 @@ class Background:
             Exception: what it failed with, told once.
         """
         self.join()
-        error, self._error = self._error, None
+        piece = self._piece
+        if piece is None:
+            return None
+        error, piece.error = piece.error, None
         if error is not None:
             raise error
-        return self._result
+        return piece.result
 
     def between(self) -> None:
         """To be called by the work now and then.
@@ -80,11 +113,17 @@ class Background:
     def abandon(self) -> None:
         """Have the work leave off; it is not waited for if it does not notice soon."""
         self._left.set()
-        if self._thread is not None:
-            self._thread.join(GRACE_SECONDS)
+        self.close()
 
-    def _work(self, work: Callable[[], Any]) -> None:
-        try:
-            self._result = work()
-        except BaseException as error:  # for who asks
-            self._error = error
+    def close(self) -> None:
+        """End the thread, after what it is doing if that is soon."""
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread.join(GRACE_SECONDS)
+            self._thread = None
+
+
+def _serve(asked: SimpleQueue[_Piece | None]) -> None:
+    while (piece := asked.get()) is not None:
+        piece.do()
+        del piece  # nothing of it is held while waiting for the next

@@ -170,6 +170,10 @@ class Saving:
                 return
             self._told({"kind": "event", "event": "checkpoint", "step": step})
 
+    def close(self) -> None:
+        """Nothing more is to be saved for now."""
+        self._work.close()
+
     def forget(self) -> None:
         """The step that was saved last is to be saved again, since more of it is known."""
         self._begun = None

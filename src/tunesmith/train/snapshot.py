@@ -12,11 +12,12 @@ class Snapshot:
     """Copies that later changes of the tensors don't touch.
 
     Their memory is used again by the next ones: getting it anew from the system would take longer
-    than the copying. For tensors of a GPU it is pinned where that can be had.
+    than the copying, and a tensor that grows would leave holes behind. For tensors of a GPU it is
+    pinned where that can be had.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # flat, as long as the longest so far or longer
 
     @torch.no_grad()
     def take(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -24,23 +25,30 @@ class Snapshot:
         found: dict[str, Tensor] = {}
         devices: set[torch.device] = set()
         for name, tensor in tensors:
-            held = self._held.get(name)
-            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                held = _memory_like(tensor)
-            found[name] = held.copy_(tensor, non_blocking=tensor.is_cuda)
+            place = self._place(name, tensor)
+            found[name] = place.copy_(tensor, non_blocking=tensor.is_cuda)
             devices.add(tensor.device)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        self._held = found
-        return dict(found)
+        self._held = {name: self._held[name] for name in found}
+        return found
+
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        """Memory for a copy of the tensor; twice what it needs if it has grown."""
+        held, count = self._held.get(name), tensor.numel()
+        if held is None or held.dtype != tensor.dtype:
+            held = _memory(count, tensor)
+        elif held.numel() < count:
+            held = _memory(2 * count, tensor)
+        self._held[name] = held
+        return held[:count].view(tensor.shape)
 
 
-def _memory_like(tensor: Tensor) -> Tensor:
-    shape, dtype = tensor.shape, tensor.dtype
-    if tensor.is_cuda:
+def _memory(count: int, like: Tensor) -> Tensor:
+    if like.is_cuda:
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(count, dtype=like.dtype, pin_memory=True)
         except RuntimeError:  # the system pins only so much
             pass
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(count, dtype=like.dtype)

@@ -121,12 +121,14 @@ class Trainer:
 
     @contextmanager
     def _writing_ended(self) -> Iterator[None]:
-        """After an error no checkpoint is being written any more."""
+        """Afterwards no checkpoint is being written any more."""
         try:
             yield
         except BaseException as error:
             self.saving.leave(error)
             raise
+        finally:
+            self.saving.close()
 
     def meta(self) -> dict[str, Any]:
         """What a resume must find the same, and what it takes over."""
