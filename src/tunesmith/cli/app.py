@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -60,6 +61,9 @@ COMMANDS = {
     "schema": Command("schema", "schema", TOOLS, "Print the JSON schema of the recipe."),
 }
 
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers of libraries that warn of things a user can't act on: kernels for other machines."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
@@ -73,6 +77,8 @@ def run(arguments: list[str]) -> int:
         close = get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         return show_error(RecipeError(f"no command {name}", hint=hint))
+    for library in CHATTY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     return run_command(lambda: _dispatch(name, arguments), arguments)
 
 
