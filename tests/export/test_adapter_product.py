@@ -30,8 +30,8 @@ pytest.importorskip("torchao")
 
 FAMILIES = ("llama", "qwen3_moe")
 FORMS = ("none", "nf4", "fp4", "int8", "torchao_int8", "torchao_fp8", "torchao_int4")
-ON_ANY_BASE = ("lora", "rslora", "ia3", "vera", "oft", "loha", "lokr", "miss")
-KINDS = (*ON_ANY_BASE, "dora", "loftq", "pissa", "olora", "boft", "hra")
+ON_ANY_BASE = ("lora", "rslora", "ia3", "vera", "oft", "miss")
+KINDS = (*ON_ANY_BASE, "loha", "lokr", "dora", "loftq", "pissa", "olora", "boft", "hra")
 ON_EXPERTS = ("lora", "rslora")
 DIAGONAL = {
     ("rslora", "none", "qwen3_moe"),
@@ -56,6 +56,8 @@ def possible(kind: str, form: str) -> bool:
         return True
     if form == "none":
         return kind != "loftq"
+    if kind in ("loha", "lokr"):
+        return form not in ("nf4", "fp4")
     return kind == "loftq" or (kind == "dora" and form != "torchao_int4")
 
 

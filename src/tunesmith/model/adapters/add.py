@@ -21,6 +21,7 @@ from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
     ON_QUANTIZED,
+    READ_SHAPES,
     WITH_ROWS,
     AdapterSpec,
     Places,
@@ -171,6 +172,15 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             where="adapter.dropout",
             hint="adapter.dropout=0, or adapter.targets without them",
         )
+    _refuse_quantized(causal_lm, spec)
+    _refuse_rows(causal_lm, spec, chosen)
+    for where in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(spec, where):
+            _check_pattern(pattern, chosen.names, where=f"adapter.{where}")
+
+
+def _refuse_quantized(causal_lm: CausalLM, spec: AdapterSpec) -> None:
+    """What a kind can't be put on, or makes no sense on, by how the base is kept."""
     quantized = any(is_quantized(module) for module in causal_lm.base.modules())
     if quantized and spec.kind not in ON_QUANTIZED:
         raise ModelError(
@@ -184,16 +194,26 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             where="adapter.kind",
             hint="model.quantization=nf4, or adapter.kind=lora",
         )
+    if spec.kind in READ_SHAPES and any(map(_hides_shape, causal_lm.base.modules())):
+        raise ModelError(
+            f"{spec.kind} asks peft for the weights' shape, and bitsandbytes' 4 bits don't show it",
+            where="adapter.kind",
+            hint="model.quantization=int8 or torchao_int4, or adapter.kind=lora",
+        )
     if spec.kind == "loftq" and not quantized:
         raise ModelError(
             "loftq begins with what quantising the base took away, and this base is not quantised",
             where="adapter.kind",
             hint="add model.quantization=nf4, or adapter.kind=lora or pissa",
         )
-    _refuse_rows(causal_lm, spec, chosen)
-    for where in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(spec, where):
-            _check_pattern(pattern, chosen.names, where=f"adapter.{where}")
+
+
+def _hides_shape(module: nn.Module) -> bool:
+    """True for a linear map whose weight is packed into a tensor of another shape."""
+    return isinstance(module, nn.Linear) and module.weight.shape != (
+        module.out_features,
+        module.in_features,
+    )
 
 
 def _refuse_rows(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> None:

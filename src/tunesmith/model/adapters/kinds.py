@@ -24,6 +24,8 @@ ON_QUANTIZED = (
 """Go beside or around a map and leave its weight alone; the others would rewrite it, step by step
 or at the start.
 """
+READ_SHAPES = ("loha", "lokr")
+"""Are made to the shape of a map's weight, as the tensor itself shows it."""
 ON_ANY_HEAD = ("lora", "rslora", "pissa", "olora", "loftq")
 """Can be on a head of 16-bit weights; others would lose small changes to rounding there."""
 WITH_ROWS = ("lora", "rslora", "dora")
