@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DRIVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, time, traceback
 
 import torch, torch.distributed, torch.distributed.tensor
 import torch.distributed.fsdp, torch.distributed.checkpoint, torch.distributed.device_mesh
@@ -67,6 +67,21 @@ def run(rank, group):
     finally:
         os._exit(code)
 
+def ended(children):
+    # exit codes; as torchrun does, those that outlive a killed one are ended
+    codes, until = {}, None
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child] < 0 and until is None:
+                    until = time.monotonic() + spec["mercy"]
+            elif until is not None and time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
 codes = []
 for group in spec["groups"]:
     # as torchrun does, the store is held by who starts the ranks
@@ -77,21 +92,26 @@ for group in spec["groups"]:
         if child == 0:
             run(rank, group)
         children.append(child)
-    codes.append([os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children])
+    codes.append(ended(children))
 print(json.dumps(codes))
 """
 
 
 def run_groups(
-    groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], *, machine: int | None = None
+    groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]],
+    *,
+    machine: int | None = None,
+    mercy: float = 60.0,
 ) -> tuple[list[list[int]], str]:
     """Exit codes of the ranks of each group, and what they said; a group is (ranks, jobs), a job
     what `train` takes, or with `call: resume` an `out` and its overrides.
 
-    `machine`: ranks that count as on one machine. `signal_after: [rank, step, number]` in a job
+    `machine`: ranks that count as on one machine. `mercy`: seconds after which a killed rank's
+    others are killed. `signal_after: [rank, step, number]` in a job
     has a rank send itself a signal after a step; `prelude` is code that each rank runs before.
     """
     spec = {
+        "mercy": mercy,
         "groups": [
             {
                 "ranks": ranks,
@@ -99,7 +119,7 @@ def run_groups(
                 "machine": min(ranks, machine or ranks),
             }
             for ranks, jobs in groups
-        ]
+        ],
     }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(spec)],
