@@ -12,6 +12,10 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.distributed.saved import load_parts
+from tunesmith.model.load import load_causal_lm
+from tunesmith.model.source import resolve_model
+from tunesmith.optim import AdamW
 from tunesmith.train.checkpoint import find_damage
 
 STEPS = 6
@@ -123,6 +127,26 @@ def test_bfloat16_is_gathered_and_float32_is_kept(runs) -> None:
     for key, tensor in first.items():
         assert second[key].dtype == tensor.dtype == torch.bfloat16
         torch.testing.assert_close(second[key].float(), tensor.float(), rtol=0.05, atol=0.01)
+
+
+def test_masters_of_shards_load_into_either_form(runs) -> None:
+    """To the bit, in one process: bfloat16 weights with their lower halves, or float32 ones."""
+    folder, _ = runs
+    saved = max((folder / "bf16" / "checkpoints").glob("step-*"), key=lambda p: p.name)
+    states, models = [], []
+    for dtype in ("bfloat16", "float32"):
+        models.append(load_causal_lm(resolve_model(str(folder / "model-tied")), dtype=dtype))
+        optimizer = AdamW(models[-1].named_parameters())
+        load_parts(saved / "parts", optimizer, None)
+        states.append(optimizer.state_dict())
+    split, full = states
+    assert split.keys() == full.keys()
+    assert all(torch.equal(split[name], full[name]) for name in full)
+    masters = [tensor for name, tensor in full.items() if name.startswith("master.")]
+    assert not any(torch.equal(master, master.bfloat16().float()) for master in masters)
+    exported = weights(folder / "bf16")
+    for name, parameter in models[0].base.named_parameters():
+        torch.testing.assert_close(parameter.detach(), exported[name], rtol=2**-7, atol=0)
 
 
 def test_the_loss_of_a_rank_inside_a_step_is_named(runs) -> None:
