@@ -4,6 +4,7 @@ bit.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
+from tunesmith.train.lock import take_lock
 
 OPTIONS = [
     "train.steps=6",
@@ -140,7 +142,7 @@ def assert_same_run(run: Path, wanted: Path) -> None:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], str]:
     """An undisturbed run. One with the second rank killed in the midst of its part, then both at
-    once. One with a rank that hangs at step 3 while the other waits.
+    once. One with a rank that hangs at step 3 while the other waits. One in a folder that is held.
     """
     folder = tmp_path_factory.mktemp("kills")
     kills = starts(folder, "parts", [at_call(2, 1), at_call(24, *ALL)])
@@ -150,7 +152,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
     asked = [*hung["overrides"], "device.watchdog=0.05", "device.rank_timeout=30"]
     hung = {**hung, "overrides": asked, "prelude": HANGS}
     again = {"call": "resume", "out": hung["out"], "overrides": []}
-    return folder, *run_groups([(2, [wanted]), *kills, (2, [hung]), (2, [again])])
+    (folder / "held").mkdir()
+    lock = take_lock(folder / "held")  # of this process, as of another run
+    held = {**wanted, "out": str(folder / "held")}
+    try:
+        return folder, *run_groups([(2, [wanted]), *kills, (2, [hung]), (2, [again]), (2, [held])])
+    finally:
+        lock.release()
 
 
 def test_killed_inside_saves_of_parts(story) -> None:
@@ -165,7 +173,7 @@ def test_killed_inside_saves_of_parts(story) -> None:
 
 def test_a_hung_rank_ends_all_and_every_rank_leaves_its_stacks(story) -> None:
     folder, codes, said = story
-    assert codes[4:] == [[1, 1], [0, 0]]
+    assert codes[4:6] == [[1, 1], [0, 0]]
     stacks = [(folder / "hung" / f"stacks-rank-{rank}.txt").read_text() for rank in ALL]
     assert "stuck_for_good" in stacks[1]
     assert "stuck_for_good" not in stacks[0]
@@ -173,6 +181,14 @@ def test_a_hung_rank_ends_all_and_every_rank_leaves_its_stacks(story) -> None:
     assert "nothing has moved for 0.05 min, at step 3" in said
     assert "rank 1 has said that nothing moves; this one was at step 3" in said
     assert_same_run(folder / "hung", folder / "wanted")
+
+
+def test_ranks_are_locked_out_of_a_folder_that_is_held(story) -> None:
+    folder, codes, said = story
+    assert codes[6] == [2, 1]  # the second only learns that the first is gone
+    assert said.count("another process is training in this folder") == 1
+    assert f"process {os.getpid()} on" in said
+    assert [path.name for path in (folder / "held").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
