@@ -44,9 +44,9 @@ def meeting(rank: int, *, timeout: timedelta) -> Iterator[Meeting]:
     Raises:
         TimeoutError: the first rank of this attempt was not found.
     """
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    store: Any = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+    store: Any = next(iter(rendezvous("env://", timeout=timeout)))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield Meeting(store, first=not restarted())  # the first rank's own, and as old as it
     elif rank == 0:
@@ -57,9 +57,9 @@ def meeting(rank: int, *, timeout: timedelta) -> Iterator[Meeting]:
 
 
 def _meeting(store: Any, name: str) -> Meeting:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
-    return Meeting(dist.PrefixStore(name, store), first=name.startswith("1-"))
+    return Meeting(PrefixStore(name, store), first=name.startswith("1-"))
 
 
 @contextmanager
