@@ -167,8 +167,8 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from tunesmith.data.packing import plan_step
+    from tunesmith.model.heap import keep_freed_memory
     from tunesmith.objectives import nll
-    from tunesmith.train.device import keep_freed_memory
     from tunesmith.train.loss import StepLoss
     from tunesmith.train.step import train_step
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from tunesmith.model.heap import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.objectives.head import CHUNK_BYTES, CHUNK_ROWS
-from tunesmith.train.device import keep_freed_memory
 from tunesmith.train.metrics import cpu_name
 
 VOCABULARY, HIDDEN, TARGETS, ROUNDS = 150_000, 1024, 512, 5

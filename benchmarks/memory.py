@@ -36,10 +36,10 @@ from tunesmith.data.packing import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import set_checkpointing
 from tunesmith.model.footprint import footprint
+from tunesmith.model.heap import keep_freed_memory
 from tunesmith.model.load import load_causal_lm, resolve_model
 from tunesmith.model.offload import offloaded
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.device import keep_freed_memory
 from tunesmith.types import Batch, Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"

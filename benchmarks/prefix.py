@@ -32,9 +32,9 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.sources import Source
 from tunesmith.data.template import load_template
 from tunesmith.model.attention import layout_attention
+from tunesmith.model.heap import keep_freed_memory
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.device import keep_freed_memory
 from tunesmith.train.plan.work import row_lengths
 from tunesmith.types import Document, Origin, Segment
 

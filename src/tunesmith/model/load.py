@@ -5,7 +5,7 @@ model asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
+from tunesmith.model.heap import freed_at_once
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import (
@@ -49,12 +50,9 @@ _NOISE = (
 # phimoe's routing compares gates with this value in evaluation too: there it is no noise
 _NO_NOISE = {("phimoe", "router_jitter_noise")}
 _NOT_CAUSAL = (
-    "MaskedLM",
-    "SequenceClassification",
-    "TokenClassification",
-    "QuestionAnswering",
+    "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
     "MultipleChoice",
-)
+)  # fmt: skip
 
 
 def load_causal_lm(
@@ -90,7 +88,8 @@ def load_causal_lm(
             device=torch.device(device),
             trust_remote_code=trust_remote_code,
         )
-    model, native, isolated = _from_pretrained(source, config, options)
+    with nullcontext() if quantization is None else freed_at_once():
+        model, native, isolated = _from_pretrained(source, config, options)
     if quantization is None:
         model = model.to(torch.device(device))
     base = model

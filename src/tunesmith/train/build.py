@@ -16,6 +16,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.activations import MicroChoice
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.heap import keep_freed_memory
 from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
@@ -53,7 +54,6 @@ from tunesmith.train.assemble.unread import load_for_ranks, test_loaded
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
     choose_device,
-    keep_freed_memory,
     seed_everything,
 )
 from tunesmith.train.filling import idle_line

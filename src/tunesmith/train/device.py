@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 
@@ -11,9 +10,6 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import InputError
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's mallopt(3)."""
 
 
 def choose_device(recipe: Recipe) -> torch.device:
@@ -42,20 +38,6 @@ def choose_device(recipe: Recipe) -> torch.device:
     # Deterministic mode would also write NaN over every fresh buffer, a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     return torch.device(kind)
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep big buffers that were freed, so that the next step does not fault them in.
-
-    By its default it gives every buffer above a few megabytes back to the system, and each page of
-    the next one costs a fault. Elsewhere nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:
