@@ -4,6 +4,7 @@ have sent: slices of a sequence, or parts of layers. All go back together.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
+from tunesmith.config.read import read_recipe
+from tunesmith.distributed.asking import can_go_back
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.train.assemble.ranks import join_ranks
 
 OPTIONS = [
     "train.steps=3",
@@ -194,3 +199,22 @@ def test_an_evaluation_is_done_again(name: str, tmp_path: Path) -> None:
     assert len(ours) == len(theirs) > 0
     for one, two in zip(ours, theirs, strict=True):
         assert one["nll"] == pytest.approx(two["nll"], rel=1e-5)
+
+
+def test_ranks_of_gpus_do_not_meet_before_what_is_queued() -> None:
+    """Each meeting on the host would wait for all that is queued."""
+    assert can_go_back(2, "cpu")
+    assert not can_go_back(2, "cuda")
+    assert not can_go_back(65, "cpu")
+    recipe = read_recipe(
+        None, ["model.name=m", "data.train=rows.jsonl", "device.context=2", "device.ranks=2"]
+    )
+    met = [join_ranks(recipe, _Grouped(0, 2), kind).context for kind in ("cpu", "cuda")]
+    assert met == ["group", "nobody"]
+
+
+class _Grouped(Ranks):
+    """Ranks that only tell how they would be grouped."""
+
+    def sharing(self, context: int, *, asking: str, **_: Any) -> Any:  # type: ignore[override]
+        return replace(self, context=asking)

@@ -26,7 +26,7 @@ class MemoryElsewhereError(MemoryError):
 def ask(group: Any, *, failed: bool = False) -> None:
     """Meet the ranks of `group`, each of which must come as often as the others.
 
-    It is a message of 4 bytes in the host's memory, by gloo on whatever device the ranks are.
+    It is a message of 4 bytes in the host's memory, by gloo.
 
     Raises:
         MemoryElsewhereError: one of them has `failed`; not on that rank itself.
@@ -46,14 +46,23 @@ def ask_all(*, failed: bool = False) -> None:
     ask(dist.group.WORLD, failed=failed)
 
 
-def can_go_back(count: int) -> bool:
+def can_ask(device: str) -> bool:
+    """Whether ranks on such a device may meet before each exchange inside a pass.
+
+    On a CPU they wait for each other there in any case. A GPU's exchanges are queued ahead of it,
+    which is what lets it compute meanwhile; meetings on the host would end that in every layer.
+    """
+    return device == "cpu"
+
+
+def can_go_back(count: int, device: str) -> bool:
     """Whether so many ranks that share layers can drop a step together when memory runs out on one.
 
     FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    return count <= MOST and hasattr(FSDPModule, "reset_iter_state")
+    return can_ask(device) and count <= MOST and hasattr(FSDPModule, "reset_iter_state")
 
 
 def ask_before(module: Any) -> None:

@@ -68,9 +68,13 @@ class Replicated(Alone):
         return self._ranks.first
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Only ranks that share a micro-batch's tokens wait for each other inside."""
+        """Only ranks that share a micro-batch's tokens wait for each other inside; where they don't
+        ask before, one that has failed can't be followed.
+        """
         context = self._ranks.context
-        return all_or_none(self._ranks, context.ask if context.count > 1 else None)
+        if context.count == 1:
+            return all_or_none(self._ranks)
+        return nullcontext() if context.asked is None else all_or_none(self._ranks, context.ask)
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the ranks."""

@@ -87,7 +87,7 @@ def shard_model(
         fully_shard(layer, **options)
     _widen_trained(root)
     fully_shard(root, **options)
-    asks = can_go_back(ranks.count)
+    asks = can_go_back(ranks.count, device.type)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

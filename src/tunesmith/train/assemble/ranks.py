@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.asking import can_go_back
+from tunesmith.distributed.asking import can_ask, can_go_back
 from tunesmith.distributed.ranks import Asking, Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
@@ -62,18 +62,17 @@ def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
         RecipeError: names the key and what to give instead.
     """
     check_sharing(recipe, ranks, device)
-    return ranks.sharing(
-        recipe.device.context, patience=recipe.device.rank_timeout, asking=_asking(recipe, ranks)
-    )
+    asking = _asking(recipe, ranks, device)
+    return ranks.sharing(recipe.device.context, patience=recipe.device.rank_timeout, asking=asking)
 
 
-def _asking(recipe: Recipe, ranks: Ranks) -> Asking:
+def _asking(recipe: Recipe, ranks: Ranks, device: str) -> Asking:
     """Who meets before a rank waits for others inside a micro-batch: all where they share layers,
     since a rank that has failed can come to one meeting only.
     """
     if recipe.device.shard == "none" or ranks.alone:
-        return "group"
-    return "all" if can_go_back(ranks.count) else "nobody"
+        return "group" if can_ask(device) else "nobody"
+    return "all" if can_go_back(ranks.count, device) else "nobody"
 
 
 def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
