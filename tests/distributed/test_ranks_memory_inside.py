@@ -81,11 +81,12 @@ def torn(
 
 
 WHOLE = torn("nowhere")
-CONTEXT, SHARD = ["device.context=2"], ["device.shard=full"]
+CONTEXT, SHARD, TENSOR = ["device.context=2"], ["device.shard=full"], ["device.tensor=2"]
 Case = tuple[int, list[str], str]
 FAST: dict[str, Case] = {
     "sequence": (2, [*CONTEXT, *NOISY], torn("backward")),
     "layers": (2, SHARD, torn("backward")),  # the head has a gradient by then
+    "parts": (2, [*TENSOR, *NOISY], torn("backward")),
 }
 SLOW: dict[str, Case] = {
     **{
@@ -101,6 +102,11 @@ SLOW: dict[str, Case] = {
         f"both kinds, {where}": (2, [*CONTEXT, *SHARD], torn(where))
         for where in ("forward", "backward", "end")
     },
+    **{
+        f"parts, {where}": (2, [*TENSOR, LAYERS], torn(where, ranks=(0,)))
+        for where in ("forward", "backward", "end")
+    },
+    "one of two copies": (4, TENSOR, torn("backward", ranks=(3,))),
     "one of two groups": (4, CONTEXT, torn("backward", ranks=(3,))),
     "two groups of layers": (4, [*CONTEXT, *SHARD], torn("forward", ranks=(2,))),
     "two machines": (4, ["device.shard=hybrid"], torn("backward", ranks=(2,))),

@@ -30,7 +30,8 @@ KEYS = {
     "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention gradient_checkpointing "
     "activation_offload paged_optimizer deterministic "
-    "threads watchdog cache prepare_processes ranks rank_timeout context shard shard_offload",
+    "threads watchdog cache prepare_processes ranks rank_timeout context tensor shard "
+    "shard_offload",
     "checkpoint": "every keep background",
     "eval": "every samples max_new_tokens",
     "log": "to project spike_loss spike_grad_norm on_spike",

@@ -92,11 +92,11 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
     """
     from tunesmith.launch.need import devices_needed
 
-    context = recipe.device.context
+    context = recipe.device.context * recipe.device.tensor
     if asked is not None and asked * per_node % context:
         raise RecipeError(
             f"{asked} x {per_node} devices can't be divided into groups of {context}",
-            where="device.context",
+            where="device.context" if recipe.device.context > 1 else "device.tensor",
             hint=f"--nodes {_whole_groups(asked, per_node, context)}",
         )
     try:

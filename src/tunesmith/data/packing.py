@@ -25,6 +25,7 @@ class Part:
 
     whole: MicrobatchPlan
     targets: IntArray  # numbers of its targets among those of the whole
+    tokens: int  # that count as this rank's, so that those of all ranks are the whole's
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class MicrobatchPlan:
     def tokens(self) -> int:
         """Tokens that go through the decoder."""
         return len(self.ids)
+
+    @property
+    def counted(self) -> int:
+        """The same, each once where several ranks have them."""
+        return self.tokens if self.part is None else self.part.tokens
 
 
 @dataclass(slots=True)

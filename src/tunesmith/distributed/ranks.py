@@ -18,6 +18,7 @@ from tunesmith.distributed.context import Context
 from tunesmith.distributed.failure import lost_rank
 from tunesmith.distributed.launched import launched, restarted, shared_key, shared_store
 from tunesmith.distributed.meeting import meeting
+from tunesmith.distributed.split import Split
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ PATIENCE = 30.0
 POLL = 0.02
 """Seconds between two looks of a rank that waits for one that prepares data or writes results."""
 _WAITS = itertools.count()
-_NOBODY = Context()
+_NOBODY, _WHOLE = Context(), Split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Ranks:
     local_count: int = 1  # ranks on this machine
     restarted: bool = False  # torchrun has started the ranks of this job before
     context: Context = _NOBODY  # those with whom this rank shares the tokens of a micro-batch
+    split: Split = _WHOLE  # those with whom it holds one copy of the layers
 
     @property
     def first(self) -> bool:
@@ -61,12 +63,24 @@ class Ranks:
     @property
     def groups(self) -> int:
         """To how many micro-batches are dealt at a time: ranks that share one count once."""
-        return max(1, self.count // self.context.count)
+        return max(1, self.count // self.sharers.count)
 
     @property
     def own_group(self) -> int:
         """Which of them this rank works on."""
-        return self.rank // self.context.count
+        return self.rank // self.sharers.count
+
+    @property
+    def drawing(self) -> int:
+        """Which of several streams of random numbers is this rank's: ranks that compute the same
+        hidden states draw the same.
+        """
+        return self.rank // self.split.count
+
+    @property
+    def sharers(self) -> Context | Split:
+        """Those who work on a micro-batch together, whichever way."""
+        return self.context if self.split.count == 1 else self.split
 
     def sharing(
         self, context: int, *, patience: float = PATIENCE, asking: Asking = "group"
@@ -89,6 +103,27 @@ class Ranks:
                 own = Context(context, self.rank - first, group, asked)
         assert own is not None
         return replace(self, context=own)
+
+    def splitting(self, count: int, *, patience: float = PATIENCE, asking: bool = True) -> Ranks:
+        """These ranks with every `count` neighbours holding the parts of one copy of the layers.
+
+        `count` divides theirs. `patience` as in `connect`. `asking`: whether they meet before they
+        wait for each other.
+        """
+        if count == 1:
+            return self
+        import torch.distributed as dist
+
+        def own_of(groups: Sequence[range]) -> Any:
+            made = [dist.new_group(list(g), timeout=timedelta(minutes=patience)) for g in groups]
+            return next(m for g, m in zip(groups, made, strict=True) if self.rank in g)
+
+        copies = [range(first, first + count) for first in range(0, self.count, count)]
+        alike = [range(place, self.count, count) for place in range(count)]
+        own = own_of(copies)
+        asked = own if asking else None
+        split = Split(count, self.rank % count, own, own_of(alike), asked)
+        return replace(self, split=split)
 
     def device(self, device: torch.device) -> torch.device:
         """The device of this rank, of the kind of `device`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.together import all_or_none
 
 if TYPE_CHECKING:
-    from tunesmith.distributed.shard import Sharded
+    from tunesmith.distributed.parted import Parted
 
 BUCKET = 1 << 24
 """Elements that are sent at a time: 64 MiB of float32."""
@@ -29,8 +29,8 @@ class Alone:
     """One process: its sums are the step's."""
 
     @property
-    def sharded(self) -> Sharded | None:
-        """Itself where the weights are spread over the ranks."""
+    def sharded(self) -> Parted | None:
+        """Itself where each rank has a part of the weights."""
         return None
 
     @property
@@ -68,13 +68,13 @@ class Replicated(Alone):
         return self._ranks.first
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Only ranks that share a micro-batch's tokens wait for each other inside; where they don't
-        ask before, one that has failed can't be followed.
+        """Only ranks that work on a micro-batch together wait for each other inside; where they
+        don't ask before, one that has failed can't be followed.
         """
-        context = self._ranks.context
-        if context.count == 1:
+        sharers = self._ranks.sharers
+        if sharers.count == 1:
             return all_or_none(self._ranks)
-        return nullcontext() if context.asked is None else all_or_none(self._ranks, context.ask)
+        return nullcontext() if sharers.asked is None else all_or_none(self._ranks, sharers.ask)
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the ranks."""
@@ -83,12 +83,17 @@ class Replicated(Alone):
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Every rank has the same gradients afterwards, to the bit."""
+        self.add_up(self._parameters)
+
+    @torch.no_grad()
+    def add_up(self, parameters: Sequence[Tensor], *, group: Any = None) -> None:
+        """Sums of the parameters' gradients over all ranks, or those of a group."""
         import torch.distributed as dist
 
-        for bucket in buckets(self._parameters):
+        for bucket in buckets(parameters):
             flat = torch.cat([_flat_gradient(p) for p in bucket])
             with self._ranks.guarded():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=group)
             start = 0
             for parameter in bucket:
                 part = flat[start : start + parameter.numel()].view(parameter.shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from tunesmith.distributed.shard import Sharded
+from tunesmith.distributed.parted import Parted
 
 
 class Stateful(Protocol):
@@ -36,7 +36,7 @@ class SavedPart:
         shards: where that belongs in the whole.
     """
 
-    def __init__(self, folder: Path, state: Mapping[str, Tensor], shards: Sharded) -> None:
+    def __init__(self, folder: Path, state: Mapping[str, Tensor], shards: Parted) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
         self._ranks = shards.ranks
@@ -111,7 +111,7 @@ class _Planner(DefaultSavePlanner):
 
 
 @torch.no_grad()
-def load_parts(folder: Path, optimizer: Stateful, shards: Sharded | None) -> None:
+def load_parts(folder: Path, optimizer: Stateful, shards: Parted | None) -> None:
     """Take over the state in `folder`: of this rank's parts, or whole where `shards` is None."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -127,6 +127,6 @@ def load_parts(folder: Path, optimizer: Stateful, shards: Sharded | None) -> Non
 
 
 @torch.no_grad()
-def load_whole(whole: Mapping[str, Tensor], optimizer: Stateful, shards: Sharded | None) -> None:
+def load_whole(whole: Mapping[str, Tensor], optimizer: Stateful, shards: Parted | None) -> None:
     """Take over a state of whole tensors: this rank's parts of it, or all."""
     optimizer.load_state_dict(whole if shards is None else shards.parts_of(whole))

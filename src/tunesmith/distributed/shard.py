@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from tunesmith.distributed.asking import ask_all, ask_before, can_go_back
+from tunesmith.distributed.parted import Parted
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.reduce import Replicated
 from tunesmith.distributed.together import OutOfMemoryTogether, all_or_none
 from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
@@ -151,7 +151,7 @@ def _show_tensors_of(kind: type) -> None:
         _pytree.register_dataclass(kind)
 
 
-class Sharded(Replicated):
+class Sharded(Parted):
     """Every rank has a part of each weight, and the optimizer works on that part alone.
 
     `parts` are the trained parameters of this rank by name: plain float32 tensors that share the
@@ -167,22 +167,17 @@ class Sharded(Replicated):
         *,
         asks: bool,
     ) -> None:
-        super().__init__(ranks, [])
+        whole: dict[str, Any] = dict(root.named_parameters())
+        parts: dict[str, Tensor] = {
+            name: parameter.to_local().detach().requires_grad_()
+            for name, parameter in whole.items()
+            if parameter.requires_grad
+        }
+        super().__init__(ranks, whole, parts)
         self._asks = asks
         self._root: Any = root
         self._mesh = mesh
         self._dtypes = dtypes
-        self._whole: dict[str, Any] = dict(root.named_parameters())
-        self.parts: dict[str, Tensor] = {
-            name: parameter.to_local().detach().requires_grad_()
-            for name, parameter in self._whole.items()
-            if parameter.requires_grad
-        }
-
-    @property
-    def sharded(self) -> Sharded:
-        """Itself."""
-        return self
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -237,50 +232,6 @@ class Sharded(Replicated):
         with self._ranks.guarded():
             dist.all_reduce(square, group=self._mesh.get_group())
         return square.sqrt().float()
-
-    def spread(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
-        """An optimizer's state over the parts as tensors that know their place in the whole.
-
-        Keys are KIND.NAME; they share the memory of what is given, or `bare` have none.
-        """
-        from torch.distributed.tensor import DTensor
-
-        found: dict[str, Tensor] = {}
-        for key, tensor in state.items():
-            whole = self._whole.get(key.partition(".")[2])
-            if whole is None:
-                found[key] = tensor
-                continue
-            found[key] = DTensor.from_local(
-                tensor.to("meta") if bare else tensor,
-                whole.device_mesh,
-                whole.placements,
-                run_check=False,
-                shape=whole.shape,
-                stride=whole.stride(),
-            )
-        return found
-
-    def parts_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of an optimizer's state; keys are KIND.NAME."""
-        from torch.distributed.tensor import distribute_tensor
-
-        found: dict[str, Tensor] = {}
-        for key, tensor in whole.items():
-            like = self._whole.get(key.partition(".")[2])
-            if like is None:
-                found[key] = tensor
-                continue
-            placed = distribute_tensor(
-                tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-            )
-            found[key] = placed.to_local()
-        return found
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those that hold the parts."""
-        return self._ranks
 
     @torch.no_grad()
     def gather(self) -> None:

@@ -49,7 +49,8 @@ from tunesmith.train.assemble.objective import (
 )
 from tunesmith.train.assemble.optimizer import make_optimizer
 from tunesmith.train.assemble.order import pack_prepared, pin, plan_steps
-from tunesmith.train.assemble.ranks import holders, join_ranks, share_model
+from tunesmith.train.assemble.ranks import holders, join_ranks, share_model, spared_bytes
+from tunesmith.train.assemble.tensor import tensor_line
 from tunesmith.train.assemble.unread import load_for_ranks, test_loaded
 from tunesmith.train.dealt import model_costs
 from tunesmith.train.device import (
@@ -120,7 +121,7 @@ def build(
     tested = test_loaded(loaded, ranks, max_length=longest)
     notes += tested.notes
     trained = choose_trained(recipe, model)
-    spared = 0 if size is None else size.total - size.total // together
+    spared = spared_bytes(size, model, ranks, together=together)
     fit = fit_device(
         recipe,
         model,
@@ -141,7 +142,7 @@ def build(
     assert isinstance(resolved.optim.lr, float)
     model.train()
     costs = model_costs(model)
-    loss = make_loss(recipe, model, order, total_steps=total, own=own, context=ranks.context)
+    loss = make_loss(recipe, model, order, total_steps=total, own=own, sharers=ranks.sharers)
     reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
     shards = reduce.sharded
     optimizer = make_optimizer(
@@ -184,8 +185,11 @@ def build(
     job.chosen = _chosen(job, tested, fit)
     said = objective_line(recipe, job.loss, shared=job.share)
     said += adapter_lines(recipe, model, shared=job.share)
-    spread = context_line(ranks.context.count, ranks.count, longest=longest)
-    spread += idle_line(job, ranks.groups if ranks.first else 1, context=ranks.context.count)
+    spread = [
+        *tensor_line(ranks, reduce),
+        *context_line(ranks.context.count, ranks.count, longest=longest),
+        *idle_line(job, ranks.groups if ranks.first else 1, context=ranks.sharers.count),
+    ]
     job.notes = [*spread, *said, *start_lines(job, trained), *notes]
     return job
 

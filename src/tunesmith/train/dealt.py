@@ -12,7 +12,8 @@ from tunesmith.data.packing import MicrobatchPlan, Part, plan_step
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.dealing import IDLE, deal, idle_share
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.types import Document, Shares
+from tunesmith.distributed.split import Split
+from tunesmith.types import Document, IntArray, Shares
 
 TRIES = 5
 """How often a step is cut anew to find micro-batches that fill the ranks."""
@@ -132,38 +133,58 @@ def own_plans(
 ) -> list[MicrobatchPlan]:
     """What this rank runs of the micro-batches of a step."""
     dealt = dealt_to(plans, ranks.own_group, ranks=ranks.groups, costs=costs)
-    return [own_part(plan, ranks.context) for plan in dealt]
+    return [own_part(plan, ranks.sharers) for plan in dealt]
 
 
-def own_part(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
-    """The slice of a micro-batch that this rank has of it, with the targets of its sources.
-
-    The parts of all ranks have every target once. A target's id goes with its source, so nothing is
-    looked for beyond a slice's end.
+def own_part(plan: MicrobatchPlan, sharers: Context | Split) -> MicrobatchPlan:
+    """What this rank does of a micro-batch that several work on together. The parts of all of them
+    have every target once.
     """
-    if context.count == 1:
+    if sharers.count == 1:
         return plan
+    if isinstance(sharers, Split):
+        return _own_targets(plan, sharers)
+    return _own_slice(plan, sharers)
+
+
+def _own_slice(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
+    """A slice of the tokens, with the targets of its sources.
+
+    A target's id goes with its source, so nothing is looked for beyond a slice's end.
+    """
     layout = context.spread(plan.layout)
     own = layout.own
-    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")
+    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")[own]
     kept = np.flatnonzero((plan.source >= own.start) & (plan.source < own.stop)).astype(np.int32)
+    part = Part(plan, kept, tokens=len(ids))
+    return replace(
+        plan, ids=ids, layout=layout, part=part, **_targets_of(plan, kept, start=own.start)
+    )
+
+
+def _own_targets(plan: MicrobatchPlan, split: Split) -> MicrobatchPlan:
+    """All tokens, with a share of the targets."""
+    size = -(-len(plan.source) // split.count)
+    kept = np.arange(len(plan.source), dtype=np.int32)[split.place * size :][:size]
+    part = Part(plan, kept, tokens=plan.tokens if split.place == 0 else 0)
+    return replace(plan, part=part, **_targets_of(plan, kept, start=0))
+
+
+def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str, Any]:
+    """The fields of a plan with only those targets, whose sources count from token `start`."""
     number = np.full(len(plan.source), -1, np.int32)
     number[kept] = np.arange(len(kept), dtype=np.int32)
     shares = number[plan.shares.target] >= 0
-    return MicrobatchPlan(
-        ids=ids[own],
-        layout=layout,
-        packed=plan.packed,
-        source=plan.source[kept] - own.start,
-        target=plan.target[kept],
-        weight=plan.weight[kept],
-        shares=Shares(
+    return {
+        "source": plan.source[kept] - start,
+        "target": plan.target[kept],
+        "weight": plan.weight[kept],
+        "shares": Shares(
             number[plan.shares.target[shares]],
             plan.shares.document[shares],
             plan.shares.weight[shares],
         ),
-        part=Part(plan, kept),
-    )
+    }
 
 
 def idle(plans: Sequence[MicrobatchPlan], *, ranks: int, costs: Costs) -> float:

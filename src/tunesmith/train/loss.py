@@ -20,6 +20,7 @@ from torch import Tensor
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan
 from tunesmith.distributed.context import Context
+from tunesmith.distributed.split import Split
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.model.router import Routers, balance_loss
@@ -95,7 +96,7 @@ class StepLoss:
     sampling: float = 0.0  # probability of a guess at the last step
     noise: EmbeddingNoise | None = None
     balance: RouterBalance | None = None
-    context: Context = field(default_factory=Context)  # with whom tokens are shared
+    sharers: Context | Split = field(default_factory=Context)  # of each micro-batch
     step: int = 0
 
     def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:
@@ -174,13 +175,13 @@ class StepLoss:
         self, model: CausalLM, plan: MicrobatchPlan, head: HeadLoss, device: torch.device
     ) -> Tensor:
         """Of each target of a whole micro-batch, [N], on every rank."""
-        part = own_part(plan, self.context)
+        part = own_part(plan, self.sharers)
         found = -model(collate(part, device), head).token_loss
         if part.part is None:
             return found
         whole = found.new_zeros(len(plan.target))
         whole[torch.from_numpy(part.part.targets.astype(np.int64)).to(device)] = found
-        return self.context.add(whole)
+        return self.sharers.add(whole)
 
     def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
         if self.outer is None or self.outer.empty or self.step < self.outer.first:

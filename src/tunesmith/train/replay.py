@@ -219,6 +219,7 @@ def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
         "versions": machine["versions"],
         "world_size": machine["world_size"],
         "context": machine["asked"]["device"].get("context", 1),
+        "tensor": machine["asked"]["device"].get("tensor", 1),
         "threads": machine["threads"],
         "device": str(chosen["device"]).partition(":")[0],
         "deterministic": machine["asked"]["device"]["deterministic"],

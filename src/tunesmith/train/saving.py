@@ -197,6 +197,7 @@ class Saving:
             "versions": self._versions,
             "world_size": job.ranks.count,
             "context": job.ranks.context.count,
+            "tensor": job.ranks.split.count,
             "threads": torch.get_num_threads(),
             "device": str(job.device.type),
             "deterministic": job.recipe.device.deterministic,

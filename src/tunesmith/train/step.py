@@ -153,7 +153,7 @@ def _sum_up(
         np.asarray(
             [
                 sum(float(output.loss_sum) for output in outputs),
-                sum(plan.tokens for plan in plans),
+                sum(plan.counted for plan in plans),
                 sum(len(plan.shares.weight) for plan in plans),
                 grad_norm if reduce.first else 0.0,
                 not math.isfinite(grad_norm),

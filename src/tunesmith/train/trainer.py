@@ -155,7 +155,7 @@ class Trainer:
         documents = [job.documents[int(i)] for i in indices]
         self.watchdog.beat(f"step {number + 1}")
         if not job.ranks.alone:
-            seed_step(job.recipe.train.seed, number, job.ranks.rank)
+            seed_step(job.recipe.train.seed, number, job.ranks.drawing)
         try:
             result = self._with_less_memory(
                 lambda: self._learn(number, lr), documents, f"at step {number + 1}", number + 1
@@ -328,7 +328,7 @@ class Trainer:
             plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
             with job.reduce.all_or_none():
                 for plan in plans[:1]:
-                    plan = own_part(plan, job.ranks.context)
+                    plan = own_part(plan, job.ranks.sharers)
                     job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
 
         with rng_kept():

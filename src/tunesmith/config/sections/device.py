@@ -77,6 +77,11 @@ class DeviceSection(Section):
         description="how many ranks share the tokens of each micro-batch, for sequences that do "
         "not fit one device; divides the ranks and the model's attention heads",
     )
+    tensor: Annotated[Count, Field(ge=1)] = Field(
+        default=1,
+        description="how many ranks hold one copy of the layers, each a part of every linear map; "
+        "divides the ranks and the model's attention heads",
+    )
     shard: Literal["none", "full", "hybrid"] = Field(
         default="none",
         description="what several ranks hold of the model: none, each all of it; full, each a "

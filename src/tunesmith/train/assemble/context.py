@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.distributed.context import Context, uneven_heads
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError
@@ -99,10 +99,7 @@ def check_exact(
     """
     if ranks.context.count == 1:
         return
-    if compute in (torch.bfloat16, torch.float16):
-        rounding = ROUNDING["narrow"]
-    else:
-        rounding = ROUNDING["cpu" if device.type == "cpu" else "other"]
+    rounding = rounding_of(compute, device)
     apart = _difference(model, ranks.context, device, robust=rounding == ROUNDING["narrow"])
     (worst,) = ranks.most([apart / rounding])
     if not worst <= 1:
@@ -114,19 +111,24 @@ def check_exact(
         )
 
 
+def rounding_of(compute: torch.dtype, device: torch.device) -> float:
+    """What rounding may change, relative."""
+    if compute in (torch.bfloat16, torch.float16):
+        return ROUNDING["narrow"]
+    return ROUNDING["cpu" if device.type == "cpu" else "other"]
+
+
 def _difference(model: CausalLM, context: Context, device: torch.device, *, robust: bool) -> float:
     """The largest relative difference of a token's hidden states; `robust`: the median, since in 16
     bits rounding can flip an expert of a token.
     """
-    vocabulary = int(model.head.weight.shape[0])
-    documents = [_document(length, vocabulary) for length in (PROBED_TOKENS, PROBED_TOKENS // 3)]
-    (plan,) = plan_step(documents, micro_tokens=2 * PROBED_TOKENS)
+    plan = probe_plan(model)
     part = own_part(plan, context)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            whole, found = (model(collate(p, device), _hidden) for p in (plan, part))
+            whole, found = (model(collate(p, device), states_only) for p in (plan, part))
     finally:
         model.train(training)
     assert isinstance(whole, Tensor)
@@ -139,7 +141,16 @@ def _difference(model: CausalLM, context: Context, device: torch.device, *, robu
     return float(apart.median() if robust else apart.max())
 
 
-def _hidden(hidden: Tensor, *_: Any, **__: Any) -> Any:
+def probe_plan(model: CausalLM) -> MicrobatchPlan:
+    """Two made-up documents as a micro-batch."""
+    vocabulary = int(model.head.weight.shape[0])
+    documents = [_document(length, vocabulary) for length in (PROBED_TOKENS, PROBED_TOKENS // 3)]
+    (plan,) = plan_step(documents, micro_tokens=2 * PROBED_TOKENS)
+    return plan
+
+
+def states_only(hidden: Tensor, *_: Any, **__: Any) -> Any:
+    """A head that gives back the hidden states."""
     return hidden
 
 

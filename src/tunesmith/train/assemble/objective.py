@@ -9,6 +9,7 @@ from pathlib import Path
 from tunesmith.config.schema import Recipe
 from tunesmith.data.loader import StepOrder
 from tunesmith.distributed.context import Context
+from tunesmith.distributed.split import Split
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
@@ -42,9 +43,9 @@ def make_loss(
     *,
     total_steps: int,
     own: OwnObjective | None,
-    context: Context = ALONE,
+    sharers: Context | Split = ALONE,
 ) -> StepLoss:
-    """The loss of the recipe; `total_steps` of the whole run, `context` who shares its tokens."""
+    """The loss of the recipe; `total_steps` of the whole run, `sharers` of each micro-batch."""
     section = recipe.objective
     return StepLoss(
         objective=_with_terms(recipe, _own_loss(recipe, own)),
@@ -55,7 +56,7 @@ def make_loss(
         sampling=section.scheduled_sampling,
         noise=EmbeddingNoise(model, section.neftune) if section.neftune else None,
         balance=RouterBalance(Routers(model), section.router_aux) if section.router_aux else None,
-        context=context,
+        sharers=sharers,
     )
 
 

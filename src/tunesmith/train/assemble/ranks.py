@@ -13,9 +13,11 @@ from tunesmith.distributed.ranks import Asking, Ranks
 from tunesmith.distributed.reduce import Alone, Replicated
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.memory import MemoryEstimate
 from tunesmith.model.meta import let_go
 from tunesmith.model.wide import restore_linear_maps
 from tunesmith.train.assemble.context import check_context_recipe, check_exact, check_model
+from tunesmith.train.assemble.tensor import check_tensor_recipe, divide_over, divided_share
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
 """Optimizers that treat each element by itself, and so a part of a weight as the whole."""
@@ -31,6 +33,7 @@ def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
         RecipeError: names the key and what to give instead.
     """
     check_context_recipe(recipe, ranks)
+    check_tensor_recipe(recipe, ranks)
     if recipe.device.shard == "none":
         if recipe.device.shard_offload:
             raise RecipeError(
@@ -51,7 +54,7 @@ def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
 
 def for_one_process(recipe: Recipe) -> Recipe:
     """The recipe without what only several ranks can do, to look at a run from one process."""
-    alone = {"ranks": 1, "shard": "none", "shard_offload": False, "context": 1}
+    alone = {"ranks": 1, "shard": "none", "shard_offload": False, "context": 1, "tensor": 1}
     return recipe.model_copy(update={"device": recipe.device.model_copy(update=alone)})
 
 
@@ -62,8 +65,9 @@ def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
         RecipeError: names the key and what to give instead.
     """
     check_sharing(recipe, ranks, device)
-    asking = _asking(recipe, ranks, device)
-    return ranks.sharing(recipe.device.context, patience=recipe.device.rank_timeout, asking=asking)
+    patience, asking = recipe.device.rank_timeout, _asking(recipe, ranks, device)
+    shared = ranks.sharing(recipe.device.context, patience=patience, asking=asking)
+    return shared.splitting(recipe.device.tensor, patience=patience, asking=asking == "group")
 
 
 def _asking(recipe: Recipe, ranks: Ranks, device: str) -> Asking:
@@ -115,7 +119,19 @@ def _check_kind(recipe: Recipe, device: str) -> None:
 
 def holders(recipe: Recipe, ranks: Ranks) -> int:
     """How many ranks hold one copy of the model together."""
+    if ranks.split.count > 1:
+        return ranks.split.count
     return {"none": 1, "full": ranks.count, "hybrid": ranks.local_count}[recipe.device.shard]
+
+
+def spared_bytes(
+    size: MemoryEstimate | None, model: CausalLM, ranks: Ranks, *, together: int
+) -> int:
+    """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
+    if size is None:
+        return 0
+    share = divided_share(model, ranks) if ranks.split.count > 1 else 1.0
+    return int((size.total - size.total // together) * share)
 
 
 def share_model(
@@ -133,6 +149,10 @@ def share_model(
     trained = [p for p in model.parameters() if p.requires_grad]
     ranks.copy_from_first([p for p in trained if not p.is_meta])
     first = next(model.base.parameters())
+    if ranks.split.count > 1:
+        if base is not None:
+            base.to(device)
+        return divide_over(model, ranks, device)
     if recipe.device.shard == "none":
         check_exact(model, ranks, device=device, compute=first.dtype)
         return Replicated(ranks, trained)

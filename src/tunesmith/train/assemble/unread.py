@@ -40,7 +40,7 @@ def load_for_ranks(
     device: torch.device,
 ) -> Loaded:
     """The model, without its weights where it will be spread and its files can be read in parts."""
-    if recipe.device.shard == "none":
+    if recipe.device.shard == "none" and ranks.split.count == 1:
         return Loaded(load_model(recipe, source, given, device, template=template))
     reason = _needs_whole(recipe, source, template)
     if reason is None and source is not None:
@@ -52,7 +52,7 @@ def load_for_ranks(
     # One that will be spread comes to a GPU a layer at a time.
     home = torch.device("cpu")
     model = load_model(recipe, source, given, device, template=template, home=home)
-    model.notes.append(f"each rank loads the whole model before it is spread: {reason}")
+    model.notes.append(f"each rank loads the whole model before it is given out in parts: {reason}")
     return Loaded(model)
 
 
@@ -88,6 +88,8 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
     adapter = recipe.adapter
     if source is None:
         return "it was given in memory"
+    if recipe.device.tensor > 1:
+        return "what its parts compute is held to the whole"
     if recipe.model.quantization != "none":
         return "its base is quantised while it is read"
     if source.adapter_folder is not None or adapter.continue_from is not None:

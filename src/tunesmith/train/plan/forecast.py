@@ -23,6 +23,7 @@ from tunesmith.model.quantized_weight import parameter_count
 from tunesmith.train.announcement import FEW_STEPS
 from tunesmith.train.assemble.context import check_context_recipe, context_line
 from tunesmith.train.assemble.ranks import for_one_process
+from tunesmith.train.assemble.tensor import check_tensor_recipe
 from tunesmith.train.build import build
 from tunesmith.train.filling import idle_line
 from tunesmith.train.job import Job
@@ -78,6 +79,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
     free = free_memory(device)
     context = recipe.device.context
+    together = context * recipe.device.tensor
     job = _one_of(recipe, ranks, folders)
     longest = int(longest_paths(job.documents).max())
     work = count_work(job)
@@ -110,7 +112,11 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
         free=free,
         chosen=job.chosen,
-        warnings=(*_warnings(work), *idle_line(job, max(1, ranks // context), context=context)),
+        warnings=(
+            *_warnings(work),
+            *_whole_layers(recipe),
+            *idle_line(job, max(1, ranks // together), context=together),
+        ),
         would_fit=lines,
         packing=(job.prepared.ledger.plan or {}).get("packing"),
         context=tuple(context_line(context, max(ranks, context), longest=longest)),
@@ -126,6 +132,8 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     context = recipe.device.context
     count = ranks if ranks > 1 else context  # alone, it is for ranks of other machines
     check_context_recipe(recipe, Ranks(0, count, 0, count))
+    count = ranks if ranks > 1 else recipe.device.tensor
+    check_tensor_recipe(recipe, Ranks(0, count, 0, count))
     played = Ranks(context=Context(context))
     return build(for_one_process(recipe), folders=folders, ranks=played)
 
@@ -216,6 +224,16 @@ def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) 
     if job.recipe.adapter.kind == "none" and measured.peak - spared <= free:
         lines.append("adapter=lora")
     return tuple(lines)
+
+
+def _whole_layers(recipe: Recipe) -> list[str]:
+    count = recipe.device.tensor
+    if count == 1:
+        return []
+    return [
+        f"memory and time are of one process with whole layers; with device.tensor={count} a rank "
+        f"has 1/{count} of each, and the whole embedding and head"
+    ]
 
 
 def _warnings(work: Work) -> tuple[str, ...]:
