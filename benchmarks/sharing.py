@@ -115,8 +115,8 @@ def main() -> int:
             case = measure(arguments.model, path, count, arguments.steps)
             found.append({"name": name, "documents": count, **case})
             print(name, *(f"{ratio:.2f}" for ratio in case["ratios"]), flush=True)
-    (RESULTS / "sharing.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "sharing.md").write_text(table(found))
+            (RESULTS / "sharing.json").write_text(json.dumps(found, indent=1) + "\n")
+            (RESULTS / "sharing.md").write_text(table(found))
     print(table(found))
     return 0
 
