@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.types import Layout
+from tunesmith.types import Chain, Layout
+
+TREE = (
+    (7, ()),
+    (12, (0,)),
+    (5, (0, 1)),
+    (1, (0, 1)),
+    (9, (0,)),
+    (3, ()),
+    (21, ()),
+)
+"""Segments as (tokens, ancestors): two levels of branches, then two more documents."""
+
+
+def make_layout(tree: Any = TREE) -> Layout:
+    ends = np.cumsum([length for length, _ in tree])
+    spans = [(int(end) - length, int(end)) for end, (length, _) in zip(ends, tree, strict=True)]
+    chains, position = [], []
+    for (start, end), (length, above) in zip(spans, tree, strict=True):
+        first = sum(tree[number][0] for number in above)
+        chains.append(Chain(start, end, tuple(spans[number] for number in above)))
+        position += range(first, first + length)
+    total = len(position)
+    until = np.zeros(total, np.int32)
+    for number, (start, end) in enumerate(spans):
+        last = max(e for n, (_, e) in enumerate(spans) if n == number or number in tree[n][1])
+        until[start:end] = last
+    return Layout(tuple(chains), until, np.array(position, np.int32))
 
 
 def visible(layout: Layout, *, size: int | None = None, chunked: bool = False) -> Tensor:

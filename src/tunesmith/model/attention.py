@@ -1,10 +1,11 @@
 """The one attention function: every transformers decoder calls it, with the layout handed down as a
 keyword.
 
-Each chain of the layout is one causal call over its own tokens plus one unmasked call against each
-span of its ancestors; the partial results are merged by their log-sum-exp, which is exact (Milakov
-and Gimelshein, arXiv 1805.02867, section 3.1). The backward of each part uses the merged output and
-log-sum-exp, so it needs no mask either.
+On CUDA it is one kernel with a block mask (`flex.py`), where a trial shows that it is right there.
+On a CPU each chain of the layout is one causal call over its own tokens plus one unmasked call
+against each span of its ancestors; the partial results are merged by their log-sum-exp, which is
+exact (Milakov and Gimelshein, arXiv 1805.02867, section 3.1). The backward of each part uses the
+merged output and log-sum-exp, so it needs no mask either.
 
 Letters: B = 1, H query heads, K key/value heads, T packed tokens, D head size, n tokens of a chain.
 """
@@ -81,18 +82,25 @@ def layout_attention(
     if layout.spread is not None:
         query, key, value = layout.spread.by_heads(query, key, value)
         s_aux = None if s_aux is None else layout.spread.own_heads(s_aux)
-    flash = query.device.type == "cpu" and query.dtype != torch.float64  # its kernel lacks double
-    if softcap or not flash or value.shape[-1] != query.shape[-1]:
-        output = _plain(
-            query, key, value, layout, locality=locality, scale=scale, softcap=softcap, sinks=s_aux
-        )
+    alike = value.shape[-1] == query.shape[-1] and query.dtype != torch.float64  # kernels' limits
+    options: dict[str, Any] = {"locality": locality, "scale": scale, "sinks": s_aux}
+    if alike and query.is_cuda and _flex_works(query):
+        from tunesmith.model.flex import flex_tree_attention
+
+        output = flex_tree_attention(query, key, value, layout, softcap=softcap, **options)
+    elif softcap or not alike or query.device.type != "cpu":
+        output = _plain(query, key, value, layout, softcap=softcap, **options)
     else:
-        output = flash_tree_attention(
-            query, key, value, layout.chains, scale=scale, locality=locality, sinks=s_aux
-        )
+        output = flash_tree_attention(query, key, value, layout.chains, **options)
     if layout.spread is not None:
         output = layout.spread.by_tokens(output)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flex_works(query: Tensor) -> bool:
+    from tunesmith.model.flex import works
+
+    return works(query.device, query.dtype, _plain)
 
 
 def _locality(

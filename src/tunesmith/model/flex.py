@@ -1,0 +1,193 @@
+"""Attention over a layout by torch's FlexAttention: one fused kernel for all chains on a GPU.
+
+Token k is seen by token q exactly when k <= q < visible_until[k]. Blocks of keys that no token of a
+block of queries sees are left out, and those that all of them see are not masked. Which these are
+follows from each block's least and largest `visible_until`, so no [T, T] mask is ever made.
+
+Letters: H query heads, K key/value heads, T packed tokens, D head size, N blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from tunesmith.model.locality import Locality
+from tunesmith.types import Chain, Layout
+
+BLOCK = 128
+KINDS = 4
+"""Masks that are kept: of a micro-batch's layers with and without a window, and of one more."""
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""By how much of the norm a trial may differ."""
+
+Attend = Callable[..., Tensor]
+_kept: list[tuple[Layout, Locality | None, torch.device, BlockMask]] = []
+
+
+def flex_tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    locality: Locality | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[1, H, T, D]; query [1, H, T, D], key and value [1, K, T, D], sinks [H].
+
+    A sink is one more logit without a value: it scales the output by sigmoid(log-sum-exp - sink).
+    """
+    found = _kernel(query.device.type)(
+        query.contiguous(), key.contiguous(), value.contiguous(),
+        score_mod=_capped(softcap) if softcap else None,
+        block_mask=block_mask(layout, locality, query.device), scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if sinks is None else AuxRequest(lse=True),
+    )  # fmt: skip
+    if sinks is None:
+        return found
+    output, more = found
+    share = torch.sigmoid(more.lse.float() - sinks.float().reshape(1, -1, 1))
+    return (output.float() * share.unsqueeze(-1)).to(output.dtype)
+
+
+@functools.cache
+def _kernel(device: str) -> Any:
+    # uncompiled it makes whole scores, which only tests on a CPU may want
+    return flex_attention if device == "cpu" else torch.compile(flex_attention)
+
+
+@functools.cache
+def _capped(softcap: float) -> Any:
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return cap
+
+
+def block_mask(layout: Layout, locality: Locality | None, device: torch.device) -> BlockMask:
+    """Which blocks of keys each block of queries looks at, and what it sees inside of them; made
+    once for all layers of a micro-batch.
+    """
+    for kept, local, where, mask in _kept:
+        if kept is layout and local == locality and where == device:
+            return mask
+    mask = _block_mask(layout, locality, device)
+    _kept.append((layout, locality, device, mask))
+    del _kept[:-KINDS]
+    return mask
+
+
+def _block_mask(layout: Layout, locality: Locality | None, device: torch.device) -> BlockMask:
+    total = len(layout.position)
+    missing = -total % BLOCK
+    until = np.pad(layout.visible_until, (0, missing))  # tokens past the end are seen by nobody
+    position = np.pad(layout.position, (0, missing), mode="edge")
+    seen, whole = _blocks(until.reshape(-1, BLOCK), position.reshape(-1, BLOCK), locality)
+    number, indices = _ordered(seen & ~whole, device)
+    whole_number, whole_indices = _ordered(whole, device)
+    return BlockMask.from_kv_blocks(
+        number, indices, whole_number, whole_indices, BLOCK_SIZE=BLOCK,
+        mask_mod=_rule(torch.from_numpy(until).to(device), torch.from_numpy(position).to(device),
+                       locality),
+        seq_lengths=(total, total),
+    )  # fmt: skip
+
+
+def _blocks(until: Any, position: Any, locality: Locality | None) -> tuple[Any, Any]:
+    """[N, N] booleans, queries by keys, from [N, BLOCK]: blocks with a pair that may be visible,
+    and those of which all pairs are.
+    """
+    number = np.arange(len(until))
+    first = number[:, None] * BLOCK
+    seen = (number[None] <= number[:, None]) & (until.max(1)[None] > first)
+    whole = (number[None] < number[:, None]) & (until.min(1)[None] >= first + BLOCK)
+    if locality is None:
+        return seen, whole
+    newest, oldest = position.max(1)[None], position.min(1)[:, None]
+    if locality.chunked:
+        near = newest // locality.size >= oldest // locality.size
+    else:
+        near = newest > oldest - locality.size
+    return seen & near, np.zeros_like(whole)
+
+
+def _ordered(blocks: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[1, 1, N] how many, and [1, 1, N, N] which ones first."""
+    number = torch.from_numpy(blocks.sum(1).astype(np.int32))
+    indices = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
+    return number[None, None].to(device), indices[None, None].to(device)
+
+
+def _rule(until: Tensor, position: Tensor, locality: Locality | None) -> Any:
+    def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < until[key])
+
+    if locality is None:
+        return seen
+    size, chunked = locality.size, locality.chunked
+
+    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        one, other = position[query], position[key]
+        close = one // size == other // size if chunked else other > one - size
+        return seen(b, h, query, key) & close
+
+    return near
+
+
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype, plain: Attend) -> bool:
+    """Whether outputs and gradients on this device are those of `plain`, tried once on a small
+    layout with branches; where they are not, it is said.
+    """
+    if dtype not in ROUNDING:
+        return False
+    try:
+        found, expected = (_tried(attend, device, dtype) for attend in (flex_tree_attention, plain))
+        pairs = zip(found, expected, strict=True)
+        apart = max(float((f - e).norm() / e.norm()) for f, e in pairs)
+        problem = None if apart <= ROUNDING[dtype] else f"it differs by {apart:.1e}"
+    except Exception as error:  # of compilers and drivers, which raise whatever they like
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+    if problem is not None:
+        warnings.warn(
+            f"FlexAttention is not used on {device}: {problem}; chains are computed one by one",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def _tried(attend: Attend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients over a layout of three chains, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    layout = _small_layout()
+    total = len(layout.position)
+    inputs = [
+        torch.randn(1, heads, total, 64, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    with torch.enable_grad():
+        output = attend(*inputs, layout, scale=0.125, locality=None, softcap=None, sinks=None)
+        output.backward(torch.randn(output.shape, generator=generator).to(device, dtype))
+    seen = [output, *(tensor.grad for tensor in inputs)]
+    return [tensor.detach().float() for tensor in seen if tensor is not None]
+
+
+def _small_layout() -> Layout:
+    """A prefix, two branches, and a document of its own."""
+    chains = (Chain(0, 200, ()), Chain(200, 260, ((0, 150),)), Chain(260, 310, ()))
+    until = np.concatenate(
+        [np.full(150, 260), np.full(50, 200), np.full(60, 260), np.full(50, 310)]
+    )
+    position = np.concatenate([np.arange(200), np.arange(150, 210), np.arange(50)])
+    return Layout(chains, until.astype(np.int32), position.astype(np.int32))
