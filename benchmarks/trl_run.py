@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from typing import Any
+
+from peak import peak_memory
 
 KEEP = {"gradient_checkpointing": False, "max_length": None}
 FLAT = {"padding_free": True}
@@ -45,6 +46,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for shape in SHAPES
     },
 }
+LIGER = {"use_liger_kernel": True}
+GPU: dict[str, dict[str, Any]] = {
+    "bf16 weights, 2 at a time": SETTINGS["bf16 weights, padded, 2 at a time"],
+    "bf16 weights, Liger, one at a time": {**SETTINGS["bf16 weights, one at a time"], **LIGER},
+    "bf16 weights, Liger, padding-free": {**SETTINGS["bf16 weights, padding-free"], **LIGER},
+    "bf16 weights, Liger, packed to 4096": {
+        **PRECISIONS["bf16 weights"], **PACKED, **LIGER, "max_length": 4096,
+    },
+}  # fmt: skip
+"""Settings that `gpu_vs_trl.py` tries."""
+SETTINGS |= GPU
 """Arguments of SFTConfig; `dtype` is the model's and `micro` the documents of a micro-batch."""
 
 
@@ -165,7 +177,7 @@ def _summary(steps: list[dict[str, Any]], warmup: int) -> dict[str, Any]:
         "losses": [step["loss"] for step in done],
         "step_tokens": [step["tokens"] for step in done],
         "step_targets": [step["targets"] for step in done],
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss": peak_memory(),
     }
 
 

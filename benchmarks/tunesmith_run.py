@@ -9,11 +9,12 @@ The last line on stdout is one JSON object.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from peak import peak_memory
 
 import tunesmith
 
@@ -50,7 +51,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "losses": [step["loss"] for step in steps],
         "step_tokens": [step["tokens"] for step in steps],
         "step_targets": [step["target_tokens"] for step in steps],
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss": peak_memory(),
         "version": tunesmith.__version__,
     }
 
