@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from random_model import save_random
 from trl_run import GPU
 from vs_trl import TUNESMITH, run_peer, write_report
 
@@ -38,8 +39,7 @@ CASES = {"tiny": ("tiny", 0), "1b": ("1b", 0), "8b-lora": ("8b", 16)}
 
 def write_model(tokenizer_folder: Path, shape: str, out: Path, *, length: int) -> None:
     """A Llama of random bfloat16 weights with a real tokenizer and its vocabulary."""
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = LlamaConfig(
@@ -47,13 +47,7 @@ def write_model(tokenizer_folder: Path, shape: str, out: Path, *, length: int) -
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, **SHAPES[shape],
     )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_random(config, tokenizer, out, dtype="bfloat16")
 
 
 def write_rows(text: Path, tokenizer_folder: Path, out: Path, *, count: int, length: int) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def write_model(tokenizer_folder: Path, out: Path, *, hidden: int, layers: int) -> None:
     """Write weights, tokenizer, template and stop tokens; heads are of 64, one key a pair."""
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer, Qwen3Config
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     heads = max(2, hidden // 64)
@@ -23,13 +23,21 @@ def write_model(tokenizer_folder: Path, out: Path, *, hidden: int, layers: int) 
         head_dim=64, max_position_embeddings=16_384, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    parameters = save_random(config, tokenizer, out)
+    print(json.dumps({"out": str(out), "parameters": parameters}))
+
+
+def save_random(config: Any, tokenizer: Any, out: Path, *, dtype: str = "float32") -> int:
+    """A folder with random weights of this config around the tokenizer; their number."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(json.dumps({"out": str(out), "parameters": parameters}))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def main() -> None:

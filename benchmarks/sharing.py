@@ -25,8 +25,8 @@ from peer_rows import write_rows
 from tunesmith.config.read import read_recipe
 from tunesmith.train.build import build
 from tunesmith.train.job import Job
+from tunesmith.train.plan.probe import take_step
 from tunesmith.train.plan.work import documents_of, planned
-from tunesmith.train.step import StepResult, train_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHANGES = ["model.dtype=float32", "train.epochs=1", "data.shuffle=false"]
@@ -40,16 +40,6 @@ def job_of(model: Path, rows: Path, documents: int, *, share: bool) -> Job:
     return build(read_recipe(None, [*given, *CHANGES, f"device.share_prefixes={share}"]))
 
 
-def take_step(job: Job, step: int) -> StepResult:
-    """A step of the run."""
-    plans, documents = planned(job, step), documents_of(job, step)
-    job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
-    return train_step(
-        job.model, job.optimizer, plans, job.loss,
-        documents=len(documents), lr=1e-4, max_grad_norm=1.0, device=job.device,
-    )  # fmt: skip
-
-
 def measure(model: Path, rows: Path, documents: int, steps: int) -> dict[str, Any]:
     """Seconds of each step on both sides, and the tokens that went through the decoder."""
     jobs = {share: job_of(model, rows, documents, share=share) for share in (True, False)}
@@ -59,7 +49,7 @@ def measure(model: Path, rows: Path, documents: int, steps: int) -> dict[str, An
         losses = {}
         for share, job in jobs.items():
             begin = time.perf_counter()
-            losses[share] = take_step(job, step).loss
+            losses[share] = take_step(job, step, lr=1e-4).loss
             if step:  # the first one warms up
                 seconds[share].append(time.perf_counter() - begin)
                 tokens[share] += sum(micro.tokens for micro in planned(job, step))

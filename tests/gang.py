@@ -150,3 +150,28 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run, "train")]
+
+
+def assert_same_learning(wanted: Path, found: Path, *, steps: int) -> None:
+    """The records, evaluations, row losses and weights of two runs are the same within rounding."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    np.testing.assert_allclose(losses(found), losses(wanted), rtol=2e-5)
+    assert len(losses(wanted)) == steps
+    assert losses(wanted)[-1] < losses(wanted)[0]
+    for one, many in zip(records(wanted, "train"), records(found, "train"), strict=True):
+        for key in ("documents", "tokens", "target_tokens", "epoch"):
+            assert one[key] == many[key], key
+        for key in ("grad_norm", "accuracy", "entropy", "logprob", "weight_sum"):
+            np.testing.assert_allclose(many[key], one[key], rtol=2e-4, atol=1e-6)
+    for one, many in zip(records(wanted, "eval"), records(found, "eval"), strict=True):
+        np.testing.assert_allclose(many["nll"], one["nll"], rtol=2e-5)
+    first, second = (pq.read_table(run / "rows.parquet").to_pydict() for run in (wanted, found))
+    assert first["row"] == second["row"]
+    np.testing.assert_allclose(second["loss"], first["loss"], rtol=2e-4)
+    one, many = weights(wanted), weights(found)
+    assert set(one) == set(many)
+    for key, tensor in one.items():
+        torch.testing.assert_close(many[key], tensor, rtol=2e-4, atol=2e-5)

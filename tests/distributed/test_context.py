@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import tunesmith
 from attention_oracle import softmax_over_mask, visible
-from gang import losses, records, run_groups, weights
+from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.cli.plan import lines
 from tunesmith.config.read import read_recipe
@@ -423,35 +422,15 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_all(tmp_path_factory.mktemp("contexts"), SLOW, halted=False)
 
 
-def assert_same_learning(wanted: Path, found: Path) -> None:
-    np.testing.assert_allclose(losses(found), losses(wanted), rtol=2e-5)
-    assert len(losses(wanted)) == STEPS
-    assert losses(wanted)[-1] < losses(wanted)[0]
-    for one, many in zip(records(wanted, "train"), records(found, "train"), strict=True):
-        for key in ("documents", "tokens", "target_tokens", "epoch"):
-            assert one[key] == many[key], key
-        for key in ("grad_norm", "accuracy", "entropy", "logprob", "weight_sum"):
-            np.testing.assert_allclose(many[key], one[key], rtol=2e-4, atol=1e-6)
-    for one, many in zip(records(wanted, "eval"), records(found, "eval"), strict=True):
-        np.testing.assert_allclose(many["nll"], one["nll"], rtol=2e-5)
-    first, second = (pq.read_table(run / "rows.parquet").to_pydict() for run in (wanted, found))
-    assert first["row"] == second["row"]
-    np.testing.assert_allclose(second["loss"], first["loss"], rtol=2e-4)
-    one, many = weights(wanted), weights(found)
-    assert set(one) == set(many)
-    for key, tensor in one.items():
-        torch.testing.assert_close(many[key], tensor, rtol=2e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize("name", FAST)
 def test_shared_tokens_learn_what_one_process_does(fast: Path, name: str) -> None:
-    assert_same_learning(fast / f"{name}-alone", fast / name)
+    assert_same_learning(fast / f"{name}-alone", fast / name, steps=STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_shared_tokens_learn_the_same_in_every_way(slow: Path, name: str) -> None:
-    assert_same_learning(slow / f"{name}-alone", slow / name)
+    assert_same_learning(slow / f"{name}-alone", slow / name, steps=STEPS)
 
 
 def test_a_rank_has_a_slice_and_not_the_micro_batch(fast: Path) -> None:

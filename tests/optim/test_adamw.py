@@ -1,31 +1,17 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from optim_inputs import make_parameters, set_gradients
 from torch import nn
 
 from tunesmith.optim import AdamW, clip_factor, grad_norm, no_decay, undecayed
 from tunesmith.optim import base as masters
 
-
-def shapes():
-    return {"embed": (50, 16), "linear": (33, 16), "bias": (33,), "scalar": ()}
-
-
-def parameters(dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in shapes().items():
-        values = torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype)
-        made[name] = nn.Parameter(values)
-        made[name].grad_dtype = torch.float32
-    return made
-
-
-def set_gradients(named, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in named.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+SHAPES = {"embed": (50, 16), "linear": (33, 16), "bias": (33,), "scalar": ()}
+parameters = functools.partial(make_parameters, SHAPES)
 
 
 def round_half_away(master):

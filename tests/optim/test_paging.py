@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from optim_inputs import make_parameters, set_gradients
 
 from tunesmith.errors import InputError
 from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon, Pages, paging
@@ -18,20 +19,11 @@ KINDS = [AdamW, AdamW8bit, Adafactor, Lion, Muon, SGD]
 SHAPES = {"linear": (192, 128), "bias": (33,), "experts": (2, 72, 256)}
 
 
-def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    made = {}
-    for name, shape in SHAPES.items():
-        values = torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype)
-        made[name] = nn.Parameter(values)
-        made[name].grad_dtype = torch.float32
-    return made
+parameters = functools.partial(make_parameters, SHAPES)
 
 
 def step(optimizer, named, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in named.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    set_gradients(named, seed)
     optimizer.step(1e-2)
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from optim_inputs import make_parameters, set_gradients
 from torch import nn
 
 from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon
@@ -12,20 +15,7 @@ KINDS = [AdamW, AdamW8bit, Adafactor, Lion, Muon, SGD]
 SHAPES = {"linear": (96, 64), "bias": (33,), "experts": (2, 8, 24), "tall": (5, 3)}
 
 
-def parameters(dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in SHAPES.items():
-        values = torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype)
-        made[name] = nn.Parameter(values)
-        made[name].grad_dtype = torch.float32
-    return made
-
-
-def gradients(named, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in named.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+parameters = functools.partial(make_parameters, SHAPES)
 
 
 def make(kind, named):
@@ -34,7 +24,7 @@ def make(kind, named):
 
 def run(optimizer, named, steps, reference=None):
     for step in steps:
-        gradients(named, step)
+        set_gradients(named, step)
         optimizer.step(*(() if reference else (1e-2,)))
 
 
@@ -84,7 +74,7 @@ def test_chunks_do_not_change_a_bit(kind, monkeypatch):
 def test_gradients_stay_and_undecayed_zero_gradients_change_nothing(kind):
     named = parameters()
     optimizer = make(kind, named)
-    gradients(named, 1)
+    set_gradients(named, 1)
     before = {name: p.grad.clone() for name, p in named.items()}
     optimizer.step(1e-2)
     assert all(torch.equal(p.grad, before[name]) for name, p in named.items())
@@ -109,7 +99,7 @@ def test_lion_equals_its_formula_in_float64():
     momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
     optimizer = Lion(named.items(), betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(8):
-        gradients(named, step)
+        set_gradients(named, step)
         optimizer.step(1e-2)
         for name, p in named.items():
             grad, decay = p.grad.double(), 0.0 if name == "bias" else 0.1

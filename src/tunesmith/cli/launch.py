@@ -92,12 +92,12 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
     """
     from tunesmith.launch.need import devices_needed
 
-    context = recipe.device.context * recipe.device.tensor
-    if asked is not None and asked * per_node % context:
+    together = recipe.device.context * recipe.device.tensor
+    if asked is not None and asked * per_node % together:
         raise RecipeError(
-            f"{asked} x {per_node} devices can't be divided into groups of {context}",
+            f"{asked} x {per_node} devices can't be divided into groups of {together}",
             where="device.context" if recipe.device.context > 1 else "device.tensor",
-            hint=f"--nodes {_whole_groups(asked, per_node, context)}",
+            hint=f"--nodes {_whole_groups(asked, per_node, together)}",
         )
     try:
         need = devices_needed(recipe, memory=memory, per_node=per_node)
@@ -109,7 +109,7 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
                 hint="give --nodes, or run this where the model is",
             ) from error
         return asked, [f"needs: can't be computed here, since the model: {error.message}"]
-    least = _whole_groups(math.ceil(need.devices / per_node), per_node, context)
+    least = _whole_groups(math.ceil(need.devices / per_node), per_node, together)
     count = least if asked is None else asked
     lines = [f"needs: {need.line()}"]
     if count < least:
@@ -123,9 +123,9 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
     return count, lines
 
 
-def _whole_groups(nodes: int, per_node: int, context: int) -> int:
+def _whole_groups(nodes: int, per_node: int, together: int) -> int:
     """The least number of machines from `nodes` on whose devices make whole groups."""
-    step = context // math.gcd(context, per_node)
+    step = together // math.gcd(together, per_node)
     return -(-nodes // step) * step
 
 

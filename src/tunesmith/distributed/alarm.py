@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from threading import Thread
 
-from tunesmith.distributed.launched import shared_key, shared_store
+from tunesmith.distributed.launched import ask_in_time, shared_key, shared_store
 
 HUNG = "hung"
 _SECONDS = 4.0
@@ -23,26 +21,15 @@ class Alarm:
 
     def ring(self) -> None:
         """Tell the others."""
-        self._in_time(lambda: shared_store().set(shared_key(HUNG), str(self._rank)))
+        ask_in_time(lambda: shared_store().set(shared_key(HUNG), str(self._rank)), _SECONDS)
 
     def heard(self) -> int | None:
         """The rank that rang, None if none did or the store doesn't answer."""
         if self._asking is None or not self._asking.is_alive():
-            self._asking = self._in_time(self._look)
+            self._asking = ask_in_time(self._look, _SECONDS)
         return self._heard
 
     def _look(self) -> None:
         store, key = shared_store(), shared_key(HUNG)
         if store.check([key]):
             self._heard = int(store.get(key))
-
-    @staticmethod
-    def _in_time(act: Callable[[], object]) -> Thread:
-        def acts() -> None:
-            with suppress(RuntimeError, ValueError):  # the store is gone, or the group
-                act()
-
-        thread = Thread(target=acts, daemon=True)
-        thread.start()
-        thread.join(_SECONDS)
-        return thread

@@ -23,22 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.asking import ask
+from tunesmith.distributed.sharers import Sharers
 from tunesmith.errors import ModelError
 from tunesmith.types import Chain, Layout
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """A group of `count` ranks that share tokens; this one is number `place`. One rank has all
-    tokens. Without a `group` the others are only played: what they would send is as large as what
-    this rank sends them, and is not what they would.
+class Context(Sharers):
+    """Ranks that share the tokens of a micro-batch. One rank has all tokens. Without a `group` what
+    the others would send is as large as what this rank sends them, and is not what they would.
     """
-
-    count: int = 1
-    place: int = 0
-    group: Any = None
-    asked: Any = None  # who meets before each exchange, see `asking`; None where nobody does
 
     def spread(self, layout: Layout) -> Layout:
         """The layout with its tokens dealt to the group: a slice each, of equal length.
@@ -55,24 +49,6 @@ class Context:
             position=np.concatenate([layout.position, np.zeros_like(added)]),
             spread=Slice(self, slice(self.place * size, (self.place + 1) * size)),
         )
-
-    def add(self, values: Tensor) -> Tensor:
-        """Sums over the group."""
-        import torch.distributed as dist
-
-        if self.group is not None:
-            self.ask()
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def ask(self, *, failed: bool = False) -> None:
-        """Hear whether all who will exchange are still at it, or say that this rank is not.
-
-        Raises:
-            MemoryElsewhereError: memory ran out on another rank.
-        """
-        if self.asked is not None:
-            ask(self.asked, failed=failed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from threading import Thread
 from typing import Any, TypeVar
 
 from tunesmith.distributed.alarm import HUNG
-from tunesmith.distributed.launched import launched, shared_key, shared_store
+from tunesmith.distributed.launched import ask_in_time, launched, shared_key, shared_store
 from tunesmith.errors import RunError, TunesmithError
 
 T = TypeVar("T")
@@ -59,14 +57,7 @@ def _living(rank: int, count: int, store: Any) -> tuple[int, ...]:
 def _answer(ask: Callable[[], T]) -> T | None:
     """What `ask` finds in the store, None if the store doesn't answer: its machine may be gone."""
     found: list[T] = []
-
-    def act() -> None:
-        with suppress(RuntimeError):
-            found.append(ask())
-
-    thread = Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(2 * SECONDS)
+    ask_in_time(lambda: found.append(ask()), 2 * SECONDS)
     return found[0] if found else None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 
@@ -36,6 +38,21 @@ def shared_store() -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def ask_in_time(act: Callable[[], object], seconds: float) -> Thread:
+    """Do `act` with that store, and wait so long at most: its machine may be gone. The thread goes
+    on if it takes longer.
+    """
+
+    def acts() -> None:
+        with suppress(RuntimeError, ValueError):  # the store is gone, or the group
+            act()
+
+    thread = Thread(target=acts, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return thread
 
 
 def shared_key(name: str) -> str:

@@ -18,6 +18,7 @@ from tunesmith.distributed.context import Context
 from tunesmith.distributed.failure import lost_rank
 from tunesmith.distributed.launched import launched, restarted, shared_key, shared_store
 from tunesmith.distributed.meeting import meeting
+from tunesmith.distributed.sharers import Sharers
 from tunesmith.distributed.split import Split
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Ranks:
         return self.rank // self.split.count
 
     @property
-    def sharers(self) -> Context | Split:
+    def sharers(self) -> Sharers:
         """Those who work on a micro-batch together, whichever way."""
         return self.context if self.split.count == 1 else self.split
 
@@ -122,7 +123,7 @@ class Ranks:
         alike = [range(place, self.count, count) for place in range(count)]
         own = own_of(copies)
         asked = own if asking else None
-        split = Split(count, self.rank % count, own, own_of(alike), asked)
+        split = Split(count, self.rank % count, own, asked, alike=own_of(alike))
         return replace(self, split=split)
 
     def device(self, device: torch.device) -> torch.device:

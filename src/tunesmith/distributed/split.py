@@ -18,38 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.asking import ask
+from tunesmith.distributed.sharers import Sharers
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """A group of `count` ranks with a copy of the layers, of which this one has part `place`.
-    Without a `group` the others are only played: nothing is sent.
-    """
+class Split(Sharers):
+    """Ranks with one copy of the layers together, of which this one has part `place`."""
 
-    count: int = 1
-    place: int = 0
-    group: Any = None
     alike: Any = None  # the ranks with the same part of other copies
-    asked: Any = None  # who meets before each exchange, see `asking`; None where nobody does
-
-    def add(self, values: Tensor) -> Tensor:
-        """Sums over the group."""
-        import torch.distributed as dist
-
-        if self.group is not None:
-            self.ask()
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def ask(self, *, failed: bool = False) -> None:
-        """Hear whether the group is still at it, or say that this rank is not.
-
-        Raises:
-            MemoryElsewhereError: memory ran out on another rank.
-        """
-        if self.asked is not None:
-            ask(self.asked, failed=failed)
 
 
 class Seams:

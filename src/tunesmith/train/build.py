@@ -188,7 +188,7 @@ def build(
     spread = [
         *tensor_line(ranks, reduce),
         *context_line(ranks.context.count, ranks.count, longest=longest),
-        *idle_line(job, ranks.groups if ranks.first else 1, context=ranks.sharers.count),
+        *idle_line(job, ranks.groups if ranks.first else 1, together=ranks.sharers.count),
     ]
     job.notes = [*spread, *said, *start_lines(job, trained), *notes]
     return job

@@ -12,7 +12,7 @@ from tunesmith.data.packing import MicrobatchPlan, Part, plan_step
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.dealing import IDLE, deal, idle_share
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.split import Split
+from tunesmith.distributed.sharers import Sharers
 from tunesmith.types import Document, IntArray, Shares
 
 TRIES = 5
@@ -136,15 +136,15 @@ def own_plans(
     return [own_part(plan, ranks.sharers) for plan in dealt]
 
 
-def own_part(plan: MicrobatchPlan, sharers: Context | Split) -> MicrobatchPlan:
+def own_part(plan: MicrobatchPlan, sharers: Sharers) -> MicrobatchPlan:
     """What this rank does of a micro-batch that several work on together. The parts of all of them
     have every target once.
     """
     if sharers.count == 1:
         return plan
-    if isinstance(sharers, Split):
-        return _own_targets(plan, sharers)
-    return _own_slice(plan, sharers)
+    if isinstance(sharers, Context):
+        return _own_slice(plan, sharers)
+    return _own_targets(plan, sharers)
 
 
 def _own_slice(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
@@ -162,7 +162,7 @@ def _own_slice(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
     )
 
 
-def _own_targets(plan: MicrobatchPlan, split: Split) -> MicrobatchPlan:
+def _own_targets(plan: MicrobatchPlan, split: Sharers) -> MicrobatchPlan:
     """All tokens, with a share of the targets."""
     size = -(-len(plan.source) // split.count)
     kept = np.arange(len(plan.source), dtype=np.int32)[split.place * size :][:size]

@@ -15,23 +15,23 @@ MOST_DOCUMENTS = 4096
 """Larger steps are not tried."""
 
 
-def idle_line(job: Job, ranks: int, *, context: int = 1) -> list[str]:
+def idle_line(job: Job, ranks: int, *, together: int = 1) -> list[str]:
     """What share of the ranks' time a step leaves idle and which batch would fill it, if that is
-    much. `ranks` counts those that share a micro-batch, `context` of them, as one.
+    much. `ranks` counts those that share a micro-batch, `together` of them, as one.
     """
     if ranks == 1:
         return []
     share = _idle_share(job, ranks, 1)
     if share < SAID_FROM:
         return []
-    whose = f"{ranks * context} ranks"
+    whose = f"{ranks * together} ranks"
     text = f"ranks: {share:.0%} of the time of {whose} is idle, since a step is too small"
     times = 2
     while times * _step_documents(job) <= min(len(job.documents), MOST_DOCUMENTS):
         if _idle_share(job, ranks, times) < SAID_FROM / 2:
             return [f"{text}; {_larger(job.recipe, times)} fills it, and changes what is learned"]
         times *= 2
-    useful = _useful(job, ranks) * context
+    useful = _useful(job, ranks) * together
     return [f"{text}; fewer ranks learn the same as fast: device.ranks={useful}"]
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from tunesmith.data.batch import collate
 from tunesmith.data.packing import MicrobatchPlan
-from tunesmith.distributed.context import Context
-from tunesmith.distributed.split import Split
+from tunesmith.distributed.sharers import Sharers
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.model.router import Routers, balance_loss
@@ -96,7 +95,7 @@ class StepLoss:
     sampling: float = 0.0  # probability of a guess at the last step
     noise: EmbeddingNoise | None = None
     balance: RouterBalance | None = None
-    sharers: Context | Split = field(default_factory=Context)  # of each micro-batch
+    sharers: Sharers = field(default_factory=Sharers)  # of each micro-batch
     step: int = 0
 
     def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:

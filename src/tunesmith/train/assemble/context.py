@@ -4,26 +4,24 @@ it is exact.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
 from tunesmith.distributed.context import Context, uneven_heads
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.train.assemble.groups import (
+    NARROW,
+    apart,
+    check_groups,
+    probe_plan,
+    rounding_of,
+    states_only,
+)
 from tunesmith.train.dealt import own_part
-from tunesmith.types import Document, Origin, Segment
-
-PROBED_TOKENS = 24
-"""Tokens of the longer one of two made-up documents."""
-ROUNDING = {"cpu": 2e-4, "other": 5e-3, "narrow": 8e-2}
-"""What rounding may change of a hidden state, relative: float32 on a CPU and elsewhere, 16 bits."""
 
 
 def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
@@ -35,19 +33,7 @@ def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
     context = recipe.device.context
     if context == 1:
         return
-    if ranks.alone:
-        raise RecipeError(
-            "one process has nobody to share a sequence with",
-            where="device.context",
-            hint=f"device.ranks={context} or a multiple of it, torchrun, or device.context=1",
-        )
-    if ranks.count % context:
-        fitting = [n for n in range(1, context) if ranks.count % n == 0]
-        raise RecipeError(
-            f"{ranks.count} ranks can't be divided into groups of {context}",
-            where="device.context",
-            hint=f"device.context={fitting[-1]}, or a multiple of {context} ranks",
-        )
+    check_groups("device.context", context, ranks, what="share a sequence")
     section = recipe.objective
     for where, asked, why in (
         ("device.attention", recipe.device.attention == "isolated", "takes whole paths"),
@@ -99,9 +85,8 @@ def check_exact(
     """
     if ranks.context.count == 1:
         return
-    rounding = rounding_of(compute, device)
-    apart = _difference(model, ranks.context, device, robust=rounding == ROUNDING["narrow"])
-    (worst,) = ranks.most([apart / rounding])
+    difference = _difference(model, ranks.context, device, narrow=compute in NARROW)
+    (worst,) = ranks.most([difference / rounding_of(compute, device)])
     if not worst <= 1:
         raise ModelError(
             f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
@@ -111,17 +96,8 @@ def check_exact(
         )
 
 
-def rounding_of(compute: torch.dtype, device: torch.device) -> float:
-    """What rounding may change, relative."""
-    if compute in (torch.bfloat16, torch.float16):
-        return ROUNDING["narrow"]
-    return ROUNDING["cpu" if device.type == "cpu" else "other"]
-
-
-def _difference(model: CausalLM, context: Context, device: torch.device, *, robust: bool) -> float:
-    """The largest relative difference of a token's hidden states; `robust`: the median, since in 16
-    bits rounding can flip an expert of a token.
-    """
+def _difference(model: CausalLM, context: Context, device: torch.device, *, narrow: bool) -> float:
+    """How far this rank's hidden states are from those of one process."""
     plan = probe_plan(model)
     part = own_part(plan, context)
     training = model.training
@@ -134,31 +110,8 @@ def _difference(model: CausalLM, context: Context, device: torch.device, *, robu
     assert isinstance(whole, Tensor)
     assert isinstance(found, Tensor)
     own = part.layout.own
-    wanted = whole[own.start : own.stop].float()  # without what was added at the end
-    if not len(wanted):
-        return 0.0
-    apart = (found[: len(wanted)].float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    return float(apart.median() if robust else apart.max())
-
-
-def probe_plan(model: CausalLM) -> MicrobatchPlan:
-    """Two made-up documents as a micro-batch."""
-    vocabulary = int(model.head.weight.shape[0])
-    documents = [_document(length, vocabulary) for length in (PROBED_TOKENS, PROBED_TOKENS // 3)]
-    (plan,) = plan_step(documents, micro_tokens=2 * PROBED_TOKENS)
-    return plan
-
-
-def states_only(hidden: Tensor, *_: Any, **__: Any) -> Any:
-    """A head that gives back the hidden states."""
-    return hidden
-
-
-def _document(tokens: int, vocabulary: int) -> Document:
-    ids = np.linspace(vocabulary // 8, vocabulary // 2, tokens).astype(np.int32)
-    index = np.arange(1, tokens, dtype=np.int32)
-    segment = Segment(ids, -1, 0, index, np.ones(len(index), np.float32), np.zeros_like(index))
-    return Document((segment,), Origin("probe", tokens))
+    wanted = whole[own.start : own.stop]  # without what was added at the end
+    return apart(found[: len(wanted)], wanted, narrow=narrow) if len(wanted) else 0.0
 
 
 def context_line(context: int, ranks: int, *, longest: int) -> list[str]:

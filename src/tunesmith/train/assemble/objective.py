@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.loader import StepOrder
-from tunesmith.distributed.context import Context
-from tunesmith.distributed.split import Split
+from tunesmith.distributed.sharers import Sharers
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise
@@ -19,7 +18,7 @@ from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
 from tunesmith.train.outer import OuterBatch
 from tunesmith.train.own_objective import OwnObjective, is_own, load_objective
 
-ALONE = Context()
+ALONE = Sharers()
 OWN_OPTIONS = ("alpha", "eps_low", "eps_high")
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva_")
 """Beginnings of adapter initialisations that take something out of the weights they go on."""
@@ -43,7 +42,7 @@ def make_loss(
     *,
     total_steps: int,
     own: OwnObjective | None,
-    sharers: Context | Split = ALONE,
+    sharers: Sharers = ALONE,
 ) -> StepLoss:
     """The loss of the recipe; `total_steps` of the whole run, `sharers` of each micro-batch."""
     section = recipe.objective

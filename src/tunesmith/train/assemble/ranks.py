@@ -17,10 +17,9 @@ from tunesmith.model.memory import MemoryEstimate
 from tunesmith.model.meta import let_go
 from tunesmith.model.wide import restore_linear_maps
 from tunesmith.train.assemble.context import check_context_recipe, check_exact, check_model
+from tunesmith.train.assemble.groups import ELEMENTWISE
 from tunesmith.train.assemble.tensor import check_tensor_recipe, divide_over, divided_share
 
-ELEMENTWISE = ("adamw", "lion", "sgd")
-"""Optimizers that treat each element by itself, and so a part of a weight as the whole."""
 ADAPTERS = ("none", "lora")
 KEPT = ("none", "nf4", "fp4")
 """How a base may be kept whose packed bytes ranks can hold in parts."""

@@ -20,9 +20,16 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.division import KEY, LayerPlan, layer_plan
 from tunesmith.model.wide import restore_linear_maps
-from tunesmith.train.assemble.context import probe_plan, rounding_of, states_only
+from tunesmith.train.assemble.groups import (
+    ELEMENTWISE,
+    NARROW,
+    apart,
+    check_groups,
+    probe_plan,
+    rounding_of,
+    states_only,
+)
 
-ELEMENTWISE = ("adamw", "lion", "sgd")
 ADAPTERS = ("none", "lora", "rslora")
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
@@ -40,19 +47,7 @@ def check_tensor_recipe(recipe: Recipe, ranks: Ranks) -> None:
     count = recipe.device.tensor
     if count == 1:
         return
-    if ranks.alone:
-        raise RecipeError(
-            "one process has nobody to divide the layers with",
-            where=KEY,
-            hint=f"device.ranks={count} or a multiple of it, torchrun, or {KEY}=1",
-        )
-    if ranks.count % count:
-        fitting = [n for n in range(1, count) if ranks.count % n == 0]
-        raise RecipeError(
-            f"{ranks.count} ranks can't be divided into groups of {count}",
-            where=KEY,
-            hint=f"{KEY}={fitting[-1]}, or a multiple of {count} ranks",
-        )
+    check_groups(KEY, count, ranks, what="divide the layers")
     for where, wrong, instead, why in (
         ("device.context", recipe.device.context > 1, "1", "deals sequences to the same ranks"),
         ("device.shard", recipe.device.shard != "none", "none", "divides the same weights"),
@@ -202,12 +197,9 @@ def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], ranks: R
     rounding may change.
     """
     split, device = ranks.split, found.hidden.device
-    states = rounding_of(found.compute, device)
-    narrow = found.compute in (torch.bfloat16, torch.float16)
+    states, narrow = rounding_of(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
-    whole = wanted.hidden.to(device).float()
-    apart = (found.hidden.float() - whole).norm(dim=-1) / whole.norm(dim=-1)
-    worst = float(apart.median() if narrow else apart.max()) / states
+    worst = apart(found.hidden, wanted.hidden, narrow=narrow) / states
     for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
             one = one.chunk(split.count, probe.dimension)[split.place]

@@ -115,7 +115,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         warnings=(
             *_warnings(work),
             *_whole_layers(recipe),
-            *idle_line(job, max(1, ranks // together), context=together),
+            *idle_line(job, max(1, ranks // together), together=together),
         ),
         would_fit=lines,
         packing=(job.prepared.ledger.plan or {}).get("packing"),
@@ -130,10 +130,10 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
         RecipeError: so many ranks on this machine can't share.
     """
     context = recipe.device.context
-    count = ranks if ranks > 1 else context  # alone, it is for ranks of other machines
-    check_context_recipe(recipe, Ranks(0, count, 0, count))
-    count = ranks if ranks > 1 else recipe.device.tensor
-    check_tensor_recipe(recipe, Ranks(0, count, 0, count))
+    # alone, it is for ranks of other machines
+    count = ranks if ranks > 1 else context * recipe.device.tensor
+    for check in (check_context_recipe, check_tensor_recipe):
+        check(recipe, Ranks(0, count, 0, count))
     played = Ranks(context=Context(context))
     return build(for_one_process(recipe), folders=folders, ranks=played)
 

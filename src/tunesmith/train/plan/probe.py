@@ -17,7 +17,7 @@ from tunesmith.train.evaluate import evaluate
 from tunesmith.train.job import Job
 from tunesmith.train.metrics import peak_memory
 from tunesmith.train.plan.work import Work, documents_of, planned, spread
-from tunesmith.train.step import train_step
+from tunesmith.train.step import StepResult, train_step
 
 TIMED_STEPS, SECONDS, EVAL_DOCUMENTS = 4, 60.0, 16
 
@@ -90,14 +90,19 @@ def own_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPlan]
 def run_step(job: Job, step: int) -> tuple[float, int]:
     """Seconds and computed tokens of a step."""
     started = time.monotonic()
+    result = take_step(job, step)
+    return time.monotonic() - started, result.computed_tokens
+
+
+def take_step(job: Job, step: int, *, lr: float = 0.0) -> StepResult:
+    """A step of the run by itself; the usual `lr` leaves the weights as they are."""
     plans = planned(job, step)
     job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
-    result = train_step(
+    return train_step(
         job.model, job.optimizer, own_parts(job, plans), job.loss,
-        documents=len(documents_of(job, step)), lr=0.0,
+        documents=len(documents_of(job, step)), lr=lr,
         max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
     )  # fmt: skip
-    return time.monotonic() - started, result.computed_tokens
 
 
 def _time_evaluation(job: Job) -> float:
