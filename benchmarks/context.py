@@ -44,8 +44,8 @@ def arguments() -> argparse.Namespace:
 def measure(place: int, tokens: int, count: int, port: int, results: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tunesmith.data.batch import collate
-    from tunesmith.data.packing import plan_step
+    from tunesmith.data.layout.batch import collate
+    from tunesmith.data.layout.packing import plan_step
     from tunesmith.distributed.ranks import connect
     from tunesmith.model.checkpointing import set_checkpointing
     from tunesmith.model.footprint import footprint

@@ -47,12 +47,12 @@ def write_rows(given: Path, out: Path, count: int) -> None:
 
 def prepare_alone(model: str, path: Path) -> dict[str, float]:
     """Seconds of preparation and of planning an epoch, and the tokens; run in its own process."""
-    from tunesmith.data.loader import StepOrder
-    from tunesmith.data.packing import plan_step
-    from tunesmith.data.prepare import prepare
-    from tunesmith.data.sources import Source
-    from tunesmith.data.store import token_counts
-    from tunesmith.data.template import load_template
+    from tunesmith.data.layout.packing import plan_step
+    from tunesmith.data.order.loader import StepOrder
+    from tunesmith.data.preparing.prepare import prepare
+    from tunesmith.data.preparing.store import token_counts
+    from tunesmith.data.reading.sources import Source
+    from tunesmith.data.templates.template import load_template
 
     template = load_template(model)
     begin = time.perf_counter()
@@ -166,7 +166,7 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Microseconds a token of a step, and of its attention, for each length."""
     import torch
 
-    from tunesmith.data.packing import plan_step
+    from tunesmith.data.layout.packing import plan_step
     from tunesmith.model.heap import keep_freed_memory
     from tunesmith.objectives import nll
     from tunesmith.train.loss import StepLoss

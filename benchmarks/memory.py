@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.checkpointing import set_checkpointing
 from tunesmith.model.footprint import footprint

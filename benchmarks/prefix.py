@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
-from tunesmith.data.prepare import prepare
-from tunesmith.data.sources import Source
-from tunesmith.data.template import load_template
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.preparing.prepare import prepare
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.templates.template import load_template
 from tunesmith.model.attention import layout_attention
 from tunesmith.model.heap import keep_freed_memory
 from tunesmith.model.load import wrap_causal_lm

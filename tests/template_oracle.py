@@ -18,9 +18,9 @@ from typing import Any
 
 from tiny import tiny_tokenizer
 from tunesmith.data.faults import RowError
-from tunesmith.data.formats import detect_format, to_example
-from tunesmith.data.render import render_example
-from tunesmith.data.template import Template, wrap_tokenizer
+from tunesmith.data.rendering.render import render_example
+from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.data.templates.template import Template, wrap_tokenizer
 from tunesmith.types import Document, Origin
 
 SPEC = find_spec("trl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 from test_store import same
 
+import tunesmith
 from tiny import CHATML, chat_rows, tiny_tokenizer, write_jsonl
-from tunesmith.data import cache as module
-from tunesmith.data.cache import MANIFEST, default_cache_folder
-from tunesmith.data.holdout import Side, holdout_split
-from tunesmith.data.prepare import prepare
-from tunesmith.data.sources import Source
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.cache_folder import default_cache_folder
+from tunesmith.data.preparing import cache as module
+from tunesmith.data.preparing.cache import MANIFEST
+from tunesmith.data.preparing.holdout import Side, holdout_split
+from tunesmith.data.preparing.prepare import prepare
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.errors import DataError
 
 DATED = "{% if false %}{{ strftime_now('%d') }}{% endif %}" + CHATML
@@ -111,6 +114,17 @@ def test_other_code_is_another_entry(source, folder, monkeypatch):
     assert not hit(run(source, folder))
 
 
+def test_the_code_of_every_module_that_makes_documents_counts():
+    here = Path(tunesmith.__file__).parent
+    data = {
+        Path(str(one.__file__))
+        for name, one in sys.modules.items()
+        if name.startswith("tunesmith.data.") and one.__file__ is not None
+    }
+    assert here / "data" / "rendering" / "render.py" in data
+    assert data | {here / "types.py"} <= set(module._code_files())
+
+
 def test_a_template_with_a_date_is_kept_for_a_day(source, folder, monkeypatch):
     dated = wrap_tokenizer(tiny_tokenizer(DATED))
     run(source, folder, dated)
@@ -193,7 +207,7 @@ def test_nothing_is_kept_of_what_nobody_can_train_on(tmp_path, folder):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(source, folder, monkeypatch):
-    import tunesmith.data.prepare as preparing
+    import tunesmith.data.preparing.prepare as preparing
 
     stamps = iter([[(1, 1)], [(1, 2)]])
     monkeypatch.setattr(preparing, "_stamps", lambda sources: next(stamps))

@@ -1,8 +1,8 @@
 import pytest
 
-from tunesmith.data.conversation import Chat, Completion, Message, Text
 from tunesmith.data.faults import RowError
-from tunesmith.data.formats import detect_format, to_example
+from tunesmith.data.shapes.conversation import Chat, Completion, Message, Text
+from tunesmith.data.shapes.formats import detect_format, to_example
 
 ASK = {"role": "user", "content": "2+2?"}
 SAY = {"role": "assistant", "content": "4"}

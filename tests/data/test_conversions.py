@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from test_store import same
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.convert import convert_row
 from tunesmith.data.faults import RowError
-from tunesmith.data.formats import COLUMNS, FORMATS, to_example
-from tunesmith.data.render import Rendered, render_example
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.rendering.render import Rendered, render_example
+from tunesmith.data.shapes.convert import convert_row
+from tunesmith.data.shapes.formats import COLUMNS, FORMATS, to_example
+from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.types import Origin
 
 # Tools and a template's argument show in the text, so that one that is lost is seen.

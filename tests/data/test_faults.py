@@ -14,10 +14,10 @@ import tunesmith
 from tiny import tiny_tokenizer, write_jsonl
 from tunesmith.config.read import read_recipe
 from tunesmith.data.faults import RowError
-from tunesmith.data.formats import COLUMNS, to_example
-from tunesmith.data.prepare import prepare
-from tunesmith.data.sources import Source, read_rows
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.preparing.prepare import prepare
+from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.shapes.formats import COLUMNS, to_example
+from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.errors import DataError, RecipeError
 
 ROOT = Path(tunesmith.__file__).parent

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tunesmith.data.readers.json as reader
-from tunesmith.data.readers.columnar import parquet_rows
+import tunesmith.data.reading.readers.json as reader
+from tunesmith.data.reading.readers.columnar import parquet_rows
 from tunesmith.errors import DataError
 
 values = st.recursive(

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
-from tunesmith.data import cache as cache_module
-from tunesmith.data import known as module
-from tunesmith.data.known import KnownFiles
-from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.sources import Source, content_hash
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.preparing import cache as cache_module
+from tunesmith.data.preparing import known as module
+from tunesmith.data.preparing.known import KnownFiles
+from tunesmith.data.preparing.prepare import Prepared, prepare
+from tunesmith.data.reading.sources import Source, content_hash
+from tunesmith.data.templates.template import wrap_tokenizer
 
 
 @pytest.fixture

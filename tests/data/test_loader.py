@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.mixture import Portion, mix
-from tunesmith.data.prefixes import BLOCK, PrefixGroups
-from tunesmith.data.strategies import best_fit
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.order.mixture import Portion, mix
+from tunesmith.data.order.prefixes import BLOCK, PrefixGroups
+from tunesmith.data.packing.strategies import best_fit
 from tunesmith.types import Document, Origin, Segment
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)

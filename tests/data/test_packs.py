@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.ledger import Ledger
-from tunesmith.data.packs import Packing, make_packs
-from tunesmith.data.prepare import Prepared
-from tunesmith.data.store import Documents, StoreWriter, longest_paths, pack, token_counts
+from tunesmith.data.packing.packs import Packing, make_packs
+from tunesmith.data.preparing.ledger import Ledger
+from tunesmith.data.preparing.prepare import Prepared
+from tunesmith.data.preparing.store import Documents, StoreWriter, longest_paths, pack, token_counts
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin, Segment
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import tunesmith.data.batches as module
+import tunesmith.data.preparing.batches as module
 from tiny import chat_rows, tiny_tokenizer
-from tunesmith.data.conversation import Chat, Completion
 from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.holdout import holdout_split
-from tunesmith.data.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
-from tunesmith.data.sources import Source
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.preparing.holdout import holdout_split
+from tunesmith.data.preparing.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.shapes.conversation import Chat, Completion
+from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Segment
 

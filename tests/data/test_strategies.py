@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.strategies import Packs, Spans, best_fit, split, wrap
+from tunesmith.data.packing.strategies import Packs, Spans, best_fit, split, wrap
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=0, max_size=120)
 CAPACITY = st.integers(1, 40)

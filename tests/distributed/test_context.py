@@ -22,8 +22,8 @@ from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.cli.plan import lines
 from tunesmith.config.read import read_recipe
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.distributed.dealing import IDLE, deal, idle_share, loads
 from tunesmith.train.dealt import Costs, dealt_to, plan_for_ranks
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment

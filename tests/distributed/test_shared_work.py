@@ -26,7 +26,7 @@ OPTIONS = [
 NOTED = """
 import json
 from pathlib import Path
-from tunesmith.data import prepare
+from tunesmith.data.preparing import prepare
 from tunesmith.distributed.asking import Asked
 from tunesmith.train.trainer import Trainer
 

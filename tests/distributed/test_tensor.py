@@ -20,8 +20,8 @@ from torch import Tensor
 from gang import assert_same_learning, losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.config.read import read_recipe
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.distributed.divide import Division, divide
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.split import Split

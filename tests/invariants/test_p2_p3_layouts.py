@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logits import read_logit_transform

@@ -15,7 +15,7 @@ import torch
 
 import formulas
 from tiny import tiny_model
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logits import read_logit_transform

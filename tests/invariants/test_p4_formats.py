@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiny import tiny_tokenizer
-from tunesmith.data.formats import FORMATS
-from tunesmith.data.prepare import prepare
-from tunesmith.data.sources import Source
-from tunesmith.data.template import wrap_tokenizer
+from tunesmith.data.preparing.prepare import prepare
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.shapes.formats import FORMATS
+from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tiny import tiny_folder, tiny_model
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter, candidates, full_report
 from tunesmith.model.load import load_causal_lm, wrap_causal_lm

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM

@@ -19,18 +19,18 @@ import pytest
 
 from tiny import tiny_folder
 from tunesmith.cli.app import run
-from tunesmith.data import prepare
-from tunesmith.data.batches import in_batches
-from tunesmith.data.readers import kinds, raw, sizes
-from tunesmith.data.readers.raw import LongRow
-from tunesmith.data.sources import Source, read_rows
+from tunesmith.data.preparing import prepare
+from tunesmith.data.preparing.batches import in_batches
+from tunesmith.data.reading.readers import kinds, raw, sizes
+from tunesmith.data.reading.readers.raw import LongRow
+from tunesmith.data.reading.sources import Source, read_rows
 from tunesmith.errors import DataError
 
 MIB = 1 << 20
 READ = """
 import resource, sys
 from pathlib import Path
-from tunesmith.data.sources import Source, read_rows
+from tunesmith.data.reading.sources import Source, read_rows
 from tunesmith.errors import DataError
 import pyarrow.parquet, pyarrow.compute
 pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

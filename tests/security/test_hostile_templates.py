@@ -12,12 +12,12 @@ import pytest
 
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
-from tunesmith.data import clock as clocks
-from tunesmith.data import limits
-from tunesmith.data.clock import Clock, TooSlow
-from tunesmith.data.direct import compile_template
 from tunesmith.data.faults import RowError
-from tunesmith.data.template import Template, wrap_tokenizer
+from tunesmith.data.templates import clock as clocks
+from tunesmith.data.templates import limits
+from tunesmith.data.templates.clock import Clock, TooSlow
+from tunesmith.data.templates.direct import compile_template
+from tunesmith.data.templates.template import Template, wrap_tokenizer
 from tunesmith.errors import TunesmithError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -11,8 +11,8 @@ import pytest
 
 from tiny import chat_rows, tiny_folder, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
-from tunesmith.data.files import folder_files, pattern_files
-from tunesmith.data.hub import _check_name
+from tunesmith.data.reading.files import folder_files, pattern_files
+from tunesmith.data.reading.hub import _check_name
 from tunesmith.errors import DataError
 from tunesmith.train.folder import open_run
 

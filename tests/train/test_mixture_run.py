@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.data.hub import HubFiles
+from tunesmith.data.reading.hub import HubFiles
 from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.run import resume, train
 

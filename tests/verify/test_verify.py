@@ -194,7 +194,7 @@ def test_inference_is_followed_however_rows_are_learned(
 
 
 def _early_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.data import render
+    from tunesmith.data.rendering import render
 
     own = render._first_stop
 
@@ -206,7 +206,7 @@ def _early_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _late_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.data import render
+    from tunesmith.data.rendering import render
 
     own = render._first_stop
     monkeypatch.setattr(render, "_first_stop", lambda ids, template: (own(ids, template) or 0) + 1)
@@ -214,7 +214,7 @@ def _late_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _path_of(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], Any]) -> None:
     """Answers are learned as another prompt and target."""
-    from tunesmith.data import render
+    from tunesmith.data.rendering import render
 
     own = render._path
 
@@ -235,14 +235,14 @@ def _forgotten_history(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _missing_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.data import turns
+    from tunesmith.data.rendering import turns
 
     own = turns.choose_turns
     monkeypatch.setattr(turns, "choose_turns", lambda chat, train_on: own(chat, train_on)[-1:])
 
 
 def _other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.data import turns
+    from tunesmith.data.rendering import turns
 
     own = turns.choose_turns
     monkeypatch.setattr(
@@ -386,7 +386,7 @@ def test_a_ledger_that_miscounts_fails_p4(folder: Path, monkeypatch: pytest.Monk
 def test_a_resume_that_forgets_fails_p5(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.data.loader import StepOrder
+    from tunesmith.data.order.loader import StepOrder
     from tunesmith.optim import Optimizer
     from tunesmith.train import saving
     from tunesmith.train.build import build

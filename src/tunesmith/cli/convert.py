@@ -15,7 +15,7 @@ from tunesmith.errors import InputError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from tunesmith.data.faults import Fault
-    from tunesmith.data.sources import Row, Source
+    from tunesmith.data.reading.sources import Row, Source
     from tunesmith.types import Origin
 
 _LINES, _PARQUET = (".jsonl", ".ndjson"), ".parquet"
@@ -44,8 +44,8 @@ def convert(
     ] = False,
 ) -> None:
     """Write the rows of IN in another format; the same turns are learned from either."""
-    from tunesmith.data.convert import TARGETS
-    from tunesmith.data.refusals import refusal
+    from tunesmith.data.preparing.refusals import refusal
+    from tunesmith.data.shapes.convert import TARGETS
 
     _one_of("--to", to, TARGETS)
     _one_of("--bad-rows", bad_rows, ("error", "drop"))
@@ -98,7 +98,7 @@ def _converted(
 ) -> Iterator[dict[str, Any]]:
     """The rows that can be converted; the others' faults are noted."""
     from tunesmith.data.faults import RowError
-    from tunesmith.data.sources import read_rows
+    from tunesmith.data.reading.sources import read_rows
 
     for source in sources:
         chosen = None if source.format == "auto" else source.format
@@ -114,9 +114,9 @@ def _converted(
 
 
 def _one(row: Row, chosen: str | None, to: str) -> tuple[str, dict[str, Any]]:
-    from tunesmith.data.convert import convert_row
     from tunesmith.data.faults import Fault, RowError, listing
-    from tunesmith.data.formats import detect_format
+    from tunesmith.data.shapes.convert import convert_row
+    from tunesmith.data.shapes.formats import detect_format
 
     if row.values is None:
         raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))

@@ -30,8 +30,8 @@ from tunesmith.cli.session import (
 from tunesmith.errors import DataError, InputError
 
 if TYPE_CHECKING:
-    from tunesmith.data.conversation import Example
-    from tunesmith.data.sources import Row
+    from tunesmith.data.reading.sources import Row
+    from tunesmith.data.shapes.conversation import Example
     from tunesmith.generate import Prompt
     from tunesmith.types import Origin
 
@@ -124,7 +124,7 @@ def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Ask
         DataError: rows that hold none, unless the settings drop bad rows.
     """
     from tunesmith.data.faults import RowError
-    from tunesmith.data.sources import read_rows
+    from tunesmith.data.reading.sources import read_rows
     from tunesmith.generate import prompt_from
 
     asked: list[Asked] = []
@@ -153,7 +153,7 @@ def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Ask
 
 def _example(session: Session, row: Row, format: str) -> Example:
     from tunesmith.data.faults import Fault, RowError
-    from tunesmith.data.formats import detect_format, to_example
+    from tunesmith.data.shapes.formats import detect_format, to_example
 
     if row.values is None:
         raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))
@@ -168,8 +168,8 @@ def _example(session: Session, row: Row, format: str) -> Example:
 
 def _unanswered(session: Session, values: dict[str, Any]) -> Example:
     """The prompt of a row that has only that."""
-    from tunesmith.data.conversation import Text
-    from tunesmith.data.formats import to_example
+    from tunesmith.data.shapes.conversation import Text
+    from tunesmith.data.shapes.formats import to_example
 
     prompt = values["prompt"]
     if isinstance(prompt, str) and session.raw:

@@ -23,9 +23,9 @@ from tunesmith.errors import DataError, InputError, ModelError
 if TYPE_CHECKING:
     from tunesmith.config.schema import Recipe
     from tunesmith.data.faults import Fault
-    from tunesmith.data.prepare import PreparedRow
-    from tunesmith.data.render import Rendered
-    from tunesmith.data.template import Template
+    from tunesmith.data.preparing.prepare import PreparedRow
+    from tunesmith.data.rendering.render import Rendered
+    from tunesmith.data.templates.template import Template
 
 SHOWN, SHOWN_ON_PAGE = 3, 1000
 
@@ -75,7 +75,7 @@ def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
     """The tokenizer and chat template that the recipe trains with; those of a run if that is the
     model, with the arguments it was trained under.
     """
-    from tunesmith.data.template import load_template
+    from tunesmith.data.templates.template import load_template
     from tunesmith.export import read_choice
 
     tokenizer, folder = _folders(recipe)
@@ -108,7 +108,7 @@ def _folders(recipe: Recipe) -> tuple[Path, Path]:
 
 
 def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterator[PreparedRow]:
-    from tunesmith.data.prepare import iter_prepared
+    from tunesmith.data.preparing.prepare import iter_prepared
     from tunesmith.train.sources import make_sources
 
     section = recipe.data
@@ -137,8 +137,8 @@ def _write_page(
 ) -> None:
     """Write the page, refused rows in it too; then refuse, as without it."""
     from tunesmith.data.faults import Fault
-    from tunesmith.data.ledger import Ledger
-    from tunesmith.data.prepare import record_outcome
+    from tunesmith.data.preparing.ledger import Ledger
+    from tunesmith.data.preparing.prepare import record_outcome
     from tunesmith.pages.preview import ShownRow, preview_page, turns_of
     from tunesmith.train.folder import write_text
 
@@ -215,7 +215,7 @@ def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
 
 
 def _refused(fault: Fault, recipe: Recipe) -> bool:
-    from tunesmith.data.rendered import TOO_LONG
+    from tunesmith.data.rendering.rendered import TOO_LONG
 
     return fault.kind == TOO_LONG or recipe.data.bad_rows == "error"
 
@@ -225,7 +225,7 @@ def _refusal(row: PreparedRow, fault: Fault) -> DataError:
 
 
 def _hint(fault: Fault) -> str:
-    from tunesmith.data.rendered import TOO_LONG
+    from tunesmith.data.rendering.rendered import TOO_LONG
 
     if fault.kind == TOO_LONG:
         return fault.hint or ""
@@ -234,7 +234,7 @@ def _hint(fault: Fault) -> str:
 
 
 def _dropped(fault: Fault) -> Rendered:
-    from tunesmith.data.render import Rendered
+    from tunesmith.data.rendering.render import Rendered
 
     return Rendered(None, "dropped", f"{fault.kind}: {fault.message}", 0)
 

@@ -23,8 +23,8 @@ from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Recipe
-    from tunesmith.data.prepare import Prepared
-    from tunesmith.data.sources import Source
+    from tunesmith.data.preparing.prepare import Prepared
+    from tunesmith.data.reading.sources import Source
     from tunesmith.scoring.table import ScoredSource
 
 SECONDS = 10
@@ -118,7 +118,7 @@ def _sources(recipe: Recipe, folders: Sequence[Path]) -> list[Source]:
 
 
 def _prepare(session: Session, sources: Sequence[Source]) -> Prepared:
-    from tunesmith.data.prepare import prepare
+    from tunesmith.data.preparing.prepare import prepare
     from tunesmith.train.assemble.data import resolve_max_length
 
     section = session.recipe.data

@@ -15,7 +15,7 @@ from tunesmith.cli.score import check_output
 from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
-    from tunesmith.data.sources import Source
+    from tunesmith.data.reading.sources import Source
     from tunesmith.scoring.select import Selection
 
 

@@ -16,8 +16,8 @@ from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tunesmith.data.sources import Source
-    from tunesmith.data.template import Template
+    from tunesmith.data.reading.sources import Source
+    from tunesmith.data.templates.template import Template
     from tunesmith.model.causal_lm import CausalLM
 
 ModelArgument = Annotated[
@@ -118,7 +118,7 @@ def _run_settings(name: str) -> dict[str, Any]:
 
 def open_session(recipe: Recipe) -> Session:
     """Load the model that the settings name, with the template choice kept beside it."""
-    from tunesmith.data.template import load_template
+    from tunesmith.data.templates.template import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
     from tunesmith.train.assemble.model import chosen_quantization

@@ -10,8 +10,8 @@ from rich.text import Text
 from tunesmith.types import Document, Origin, Segment
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Rendered
-    from tunesmith.data.template import Template
+    from tunesmith.data.rendering.render import Rendered
+    from tunesmith.data.templates.template import Template
 
 OPEN, CLOSE = "⟦", "⟧"
 LIGHT, FULL, HEAVY = "yellow", "bold green", "bold magenta"

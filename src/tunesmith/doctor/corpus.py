@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tunesmith.data.conversation import (
+from tunesmith.data.faults import Fault
+from tunesmith.data.rendering.render import Rendered
+from tunesmith.data.shapes.conversation import (
     Chat,
     Completion,
     Example,
@@ -15,9 +17,7 @@ from tunesmith.data.conversation import (
     TemplatedText,
     Text,
 )
-from tunesmith.data.faults import Fault
-from tunesmith.data.render import Rendered
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.doctor.words import plain, words_of
 from tunesmith.types import Document, Origin
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.conversation import Example
 from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.formats import detect_format, to_example
-from tunesmith.data.ledger import Ledger
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.prepare import Prepared, PreparedRow, iter_prepared
-from tunesmith.data.render import render_example
-from tunesmith.data.sources import Source
-from tunesmith.data.store import source_numbers, token_counts
-from tunesmith.data.template import Template, load_template
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.preparing.ledger import Ledger
+from tunesmith.data.preparing.prepare import Prepared, PreparedRow, iter_prepared
+from tunesmith.data.preparing.store import source_numbers, token_counts
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.rendering.render import render_example
+from tunesmith.data.shapes.conversation import Example
+from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.data.templates.template import Template, load_template
 from tunesmith.doctor.catalogue import run_checks
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.outcome import Finding

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.conversation import (
+from tunesmith.data.layout.tree import build_forest, measure
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.shapes.conversation import (
     Chat,
     Completion,
     Parts,
@@ -16,8 +18,6 @@ from tunesmith.data.conversation import (
     Text,
     Tokens,
 )
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.tree import build_forest, measure
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.types import Document
 

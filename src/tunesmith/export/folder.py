@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError
 from tunesmith.export import gotemplate
 from tunesmith.export.gguf.write import begins_with_bos, stop_order

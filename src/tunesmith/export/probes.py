@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.data.faults import RowError
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.export.merge import PROBES
 
 _QUESTION = {"role": "user", "content": "What is 17 plus 25?"}

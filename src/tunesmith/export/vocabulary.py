@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 
 
 def complete_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError
 from tunesmith.generate.sampling import RowSampler
 from tunesmith.model.causal_lm import CausalLM

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.contents import check_special_tokens, refuse_special_tokens
-from tunesmith.data.conversation import Chat, Completion, Example, TemplatedText, Text
-from tunesmith.data.own_text import prompt_of_own_text
-from tunesmith.data.template import Template
-from tunesmith.data.templated import find_answers
+from tunesmith.data.rendering.contents import check_special_tokens, refuse_special_tokens
+from tunesmith.data.rendering.own_text import prompt_of_own_text
+from tunesmith.data.rendering.templated import find_answers
+from tunesmith.data.shapes.conversation import Chat, Completion, Example, TemplatedText, Text
+from tunesmith.data.templates.template import Template
 from tunesmith.generate.batched import visible_text
 from tunesmith.generate.quotes import Quotes
 from tunesmith.types import NO_MESSAGE, Document, IntArray

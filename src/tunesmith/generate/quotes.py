@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.data.faults import refuse
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 
 _PLACE = re.compile("\ue000(\\d+)\ue001")
 """What stands for a quoted token while the template sees the text: characters of private use."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.generate.batched import (
     Generation,
     Options,

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.conversation import Chat
 from tunesmith.data.faults import RowError
-from tunesmith.data.formats import detect_format, to_example
-from tunesmith.data.ledger import Ledger
+from tunesmith.data.preparing.ledger import Ledger
+from tunesmith.data.shapes.conversation import Chat
+from tunesmith.data.shapes.formats import detect_format, to_example
 from tunesmith.pages.html import page, table, text
 from tunesmith.pages.preview_style import SCRIPT, STYLE
 from tunesmith.pages.tokens import TokenTexts, TurnText, document_tree
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Rendered
-    from tunesmith.data.template import Template
+    from tunesmith.data.rendering.render import Rendered
+    from tunesmith.data.templates.template import Template
     from tunesmith.types import Origin
 
 STATUSES = ("trained", "truncated", "dropped", "refused")

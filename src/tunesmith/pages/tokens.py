@@ -10,7 +10,7 @@ from tunesmith.pages.html import text
 from tunesmith.types import Document, IntArray, Segment
 
 if TYPE_CHECKING:
-    from tunesmith.data.template import Template
+    from tunesmith.data.templates.template import Template
 
 BROKEN = "\ufffd"
 _LONGEST_CHARACTER = 8  # tokens that one character may be made of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.data.faults import RowError
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.types import Document, IntArray, Segment
 
 _ASKED = [{"role": "user", "content": "?"}]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.data.prepare import UNUSED, Prepared
-from tunesmith.data.template import Template
+from tunesmith.data.preparing.prepare import UNUSED, Prepared
+from tunesmith.data.templates.template import Template
 from tunesmith.scoring.alone import Alone, answer_headers, answers_alone
 from tunesmith.scoring.measure import Targets, measure_targets
 from tunesmith.types import NO_MESSAGE, Document

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.ledger import LedgerError
+from tunesmith.data.preparing.ledger import LedgerError
 from tunesmith.errors import RunError
 from tunesmith.scoring.select import Selection, Step, raw_rows
 

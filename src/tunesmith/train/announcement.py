@@ -7,8 +7,8 @@ import json
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.ledger import Ledger
-from tunesmith.data.store import target_counts, token_counts
+from tunesmith.data.preparing.ledger import Ledger
+from tunesmith.data.preparing.store import target_counts, token_counts
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.adapters.targets import expert_counts
 from tunesmith.model.quantized_weight import quantized_share

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.store import longest_paths
+from tunesmith.data.preparing.store import longest_paths
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.activations import MicroChoice
 from tunesmith.model.adapters import AdapterReport

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.packing import MicrobatchPlan, Part, plan_step
+from tunesmith.data.layout.packing import MicrobatchPlan, Part, plan_step
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.dealing import IDLE, deal, idle_share
 from tunesmith.distributed.ranks import Ranks

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.batch import collate
+from tunesmith.data.layout.batch import collate
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll

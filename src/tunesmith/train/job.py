@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.prepare import Prepared
-from tunesmith.data.template import Template
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.preparing.prepare import Prepared
+from tunesmith.data.templates.template import Template
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Alone
 from tunesmith.model.causal_lm import CausalLM

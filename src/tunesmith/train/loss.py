@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan
 from tunesmith.distributed.sharers import Sharers
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.noise import EmbeddingNoise

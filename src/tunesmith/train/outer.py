@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.data.layout.packing import MicrobatchPlan
 from tunesmith.train.pathkeys import target_keys
 
 

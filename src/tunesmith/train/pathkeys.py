@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.data.layout.packing import MicrobatchPlan
 from tunesmith.types import Document, IntArray
 
 _PRIME = 2**61 - 1

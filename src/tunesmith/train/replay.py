@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.errors import InputError
 from tunesmith.train.again import check_data
 from tunesmith.train.assemble.ranks import for_one_process

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import DataSection, Holdout, SourceSection
-from tunesmith.data.files import find, folder_files, is_pattern, pattern_files
-from tunesmith.data.holdout import HoldoutChoice, Side, holdout_split
-from tunesmith.data.hub import fetch, is_hub_id
-from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.sources import Source, read_rows
-from tunesmith.data.template import Template
+from tunesmith.data.preparing.holdout import HoldoutChoice, Side, holdout_split
+from tunesmith.data.preparing.prepare import Prepared, prepare
+from tunesmith.data.reading.files import find, folder_files, is_pattern, pattern_files
+from tunesmith.data.reading.hub import fetch, is_hub_id
+from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError
 from tunesmith.train.job import EvalSet
 

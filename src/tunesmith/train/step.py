@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.packing import MicrobatchPlan
+from tunesmith.data.layout.packing import MicrobatchPlan
 from tunesmith.distributed.reduce import Alone
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.causal_lm import CausalLM

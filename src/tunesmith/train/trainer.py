@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.data.packing import MicrobatchPlan, plan_step
-from tunesmith.data.store import longest_paths
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.preparing.store import longest_paths
 from tunesmith.errors import InterruptedRun
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.background import State

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.sources import read_rows
+from tunesmith.data.reading.sources import read_rows
 from tunesmith.train.folder import read_json
 from tunesmith.train.job import Job, run_files
 from tunesmith.train.sources import make_sources

@@ -13,8 +13,8 @@ from typing import Any
 
 from tunesmith.config.schema import Recipe
 from tunesmith.config.sections.device import DeviceSection
-from tunesmith.data.conversation import Example
-from tunesmith.data.store import longest_paths
+from tunesmith.data.preparing.store import longest_paths
+from tunesmith.data.shapes.conversation import Example
 from tunesmith.train.assemble.ranks import for_one_process
 from tunesmith.train.build import build
 from tunesmith.train.checkpoint import load_checkpoint, newest_checkpoint

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.probe import native
 from tunesmith.objectives import nll

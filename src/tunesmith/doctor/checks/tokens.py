@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.data.conversation import Chat, Parts, TemplatedText, Text, Tokens
-from tunesmith.data.template import Template
+from tunesmith.data.shapes.conversation import Chat, Parts, TemplatedText, Text, Tokens
+from tunesmith.data.templates.template import Template
 from tunesmith.doctor.checks.faults import STOPS, fault_hits
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Outcome, quote

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.gguf.check import GgufReport, check_file
 from tunesmith.export.gguf.header import Header, read_header

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.batch import collate
+from tunesmith.data.layout.batch import collate
 from tunesmith.distributed.context import Context, uneven_heads
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError, RecipeError

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.cache import default_cache_folder, discard
-from tunesmith.data.sources import Source
-from tunesmith.data.template import Template, load_template, wrap_tokenizer
+from tunesmith.data.cache_folder import default_cache_folder
+from tunesmith.data.preparing.cache import discard
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.templates.template import Template, load_template, wrap_tokenizer
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource

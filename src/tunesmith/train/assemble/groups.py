@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.packing import MicrobatchPlan, plan_step
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import plan_step
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import plan_step
 from tunesmith.distributed.together import is_out_of_memory
 from tunesmith.errors import InputError
 from tunesmith.model.activations import (

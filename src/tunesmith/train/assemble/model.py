@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.loader import StepOrder
+from tunesmith.data.order.loader import StepOrder
 from tunesmith.distributed.sharers import Sharers
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.config.schema import Holdout, Recipe, SourceSection
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.mixture import Portion, mix
-from tunesmith.data.packs import WRAPPED, Packing, make_packs
-from tunesmith.data.prefixes import PrefixGroups
-from tunesmith.data.prepare import Prepared
-from tunesmith.data.sources import Source
-from tunesmith.data.store import source_numbers, token_counts
-from tunesmith.data.template_choice import BUILT_IN
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.order.mixture import Portion, mix
+from tunesmith.data.order.prefixes import PrefixGroups
+from tunesmith.data.packing.packs import WRAPPED, Packing, make_packs
+from tunesmith.data.preparing.prepare import Prepared
+from tunesmith.data.preparing.store import source_numbers, token_counts
+from tunesmith.data.reading.sources import Source
+from tunesmith.data.templates.template_choice import BUILT_IN
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.train.sources import is_mixture
 from tunesmith.types import Document, IntArray

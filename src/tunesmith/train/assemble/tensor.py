@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.batch import collate
+from tunesmith.data.layout.batch import collate
 from tunesmith.distributed.divide import Divided, Division, divide_model
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.reduce import Alone

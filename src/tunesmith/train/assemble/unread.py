@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.template import Template
+from tunesmith.data.templates.template import Template
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM

@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
-from tunesmith.data.store import longest_paths
+from tunesmith.data.preparing.store import longest_paths
 from tunesmith.distributed.context import Context
 from tunesmith.distributed.launch import ranks_to_start
 from tunesmith.distributed.ranks import Ranks

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tunesmith.data.batch import collate
-from tunesmith.data.packing import MicrobatchPlan, plan_step
-from tunesmith.data.store import longest_paths
+from tunesmith.data.layout.batch import collate
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.preparing.store import longest_paths
 from tunesmith.model.footprint import footprint
 from tunesmith.train.dealt import own_part
 from tunesmith.train.evaluate import evaluate

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.loader import StepOrder
-from tunesmith.data.packing import MicrobatchPlan, plan_step
-from tunesmith.data.prefixes import PrefixGroups
-from tunesmith.data.store import token_counts
+from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.order.loader import StepOrder
+from tunesmith.data.order.prefixes import PrefixGroups
+from tunesmith.data.preparing.store import token_counts
 from tunesmith.train.job import Job
 from tunesmith.train.pathkeys import path_ends
 from tunesmith.train.sources import is_mixture
