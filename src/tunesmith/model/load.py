@@ -15,6 +15,7 @@ from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.heap import freed_at_once
+from tunesmith.model.kernels import restore_modules
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logits import read_logit_transform
 from tunesmith.model.source import (
@@ -160,6 +161,7 @@ def settings_kept(model: Any) -> Iterator[None]:
         yield
     finally:
         restore_linear_maps(model)
+        restore_modules(model)
         base.set_attn_implementation(native)
         config.use_cache = cache
         model.train(training)

@@ -43,6 +43,7 @@ def conduct(
     progress: bool,
 ) -> Run:
     """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
+    from tunesmith.model.kernels import restore_modules
     from tunesmith.train.build import build
     from tunesmith.train.console import announce
 
@@ -69,6 +70,7 @@ def conduct(
         return _train_and_export(folder, job, progress=progress)
     finally:
         job.loss.close()  # the model may be the caller's own
+        restore_modules(job.model)
 
 
 def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:

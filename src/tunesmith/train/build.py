@@ -17,6 +17,7 @@ from tunesmith.model.activations import MicroChoice
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.heap import keep_freed_memory
+from tunesmith.model.kernels import Replaced
 from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
@@ -39,6 +40,7 @@ from tunesmith.train.assemble.data import (
     resolve_max_length,
 )
 from tunesmith.train.assemble.given import Given
+from tunesmith.train.assemble.kernels import check_kernels, choose_kernels, kernels_line
 from tunesmith.train.assemble.memory import fit_device
 from tunesmith.train.assemble.model import check_memory
 from tunesmith.train.assemble.objective import (
@@ -85,7 +87,7 @@ def build(
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    notes: list[str] = []
+    check_kernels(recipe)
     source = (
         None
         if given.model is not None
@@ -109,7 +111,7 @@ def build(
                 **kept,
             )
         )
-    notes += prepared.notes
+    notes = list(prepared.notes)
     packing = pack_prepared(recipe, prepared, max_length=max_length)
     room = int(ranks.least(_room(device, ranks)))
     loaded = load_for_ranks(recipe, source, given, template=template, ranks=ranks, device=device)
@@ -121,6 +123,7 @@ def build(
     tested = test_loaded(loaded, ranks, max_length=longest)
     notes += tested.notes
     trained = choose_trained(recipe, model)
+    kernels = choose_kernels(recipe, model, device)
     spared = spared_bytes(size, model, ranks, together=together)
     fit = fit_device(
         recipe,
@@ -182,9 +185,9 @@ def build(
         reduce=reduce,
         costs=costs,
     )
-    job.chosen = _chosen(job, tested, fit)
+    job.chosen = _chosen(job, tested, fit, kernels)
     said = objective_line(recipe, job.loss, shared=job.share)
-    said += adapter_lines(recipe, model, shared=job.share)
+    said += [*adapter_lines(recipe, model, shared=job.share), *kernels_line(kernels)]
     spread = [
         *tensor_line(ranks, reduce),
         *context_line(ranks.context.count, ranks.count, longest=longest),
@@ -246,7 +249,9 @@ def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
     return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
 
 
-def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
+def _chosen(
+    job: Job, tested: SelfTest, fit: MicroChoice, kernels: Replaced | None
+) -> dict[str, Any]:
     return {
         "device": str(job.device),
         "dtype": job.recipe.model.dtype,
@@ -255,6 +260,7 @@ def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
         "micro_tokens": job.micro_tokens,
         "share_prefixes": job.share,
         "attention": "isolated" if job.model.isolated else "sdpa",
+        "kernels": "torch" if kernels is None else kernels.text,
         "gradient_checkpointing": fit.checkpointing,
         "memory": fit.reason,
         "activation_offload": job.model.offload,

@@ -34,9 +34,11 @@ PARTS = "parts"
 TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
-COMPARED = ("versions", "world_size", "context", "tensor", "threads", "device", "deterministic")
+COMPARED = (
+    "versions", "world_size", "context", "tensor", "threads", "device", "kernels", "deterministic",
+)  # fmt: skip
 """Entries of `TrainState.meta` on which bitwise resume depends."""
-UNSAID = {"context": 1, "tensor": 1}
+UNSAID = {"context": 1, "tensor": 1, "kernels": "torch"}
 """What an entry is where it is not there."""
 
 _STEP = re.compile(r"step-(\d+)$")

@@ -200,6 +200,7 @@ class Saving:
             "tensor": job.ranks.split.count,
             "threads": torch.get_num_threads(),
             "device": str(job.device.type),
+            "kernels": job.chosen["kernels"],
             "deterministic": job.recipe.device.deterministic,
             "micro_tokens": job.micro_tokens,
             "micro_tokens_asked": self._asked_micro_tokens,

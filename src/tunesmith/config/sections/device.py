@@ -27,6 +27,11 @@ class DeviceSection(Section):
         description="sdpa: packed, by torch's own kernels; isolated: one path at a time, by the "
         "model's own attention",
     )
+    kernels: Literal["auto", "torch", "liger"] = Field(
+        default="auto",
+        description="what computes norms and gated units: liger, Liger's kernels where a trial "
+        "shows them right; torch, the model's own operations; auto: liger on CUDA if installed",
+    )
     gradient_checkpointing: (
         Literal["auto", "none", "layers", "selective"] | bool | Annotated[Count, Field(ge=1)]
     ) = Field(
