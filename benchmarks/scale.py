@@ -97,23 +97,23 @@ def held(job: Any) -> dict[str, int]:
 
 def note_gradients(job: Any, kept: dict[str, int]) -> None:
     """Have the bytes of the gradients that a step hands to the optimizer noted."""
-    clip = job.optimizer.clip_grad_norm
+    norm = job.optimizer.grad_norm
 
-    def noted(limit: float | None) -> Any:
+    def noted() -> Any:
         grads = [p.grad for p in job.optimizer.parameters if p.grad is not None]
         kept["gradients"] = sum(grad.numel() * grad.element_size() for grad in grads)
-        return clip(limit)
+        return norm()
 
-    job.optimizer.clip_grad_norm = noted
+    job.optimizer.grad_norm = noted
 
 
 def note_updates(job: Any) -> list[float]:
     """Seconds of each update of the weights from now on."""
     own, seconds = job.optimizer.step, []
 
-    def timed(lr: float) -> None:
+    def timed(lr: float, grad_scale: float = 1.0) -> None:
         started = time.perf_counter()
-        own(lr)
+        own(lr, grad_scale)
         seconds.append(time.perf_counter() - started)
 
     job.optimizer.step = timed

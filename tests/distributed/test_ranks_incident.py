@@ -46,24 +46,24 @@ StepLoss.__call__ = poisoned
 UNEVEN = """
 from tunesmith.optim.base import Optimizer
 
-clip = getattr(Optimizer.clip_grad_norm, "whole", Optimizer.clip_grad_norm)
+whole = getattr(Optimizer.grad_norm, "whole", Optimizer.grad_norm)
 
 calls = [0]
 
-def uneven(self, max_norm):
+def uneven(self):
     calls[0] += 1
-    norm = clip(self, max_norm)
+    norm = whole(self)
     return norm * float("nan") if calls[0] == 3 and rank == 1 else norm * (1 + rank)
 
-uneven.whole = clip
-Optimizer.clip_grad_norm = uneven
+uneven.whole = whole
+Optimizer.grad_norm = uneven
 """
 WHOLE = """
 from tunesmith.optim.base import Optimizer
 from tunesmith.train.loss import StepLoss
 
 StepLoss.__call__ = getattr(StepLoss.__call__, "whole", StepLoss.__call__)
-Optimizer.clip_grad_norm = getattr(Optimizer.clip_grad_norm, "whole", Optimizer.clip_grad_norm)
+Optimizer.grad_norm = getattr(Optimizer.grad_norm, "whole", Optimizer.grad_norm)
 """
 GARBLED = "\u20ac\u00a5\u00df" * 40
 

@@ -121,7 +121,7 @@ class Resting:
     def to(self, device: torch.device, *, non_blocking: bool) -> Resting:
         return Resting(self.value, str(device))
 
-    def copy_(self, other: Resting) -> None:
+    def copy_(self, other: Resting, *, non_blocking: bool) -> None:
         self.value = other.value
 
 

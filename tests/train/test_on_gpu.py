@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import tunesmith
 from gang import losses, records
 from tiny import chat_inputs, tiny_folder
+from tunesmith.train import figures, trainer
 
 pytestmark = pytest.mark.gpu
 GPU = "device.kind=cuda"
@@ -52,6 +55,36 @@ def test_every_loss_is_the_cpus(kind: str, given: dict[str, str], tmp_path: Path
     assert losses(two) == pytest.approx(losses(one), rel=ROUNDING)
     held = [[record["nll"] for record in records(out, "eval")] for out in (one, two)]
     assert held[1] == pytest.approx(held[0], rel=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "recomputed", "eaft", "asft", "muon"])
+def test_a_step_is_not_waited_for_before_its_end(
+    kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises at whatever makes the host wait, but for the one reading of the figures."""
+    real, read, steps = trainer.train_step, figures.to_host, []
+
+    def reading(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        torch.cuda.set_sync_debug_mode("default")
+        found = read(tensors)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    def strict(*args: Any, **keywords: Any) -> Any:
+        if not steps:  # kernels are compiled and tried in the first
+            steps.append(1)
+            return real(*args, **keywords)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps.append(1)
+            return real(*args, **keywords)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(figures, "to_host", reading)
+    monkeypatch.setattr(trainer, "train_step", strict)
+    run(given, tmp_path / "run", GPU, "eval.every=null", *KINDS[kind])
+    assert len(steps) == 6
 
 
 def test_a_run_is_the_same_bits_again(given: dict[str, str], tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ class _Regions:
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+    def grad_norm(self) -> Tensor:
         with record_function(_REGION + OPTIMIZER):
-            return self.inner.clip_grad_norm(max_norm)
+            return self.inner.grad_norm()
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
         with record_function(_REGION + OPTIMIZER):
-            self.inner.step(lr)
+            self.inner.step(lr, grad_scale)
 
     def zero_grad(self) -> None:
         with record_function(_REGION + OPTIMIZER):

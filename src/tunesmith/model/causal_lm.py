@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.model.attention import NAME
@@ -71,7 +72,12 @@ class CausalLM(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, D]."""
-        keywords: dict[str, Any] = {} if batch.layout is None else {"layout": batch.layout}
+        keywords: dict[str, Any] = {}
+        if batch.layout is not None:
+            # Without a mask transformers would look for packed rows in the positions, for which a
+            # GPU has to be waited for.
+            seen = torch.ones_like(batch.input_ids[None], dtype=torch.bool)
+            keywords = {"layout": batch.layout, "attention_mask": seen}
         with offloaded(self) if self.offload else nullcontext():
             output = self.decoder(
                 input_ids=batch.input_ids[None],

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from tunesmith.model.locality import Locality
+from tunesmith.transfer import to_device
 from tunesmith.types import Chain, Layout
 
 BLOCK = 128
@@ -98,8 +99,7 @@ def _block_mask(layout: Layout, locality: Locality | None, device: torch.device)
     whole_number, whole_indices = _ordered(whole, device)
     return BlockMask.from_kv_blocks(
         number, indices, whole_number, whole_indices, BLOCK_SIZE=BLOCK,
-        mask_mod=_rule(torch.from_numpy(until).to(device), torch.from_numpy(position).to(device),
-                       locality),
+        mask_mod=_rule(to_device(until, device), to_device(position, device), locality),
         seq_lengths=(total, total),
     )  # fmt: skip
 
@@ -124,9 +124,9 @@ def _blocks(until: Any, position: Any, locality: Locality | None) -> tuple[Any, 
 
 def _ordered(blocks: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """[1, 1, N] how many, and [1, 1, N, N] which ones first."""
-    number = torch.from_numpy(blocks.sum(1).astype(np.int32))
-    indices = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
-    return number[None, None].to(device), indices[None, None].to(device)
+    number = to_device(blocks.sum(1).astype(np.int32), device)
+    indices = to_device(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32), device)
+    return number[None, None], indices[None, None]
 
 
 def _rule(until: Tensor, position: Tensor, locality: Locality | None) -> Any:

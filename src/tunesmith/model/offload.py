@@ -30,7 +30,8 @@ def offloaded(
             return tensor
         pinned = tensor.device.type == "cuda" and not tensor.is_sparse
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-        host.copy_(tensor)
+        # nobody reads it here: what brings it back is queued behind this
+        host.copy_(tensor, non_blocking=pinned)
         if copied is not None:
             copied(tensor)
         return tensor.device, host

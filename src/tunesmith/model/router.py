@@ -74,7 +74,8 @@ def balance_loss(logits: Sequence[Tensor], member: Tensor, *, top_k: int) -> Ten
     for layer in logits:
         p = layer.float().softmax(-1)
         best = p.detach().topk(top_k, -1).indices
-        chosen = chosen + torch.nn.functional.one_hot(best, p.shape[1]).sum(1).float()
+        # one_hot would look at the indices first, which a GPU would have to be waited for
+        chosen = chosen + torch.zeros_like(p).scatter(1, best, 1.0)
         probability = probability + p
     on = member.float()
     tokens = on.sum(1, keepdim=True) * len(logits)

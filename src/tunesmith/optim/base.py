@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.decay import no_decay
-from tunesmith.optim.norm import clip_factor, grad_norm
+from tunesmith.optim.norm import grad_norm
 from tunesmith.optim.paging import Pages
 from tunesmith.optim.split import join, split_
 
@@ -83,7 +83,6 @@ class Optimizer:
         self.pages = pages
         self.steps = 0
         self.sharing: Sharing | None = None
-        self._clip = 1.0
         self._scratch: dict[torch.device, Tensor] = {}
         self._slots: dict[str, Slot] = {}
         for name, parameter in named_parameters:
@@ -152,16 +151,15 @@ class Optimizer:
         return counter + masters + sum(t.numel() * t.element_size() for t in kept)
 
     @torch.no_grad()
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """The norm of all gradients; the next `step` scales them down to `max_norm` as it goes.
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients, on their device: nobody waits for it here.
 
-        The gradients themselves stay as they are, which saves writing them once more. On an
-        accelerator this waits for the norm, which a step has to look at anyway.
+        To clip, give `step` its `clip_factor`; the gradients themselves stay as they are, which
+        saves writing them once more.
         """
         norm = grad_norm(self.parameters)
         if self.sharing is not None:
             norm = self.sharing.norm(norm)
-        self._clip = 1.0 if max_norm is None else clip_factor(float(norm), max_norm)
         return norm
 
     @torch.no_grad()
@@ -170,7 +168,6 @@ class Optimizer:
         they are.
         """
         self.steps += 1
-        grad_scale, self._clip = grad_scale * self._clip, 1.0
         counters: dict[torch.device, Tensor] = {}
         for slot in self._slots.values():
             device = slot.parameter.device
@@ -178,10 +175,11 @@ class Optimizer:
                 counters[device] = torch.full((), float(self.steps), device=device)
             with nullcontext() if self.pages is None else self.pages.at_hand(slot):
                 self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
+        if self.pages is not None:
+            self.pages.settle()
 
     def zero_grad(self) -> None:
         """Give the gradients' memory to the next forward pass, which runs before there are any."""
-        self._clip = 1.0
         for slot in self._slots.values():
             slot.parameter.grad = None
         if self.sharing is not None:

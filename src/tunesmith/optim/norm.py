@@ -15,10 +15,11 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     gradients on the same number of threads give the same bits. The caller decides when to wait for
     the device by reading the value.
     """
+    parameters = list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    norms = torch._foreach_norm(grads, dtype=torch.float32)  # of many tensors at once on a GPU
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 

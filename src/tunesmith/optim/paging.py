@@ -38,6 +38,7 @@ class Pages:
         self.folder = folder
         self.bytes = 0
         """What rests here."""
+        self._device: torch.device | None = None  # from which copies are under way
 
     def zeros(self, flat: Tensor) -> Tensor:
         """float32 zeros for what is kept of a parameter `flat` [n] on its device.
@@ -68,14 +69,22 @@ class Pages:
         if device.type == "cpu":
             yield
             return
+        self._device = device
         slot.state = {name: t.to(device, non_blocking=True) for name, t in resting.items()}
         try:
             yield
         finally:
             for name, tensor in resting.items():
                 if tensor.device != device:
-                    tensor.copy_(slot.state[name])
+                    # What reads it on the device again is queued behind this; see `settle`.
+                    tensor.copy_(slot.state[name], non_blocking=True)
             slot.state = resting
+
+    def settle(self) -> None:
+        """Wait until what was changed on a device has arrived, once for all parameters."""
+        if self._device is not None:
+            torch.accelerator.synchronize(self._device)
+            self._device = None
 
     def _place(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
         """Memory [count], and whether it holds zeros."""

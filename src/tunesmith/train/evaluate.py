@@ -19,8 +19,9 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
 from tunesmith.train.dealt import Costs, own_plans, step_plans
+from tunesmith.train.figures import read_figures
 from tunesmith.train.step import add_document_losses
-from tunesmith.types import Document
+from tunesmith.types import Document, LossOutput
 
 ALONE, COSTS = Ranks(), Costs()
 GROUP_TOKENS = 8
@@ -74,15 +75,17 @@ def evaluate(
                 plans = step_plans(
                     group, ranks, costs=costs, micro_tokens=micro_tokens, isolated=model.isolated
                 )
-                for plan in own_plans(plans, ranks, costs=costs):
+                own, outputs = own_plans(plans, ranks, costs=costs), list[LossOutput]()
+                for plan in own:
                     if before_each is not None:
                         before_each()
-                    output = model(collate(plan, device), head)
+                    outputs.append(model(collate(plan, device), head))
+                for plan, found in zip(own, read_figures(outputs)[0], strict=True):
                     add_document_losses(
-                        loss[numbers], weight[numbers], plan.shares, output.token_loss
+                        loss[numbers], weight[numbers], plan.shares, found.token_loss
                     )
                     for name in sums:
-                        sums[name] += float(output.stats[name])
+                        sums[name] += found.stats[name]
     finally:
         model.train(training)
     measured = ranks.add(np.concatenate([loss, weight, list(sums.values())]))

@@ -27,6 +27,7 @@ from tunesmith.objectives import Base, Objective, Sides, head_loss, likeliest_to
 from tunesmith.train.dealt import own_part
 from tunesmith.train.outer import OuterBatch
 from tunesmith.train.pathkeys import path_ends, token_keys
+from tunesmith.transfer import to_device
 from tunesmith.types import Batch, Document, HeadLoss, Layout, LossOutput
 
 PlanOf = Callable[[int], tuple[Sequence[Document], Sequence[MicrobatchPlan]]]
@@ -69,7 +70,7 @@ class RouterBalance:
         ends = self._path_ends(plan)
         token = np.arange(len(plan.ids))
         member = (token <= ends[:, None]) & (ends[:, None] < plan.layout.visible_until)
-        on = torch.from_numpy(member).to(logits[0].device)
+        on = to_device(member, logits[0].device)
         each = balance_loss(logits, on, top_k=self.routers.top_k)
         return (each * on.sum(1)).sum() * self.scale
 
@@ -126,7 +127,7 @@ class StepLoss:
     def _loss(
         self, model: CausalLM, plan: MicrobatchPlan, device: torch.device, *, old: Tensor | None
     ) -> LossOutput:
-        batch = self._with_guesses(model, collate(plan, device), plan)
+        batch = self._with_guesses(model, collate(plan, device), plan, device)
         sides = Sides(
             progress=self.step / self.steps,
             old_logprob=old,
@@ -139,7 +140,7 @@ class StepLoss:
         with ExitStack() as stack:
             if self.noise is not None:
                 lengths = path_lengths(plan.layout)[plan.layout.own]
-                stack.enter_context(self.noise.over(torch.from_numpy(lengths).to(device)))
+                stack.enter_context(self.noise.over(to_device(lengths, device)))
             if self.balance is None:
                 return model(batch, head)
             logits = stack.enter_context(self.balance.routers.recorded())
@@ -179,15 +180,17 @@ class StepLoss:
         if part.part is None:
             return found
         whole = found.new_zeros(len(plan.target))
-        whole[torch.from_numpy(part.part.targets.astype(np.int64)).to(device)] = found
+        whole[to_device(part.part.targets.astype(np.int64), device)] = found
         return self.sharers.add(whole)
 
     def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
         if self.outer is None or self.outer.empty or self.step < self.outer.first:
             return None
-        return self.outer.find(plan).to(device)
+        return to_device(self.outer.find(plan), device)
 
-    def _with_guesses(self, model: CausalLM, batch: Batch, plan: MicrobatchPlan) -> Batch:
+    def _with_guesses(
+        self, model: CausalLM, batch: Batch, plan: MicrobatchPlan, device: torch.device
+    ) -> Batch:
         """The batch with some target tokens replaced, where they are read, by the likeliest token
         of a pass over the true ones (Mihaylova & Martins, arXiv 1906.07651).
         """
@@ -201,11 +204,11 @@ class StepLoss:
         read = (after < plan.layout.visible_until[plan.source]) & (
             plan.ids[np.minimum(after, len(plan.ids) - 1)] == plan.target
         )
-        taken = torch.rand(len(after)) < probability
-        chosen = (torch.from_numpy(read) & taken).to(guesses.device)
-        places = torch.from_numpy(after.astype(np.int64)).to(guesses.device)[chosen]
+        taken = torch.rand(len(after)).numpy() < probability
+        chosen = np.flatnonzero(read & taken)  # on the host: a mask's size would be asked for
+        places = to_device(after[chosen].astype(np.int64), device)
         ids = batch.input_ids.clone()
-        ids[places] = guesses[chosen]
+        ids[places] = guesses.index_select(0, to_device(chosen, device))
         return replace(batch, input_ids=ids)
 
 

@@ -190,7 +190,7 @@ def _own_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[floa
         )  # fmt: skip
         for plan in plans:
             (job.loss(job.model, plan, job.device).loss_sum / total).backward()
-        norms.append(float(job.optimizer.clip_grad_norm(None)))
+        norms.append(float(job.optimizer.grad_norm()))
         job.optimizer.zero_grad()
     restore_rng(kept)
     return norms

@@ -22,6 +22,8 @@ from tunesmith.data.layout.packing import MicrobatchPlan
 from tunesmith.distributed.reduce import Alone
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.optim import clip_factor
+from tunesmith.train.figures import Figures, read_figures
 from tunesmith.train.quantiles import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.types import LossOutput, Shares
 
@@ -47,8 +49,8 @@ class Reduce(Protocol):
 class Optimizer(Protocol):
     """What a step needs of an optimizer."""
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor: ...
-    def step(self, lr: float) -> None: ...
+    def grad_norm(self) -> Tensor: ...
+    def step(self, lr: float, grad_scale: float = 1.0) -> None: ...
     def zero_grad(self) -> None: ...
 
 
@@ -65,7 +67,9 @@ class StepResult:
     computed_tokens: int
     target_tokens: int  # repeats counted
     finite: bool = True  # loss and gradient, on every rank
-    micro_losses: Sequence[tuple[MicrobatchPlan, Tensor]] = ()  # of this rank: [N] by target
+    micro_losses: Sequence[
+        tuple[MicrobatchPlan, Tensor]
+    ] = ()  # of this rank: [N] by target, in the host's memory
 
     @property
     def loss(self) -> float:
@@ -101,7 +105,7 @@ def train_step(
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights are then unchanged.
     """
     total = _total_weight(plans, reduce)
-    outputs: list[LossOutput] = []
+    outputs: list[LossOutput] = []  # on the device, without their graphs
     with reduce.all_or_none():
         if begin is not None:
             begin()
@@ -111,12 +115,12 @@ def train_step(
             (output.loss_sum / total).backward()
             outputs.append(_detached(output))
     reduce.add_gradients()
-    grad_norm = float(optimizer.clip_grad_norm(max_grad_norm))
-    result = _sum_up(plans, outputs, documents=documents, grad_norm=grad_norm, reduce=reduce)
+    figures, (grad_norm,) = read_figures(outputs, optimizer.grad_norm())
+    result = _sum_up(plans, figures, documents=documents, grad_norm=grad_norm, reduce=reduce)
     if not result.finite:
         optimizer.zero_grad()
         raise NonFiniteStep(result)
-    optimizer.step(lr)
+    optimizer.step(lr, clip_factor(grad_norm, max_grad_norm))
     optimizer.zero_grad()
     return result
 
@@ -133,7 +137,7 @@ def _total_weight(plans: Sequence[MicrobatchPlan], reduce: Reduce) -> float:
 
 def _sum_up(
     plans: Sequence[MicrobatchPlan],
-    outputs: Sequence[LossOutput],
+    figures: Sequence[Figures],
     *,
     documents: int,
     grad_norm: float,
@@ -144,15 +148,15 @@ def _sum_up(
     """
     loss, weight = np.zeros(documents), np.zeros(documents)
     stats: dict[str, float] = {}
-    for plan, output in zip(plans, outputs, strict=True):
-        add_document_losses(loss, weight, plan.shares, output.token_loss)
-        for name, value in output.stats.items():
-            stats[name] = stats.get(name, 0.0) + float(value)
+    for plan, found in zip(plans, figures, strict=True):
+        add_document_losses(loss, weight, plan.shares, found.token_loss)
+        for name, value in found.stats.items():
+            stats[name] = stats.get(name, 0.0) + value
     names = list(stats)
     own = [
         np.asarray(
             [
-                sum(float(output.loss_sum) for output in outputs),
+                sum(found.loss_sum for found in figures),
                 sum(plan.counted for plan in plans),
                 sum(len(plan.shares.weight) for plan in plans),
                 grad_norm if reduce.first else 0.0,
@@ -163,7 +167,7 @@ def _sum_up(
         np.asarray([stats[name] for name in names]),
         loss,
         weight,
-        _effective_weight(plans, outputs).reshape(-1),
+        _effective_weight(plans, figures).reshape(-1),
     ]
     summed = reduce.add(np.concatenate(own))
     bounds = np.cumsum([len(part) for part in own])[:-1]
@@ -183,20 +187,20 @@ def _sum_up(
         computed_tokens=int(sums[1]),
         target_tokens=int(sums[2]),
         finite=math.isfinite(sums[0]) and not sums[4],
-        micro_losses=[(p, o.token_loss) for p, o in zip(plans, outputs, strict=True)],
+        micro_losses=[(p, f.token_loss) for p, f in zip(plans, figures, strict=True)],
     )
 
 
 def _effective_weight(
-    plans: Sequence[MicrobatchPlan], outputs: Sequence[LossOutput]
+    plans: Sequence[MicrobatchPlan], figures: Sequence[Figures]
 ) -> NDArray[np.float64]:
     """Histogram over the targets of strength / p: how much a target weighs in the gradient of the
     model's own expected choice. Zero where it isn't known.
     """
     known = [
-        log_histogram(output.effective.to("cpu", torch.float64).numpy(), plan.weight)
-        for plan, output in zip(plans, outputs, strict=True)
-        if output.effective is not None and not bool(output.effective.isnan().any())
+        log_histogram(found.effective.double().numpy(), plan.weight)
+        for plan, found in zip(plans, figures, strict=True)
+        if found.effective is not None and not bool(found.effective.isnan().any())
     ]
     return np.sum([EMPTY_HISTOGRAM, *known], axis=0)
 
@@ -204,10 +208,10 @@ def _effective_weight(
 def add_document_losses(
     loss: NDArray[np.float64], weight: NDArray[np.float64], shares: Shares, token_loss: Tensor
 ) -> None:
-    """Add a micro-batch's losses to those of the documents that asked for them; all arrays by
-    document number.
+    """Add a micro-batch's losses, in the host's memory, to those of the documents that asked for
+    them; all arrays by document number.
     """
-    losses = token_loss.detach().to("cpu", torch.float64).numpy()
+    losses = token_loss.double().numpy()
     share = shares.weight.astype(np.float64)
     loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))
     weight += np.bincount(shares.document, weights=share, minlength=len(weight))

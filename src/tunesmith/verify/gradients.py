@@ -119,10 +119,10 @@ class _Keeper:
         self._model = model
         self.gradients: dict[str, Tensor] = {}
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        return torch.zeros(())
+    def grad_norm(self) -> Tensor:
+        return torch.zeros((), device=next(self._model.parameters()).device)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
         self.gradients = _taken(self._model)
 
     def zero_grad(self) -> None:

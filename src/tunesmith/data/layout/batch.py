@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.layout.packing import MicrobatchPlan
+from tunesmith.transfer import to_device
 from tunesmith.types import Batch
 
 
@@ -14,7 +15,7 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
     """The plan's arrays as tensors; ids and positions as int64, weights as float32."""
 
     def tensor(array: NDArray[np.int32]) -> torch.Tensor:
-        return torch.as_tensor(array.astype(np.int64)).to(device, non_blocking=True)
+        return to_device(array.astype(np.int64), device)
 
     return Batch(
         input_ids=tensor(plan.ids),
@@ -22,6 +23,6 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
         layout=plan.layout if plan.packed else None,
         source=tensor(plan.source),
         target=tensor(plan.target),
-        weight=torch.as_tensor(plan.weight).to(device, non_blocking=True),
+        weight=to_device(plan.weight, device),
         shares=plan.shares,
     )
