@@ -194,6 +194,20 @@ def test_a_copy_that_is_waited_for_would_be_found() -> None:
     assert len(copies.found) == 2
 
 
+def test_what_a_gpu_copies_is_pinned_if_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, values, other = torch.device("cuda"), torch.ones(3), torch.zeros(3)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: other)
+    assert transfer.pinned(values, gpu) is other
+    assert transfer.pinned(values, torch.device("cpu")) is values
+
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    assert transfer.pinned(values, gpu) is values
+
+
 def test_figures_come_back_as_they_are() -> None:
     tensors = [torch.tensor(1.25), torch.rand(3, 2), torch.zeros(0), torch.rand(4).double()]
     found = transfer.to_host([tensor.requires_grad_() for tensor in tensors])

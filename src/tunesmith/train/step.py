@@ -97,9 +97,11 @@ def train_step(
     device: torch.device,
     reduce: Reduce = ALONE,
     begin: Callable[[], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> StepResult:
     """Learn from the micro-batches of one step, of which `plans` are this rank's; `begin` is what
-    the loss does before the first of them.
+    the loss does before the first of them, and `meanwhile` what the host does while the device
+    still works on them.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights are then unchanged.
@@ -115,7 +117,10 @@ def train_step(
             (output.loss_sum / total).backward()
             outputs.append(_detached(output))
     reduce.add_gradients()
-    figures, (grad_norm,) = read_figures(outputs, optimizer.grad_norm())
+    norm = optimizer.grad_norm()
+    if meanwhile is not None:
+        meanwhile()
+    figures, (grad_norm,) = read_figures(outputs, norm)
     result = _sum_up(plans, figures, documents=documents, grad_norm=grad_norm, reduce=reduce)
     if not result.finite:
         optimizer.zero_grad()

@@ -17,8 +17,9 @@ from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
 from tunesmith.data.preparing.store import longest_paths
 from tunesmith.errors import InterruptedRun
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.train.ahead import Ahead
 from tunesmith.train.background import State
-from tunesmith.train.dealt import own_part, own_plans, step_plans
+from tunesmith.train.dealt import own_part
 from tunesmith.train.due import Due
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guard import Guard
@@ -56,6 +57,7 @@ class Trainer:
         self.on_eval = on_eval
         self.step = 0
         self.rows = RowLosses()
+        self._ahead = Ahead(job)
         log = job.recipe.log
         self.guard = Guard(
             folder, job.template.decode, non_finite=job.recipe.train.non_finite,
@@ -175,12 +177,12 @@ class Trainer:
 
     def _learn(self, number: int, lr: float) -> StepResult:
         job = self.job
-        documents, plans = self.planned(number)
-        mine = own_plans(plans, job.ranks, costs=job.costs)
+        planned = self._ahead.step(number)
         return train_step(
-            job.model, job.optimizer, mine, self._loss,
+            job.model, job.optimizer, planned.own, self._loss,
             begin=lambda: job.loss.begin(job.model, number, self.planned, job.device),
-            documents=len(documents), lr=lr, reduce=job.reduce,
+            meanwhile=lambda: self._ahead.prepare(number + 1),
+            documents=len(planned.documents), lr=lr, reduce=job.reduce,
             max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
         )  # fmt: skip
 
@@ -213,13 +215,8 @@ class Trainer:
 
     def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
         """Documents and micro-batches of a step, counted from 0, for all ranks."""
-        job = self.job
-        documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
-        plans = step_plans(
-            documents, job.ranks, costs=job.costs,
-            micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
-        )  # fmt: skip
-        return documents, plans
+        planned = self._ahead.step(number)
+        return planned.documents, planned.plans
 
     def _agreed(self, received: int) -> tuple[bool, bool, int, State]:
         """Whether an evaluation and a checkpoint are due by the first rank's clock, the signal that
