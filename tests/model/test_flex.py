@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex_module
 
 from attention_oracle import make_layout, softmax_over_mask, visible
-from tunesmith.model import flex
-from tunesmith.model.flex import BLOCK, block_mask, flex_tree_attention, works
+from tunesmith.model.flex import BLOCK, block_mask, flex_tree_attention
 from tunesmith.model.locality import Locality
 from tunesmith.types import Chain, Layout
 
@@ -170,36 +169,8 @@ def test_outputs_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> No
     compare(case, CPU, torch.float32, 3e-6)
 
 
-def test_a_kernel_that_is_wrong_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain(*tensors: Any, **options: Any) -> Tensor:
-        return flex_tree_attention(*tensors, **options)
-
-    def larger(*tensors: Any, **options: Any) -> Tensor:
-        return 1.01 * flex_tree_attention(*tensors, **options)
-
-    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
-    works.cache_clear()
-    assert works(CPU, torch.float32, plain)
-    assert not works(CPU, torch.float64, plain)
-    with pytest.warns(UserWarning, match="it differs by"):
-        assert not works(CPU, torch.float32, larger)
-    monkeypatch.setattr(flex, "_kernel", lambda _: 1 / 0)
-    with pytest.warns(UserWarning, match="division by zero"):
-        assert not works(CPU, torch.float32, lambda *_: torch.zeros(1))
-    works.cache_clear()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_on_a_gpu(case: str, dtype: torch.dtype, bound: float) -> None:
     compare(case, torch.device("cuda"), dtype, bound)
-
-
-@pytest.mark.gpu
-def test_runs_on_a_gpu_use_it() -> None:
-    from tunesmith.model.attention import _plain
-
-    works.cache_clear()
-    assert works(torch.device("cuda", 0), torch.bfloat16, _plain)
-    assert works(torch.device("cuda", 0), torch.float32, _plain)

@@ -1,7 +1,8 @@
 """The one attention function: every transformers decoder calls it, with the layout handed down as a
 keyword.
 
-On CUDA it is one kernel with a block mask (`flex.py`), where a trial shows that it is right there.
+On CUDA it is one kernel, for documents side by side (`varlen.py`) or with a block mask (`flex.py`),
+where a trial shows that it is right there (`attention_trial.py`).
 On a CPU each chain of the layout is one causal call over its own tokens plus one unmasked call
 against each span of its ancestors; the partial results are merged by their log-sum-exp, which is
 exact (Milakov and Gimelshein, arXiv 1805.02867, section 3.1). The backward of each part uses the
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
+from tunesmith.model.attention_trial import Asked, Fused, agrees
 from tunesmith.model.flash import flash_tree_attention
 from tunesmith.model.locality import Locality, chain_mask
 from tunesmith.types import Chain, Layout
@@ -84,10 +86,9 @@ def layout_attention(
         s_aux = None if s_aux is None else layout.spread.own_heads(s_aux)
     alike = value.shape[-1] == query.shape[-1] and query.dtype != torch.float64  # kernels' limits
     options: dict[str, Any] = {"locality": locality, "scale": scale, "sinks": s_aux}
-    if alike and query.is_cuda and _flex_works(query):
-        from tunesmith.model.flex import flex_tree_attention
-
-        output = flex_tree_attention(query, key, value, layout, softcap=softcap, **options)
+    fused = _fused(query, layout, softcap, options) if alike and query.is_cuda else None
+    if fused is not None:
+        output = fused.attend(query, key, value, layout, softcap=softcap, **options)
     elif softcap or not alike or query.device.type != "cpu":
         output = _plain(query, key, value, layout, softcap=softcap, **options)
     else:
@@ -97,10 +98,24 @@ def layout_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _flex_works(query: Tensor) -> bool:
-    from tunesmith.model.flex import works
+def _fused(
+    query: Tensor, layout: Layout, softcap: float | None, options: dict[str, Any]
+) -> Fused | None:
+    """The kernel for this attention on a GPU, if a trial there shows it right."""
+    from tunesmith.model.flex import FLEX
+    from tunesmith.model.varlen import varlen_kernels
 
-    return works(query.device, query.dtype, _plain)
+    locality, sinks = options["locality"], options["sinks"]
+    asked = Asked(
+        window=locality is not None and not locality.chunked,
+        blocks=locality is not None and locality.chunked,
+        softcap=bool(softcap),
+        sinks=sinks is not None,
+    )
+    for kernel in (*varlen_kernels(query, layout, asked), FLEX):
+        if agrees(kernel, _plain, asked, device=query.device, dtype=query.dtype):
+            return kernel
+    return None
 
 
 def _locality(

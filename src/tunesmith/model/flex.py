@@ -10,8 +10,6 @@ Letters: H query heads, K key/value heads, T packed tokens, D head size, N block
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from tunesmith.model.attention_trial import Fused
 from tunesmith.model.locality import Locality
 from tunesmith.transfer import to_device
-from tunesmith.types import Chain, Layout
+from tunesmith.types import Layout
 
 BLOCK = 128
 KINDS = 4
 """Masks that are kept: of a micro-batch's layers with and without a window, and of one more."""
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""By how much of the norm a trial may differ."""
 
-Attend = Callable[..., Tensor]
 _kept: list[tuple[Layout, Locality | None, torch.device, BlockMask]] = []
 
 
@@ -145,49 +141,6 @@ def _rule(until: Tensor, position: Tensor, locality: Locality | None) -> Any:
     return near
 
 
-@functools.cache
-def works(device: torch.device, dtype: torch.dtype, plain: Attend) -> bool:
-    """Whether outputs and gradients on this device are those of `plain`, tried once on a small
-    layout with branches; where they are not, it is said.
-    """
-    if dtype not in ROUNDING:
-        return False
-    try:
-        found, expected = (_tried(attend, device, dtype) for attend in (flex_tree_attention, plain))
-        pairs = zip(found, expected, strict=True)
-        apart = max(float((f - e).norm() / e.norm()) for f, e in pairs)
-        problem = None if apart <= ROUNDING[dtype] else f"it differs by {apart:.1e}"
-    except Exception as error:  # of compilers and drivers, which raise whatever they like
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-    if problem is not None:
-        warnings.warn(
-            f"FlexAttention is not used on {device}: {problem}; chains are computed one by one",
-            stacklevel=2,
-        )
-    return problem is None
-
-
-def _tried(attend: Attend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients over a layout of three chains, in float32."""
-    generator = torch.Generator().manual_seed(0)
-    layout = _small_layout()
-    total = len(layout.position)
-    inputs = [
-        torch.randn(1, heads, total, 64, generator=generator).to(device, dtype).requires_grad_()
-        for heads in (4, 2, 2)
-    ]
-    with torch.enable_grad():
-        output = attend(*inputs, layout, scale=0.125, locality=None, softcap=None, sinks=None)
-        output.backward(torch.randn(output.shape, generator=generator).to(device, dtype))
-    seen = [output, *(tensor.grad for tensor in inputs)]
-    return [tensor.detach().float() for tensor in seen if tensor is not None]
-
-
-def _small_layout() -> Layout:
-    """A prefix, two branches, and a document of its own."""
-    chains = (Chain(0, 200, ()), Chain(200, 260, ((0, 150),)), Chain(260, 310, ()))
-    until = np.concatenate(
-        [np.full(150, 260), np.full(50, 200), np.full(60, 260), np.full(50, 310)]
-    )
-    position = np.concatenate([np.arange(200), np.arange(150, 210), np.arange(50)])
-    return Layout(chains, until.astype(np.int32), position.astype(np.int32))
+FLEX = Fused(
+    "FlexAttention", flex_tree_attention, branches=True, instead="chains are computed one by one"
+)
