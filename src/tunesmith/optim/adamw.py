@@ -106,11 +106,15 @@ class AdamW8bit(AdamW):
             state[f"{kind}_scale"] = scale.expand(-(-flat.numel() // BLOCK)).contiguous()
         return state
 
+    def joins(self, slot: Slot) -> bool:
+        """Unless a block would reach into the next parameter."""
+        return "exp_avg_scale" not in slot.state or slot.flat.numel() % BLOCK == 0
+
     def rule(
         self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
     ) -> None:
         """One step of Adam on the moments read from 8 bits."""
-        if slot.flat.numel() < SMALL:
+        if "exp_avg_scale" not in slot.state:
             super().rule(slot, span, master=master, grad=grad, lr=lr, counter=counter)
             return
         blocks = slice(span.start // BLOCK, -(-span.stop // BLOCK))

@@ -4,17 +4,19 @@ clipping, and a state that is saved and taken over to the bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tunesmith.optim.bundle import Bundle, bundled
 from tunesmith.optim.decay import no_decay
 from tunesmith.optim.norm import grad_norm
 from tunesmith.optim.paging import Pages
+from tunesmith.optim.slot import Slot, joint_slot, master_of, new_slot, set_master, shaped
 from tunesmith.optim.split import join, split_
 
 CPU_CHUNK = 1 << 15
@@ -25,23 +27,6 @@ DEVICE_CHUNK = 1 << 24
 """Elements updated at a time on an accelerator, where only launches and the size of the scratch
 buffers count.
 """
-
-
-@dataclass(slots=True)
-class Slot:
-    """A parameter and its state, flat [n]; the float32 master has one of three forms."""
-
-    parameter: Tensor
-    # int16 remainder of a bfloat16 parameter; None for a float32 one; else the float32 master
-    rest: Tensor | None
-    decay: bool
-    lr_factor: float = 1.0
-    state: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    @property
-    def flat(self) -> Tensor:
-        """The parameter's memory, without history."""
-        return self.parameter.detach().view(-1)
 
 
 class Sharing(Protocol):
@@ -68,6 +53,8 @@ class Optimizer:
         undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
         lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
         pages: where the rule's state rests between steps; None: on the parameter's device.
+        bundles: whether small parameters are updated together; None: where starting an operation
+            takes long, so not on a CPU.
     """
 
     def __init__(
@@ -78,6 +65,7 @@ class Optimizer:
         undecayed: Collection[str] | None = None,
         lr_factors: Mapping[str, float] | None = None,
         pages: Pages | None = None,
+        bundles: bool | None = None,
     ) -> None:
         self.weight_decay = weight_decay
         self.pages = pages
@@ -88,10 +76,11 @@ class Optimizer:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 spared = no_decay(name, parameter) if undecayed is None else name in undecayed
-                slot = _new_slot(parameter, decay=not spared)
+                slot = new_slot(parameter, decay=not spared)
                 slot.lr_factor = (lr_factors or {}).get(name, 1.0)
                 slot.state = self.new_state(name, slot)
                 self._slots[name] = slot
+        self._bundles, self._alone = self._bundled(bundles)
 
     def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
         """What the rule keeps of this parameter between steps; tensors of its size are flat."""
@@ -116,6 +105,10 @@ class Optimizer:
     def whole(self, slot: Slot) -> bool:
         """Whether the rule needs the parameter at once instead of in chunks."""
         return False
+
+    def joins(self, slot: Slot) -> bool:
+        """Whether the rule does to several parameters end to end what it does to each."""
+        return True
 
     def decay(self, slot: Slot) -> float:
         """The share of lr by which this parameter shrinks."""
@@ -168,13 +161,17 @@ class Optimizer:
         they are.
         """
         self.steps += 1
-        counters: dict[torch.device, Tensor] = {}
-        for slot in self._slots.values():
-            device = slot.parameter.device
-            if device not in counters:
-                counters[device] = torch.full((), float(self.steps), device=device)
+        devices = {slot.parameter.device for slot in self._slots.values()}
+        counters = {one: torch.full((), float(self.steps), device=one) for one in devices}
+        for bundle, slot in self._bundles:
+            rule = functools.partial(
+                self._joint_rule, slot, lr=lr * slot.lr_factor, counter=counters[bundle.device]
+            )
+            bundle.update(rule, grad_scale=grad_scale)
+        for slot in self._alone:
+            counter = counters[slot.parameter.device]
             with nullcontext() if self.pages is None else self.pages.at_hand(slot):
-                self._update(slot, lr=lr, grad_scale=grad_scale, counter=counters[device])
+                self._update(slot, lr=lr, grad_scale=grad_scale, counter=counter)
         if self.pages is not None:
             self.pages.settle()
 
@@ -201,9 +198,9 @@ class Optimizer:
         """
         yield "steps", torch.tensor(self.steps)
         for name, slot in self._slots.items():
-            yield f"master.{name}", _master(slot).view(slot.parameter.shape)
+            yield f"master.{name}", master_of(slot).view(slot.parameter.shape)
             for kind, tensor in slot.state.items():
-                yield f"{kind}.{name}", _shaped(tensor, slot.parameter)
+                yield f"{kind}.{name}", shaped(tensor, slot.parameter)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -217,7 +214,7 @@ class Optimizer:
         for name, slot in self._slots.items():
             shapes[f"master.{name}"] = slot.parameter.shape
             for kind, tensor in slot.state.items():
-                shapes[f"{kind}.{name}"] = _shaped(tensor, slot.parameter).shape
+                shapes[f"{kind}.{name}"] = shaped(tensor, slot.parameter).shape
         if set(shapes) != set(state):
             odd = sorted(set(shapes) ^ set(state))
             raise KeyError(f"the state has other tensors than the optimizer, {odd[0]} for one")
@@ -228,7 +225,24 @@ class Optimizer:
         for name, slot in self._slots.items():
             for kind, tensor in slot.state.items():
                 tensor.copy_(state[f"{kind}.{name}"].reshape(tensor.shape))
-            _set_master(slot, state[f"master.{name}"].reshape(-1))
+            set_master(slot, state[f"master.{name}"].reshape(-1))
+
+    def _bundled(self, asked: bool | None) -> tuple[list[tuple[Bundle, Slot]], list[Slot]]:
+        """Bundles with what stands for their members, and the slots in none."""
+        joined: list[Slot] = []
+        alone: list[Slot] = []
+        for slot in self._slots.values():
+            wanted = slot.parameter.device.type != "cpu" if asked is None else asked
+            free = self.pages is None and self.joins(slot)
+            (joined if wanted and free else alone).append(slot)
+        bundles, rest = bundled(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
+        return [(bundle, joint_slot(bundle)) for bundle in bundles], alone + rest
+
+    def _joint_rule(
+        self, slot: Slot, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor
+    ) -> None:
+        span = slice(0, master.numel())
+        self.rule(slot, span, master=master, grad=grad, lr=lr, counter=counter)
 
     def _update(self, slot: Slot, *, lr: float, grad_scale: float, counter: Tensor) -> None:
         grad = slot.parameter.grad
@@ -281,40 +295,3 @@ def _spans(flat: Tensor) -> Iterator[slice]:
     size = _chunk(flat.device)
     for start in range(0, flat.numel(), size):
         yield slice(start, min(start + size, flat.numel()))
-
-
-@torch.no_grad()
-def _new_slot(parameter: Tensor, *, decay: bool) -> Slot:
-    if not parameter.is_contiguous():
-        parameter.data = parameter.data.contiguous()
-    flat = parameter.detach().view(-1)
-    rest: Tensor | None = None
-    if flat.dtype == torch.bfloat16:
-        rest = torch.zeros_like(flat, dtype=torch.int16)
-    elif flat.dtype != torch.float32:
-        rest = flat.to(torch.float32)
-    return Slot(parameter, rest, decay)
-
-
-def _shaped(tensor: Tensor, parameter: Tensor) -> Tensor:
-    return tensor.view(parameter.shape) if tensor.shape == (parameter.numel(),) else tensor
-
-
-def _master(slot: Slot) -> Tensor:
-    if slot.rest is None:
-        return slot.flat
-    if slot.rest.dtype != torch.int16:
-        return slot.rest
-    return join(slot.flat, slot.rest, out=torch.empty_like(slot.flat, dtype=torch.float32))
-
-
-def _set_master(slot: Slot, master: Tensor) -> None:
-    flat = slot.flat
-    if slot.rest is None:
-        flat.copy_(master)
-    elif slot.rest.dtype != torch.int16:
-        slot.rest.copy_(master)
-        flat.copy_(slot.rest)
-    else:
-        copy = master.to(device=flat.device, dtype=torch.float32, copy=True)
-        split_(copy, upper=flat, low=slot.rest)

@@ -19,7 +19,8 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros((), device=parameters[0].device if parameters else None)
-    norms = torch._foreach_norm(grads, dtype=torch.float32)  # of many tensors at once on a GPU
+    # on a GPU many tensors at a time
+    norms = torch._foreach_norm(grads, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 

@@ -115,8 +115,13 @@ class Adafactor(Optimizer):
             moment = slot.state["exp_avg_sq"]
             moment.mul_(kept).add_(square.view(-1), alpha=1 - kept)
             update = moment.rsqrt().mul_(grad.reshape(-1))
-        size = update.norm(2) / update.numel() ** 0.5
-        update.div_(size.clamp_(min=1.0)).mul_(lr)
+        if slot.stack == 1:
+            size = update.norm(2) / update.numel() ** 0.5
+            update.div_(size.clamp_(min=1.0)).mul_(lr)
+        else:  # each by its own size
+            each = update.view(slot.stack, -1)
+            size = each.norm(2, dim=1, keepdim=True) / each.shape[1] ** 0.5
+            each.div_(size.clamp_(min=1.0)).mul_(lr)
         master.mul_(1 - lr * self.decay(slot)).sub_(update.view(-1))
 
 
