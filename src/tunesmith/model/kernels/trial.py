@@ -112,36 +112,35 @@ def gate_variants(kernels: Provider) -> dict[str, Compute]:
 def nearest(
     module: nn.Module, variants: dict[str, Compute], dtype: torch.dtype, device: torch.device
 ) -> tuple[Compute | None, str]:
-    """The variant that agrees best with the module, or None and why none does.
+    """The variant that agrees with the module, or None and why none does; of several that do, the
+    one whose output is nearest, since gradients of all differ by their rounding.
 
     In float32 first, where functions that are nearly the same differ, then in `dtype`.
     """
-    worst = dict.fromkeys(variants, 0.0)
-    failed = ""
+    outputs = dict.fromkeys(variants, 0.0)
+    many = norm_eps(module) is not None and _width(module) <= NARROW
     for precision in dict.fromkeys((torch.float32, dtype)):
         if precision not in ROUNDING:
             return None, f"there is no kernel for {precision}"
-        for rows in ROWS if _width(module) <= NARROW and norm_eps(module) else ROWS[:1]:
+        for rows in ROWS if many else ROWS[:1]:
             expected = _tried(type(module).forward, module, precision, device, rows)
-            for name in worst:
+            gaps: dict[str, list[float]] = {}
+            failed: str | None = None
+            for name in outputs:
                 try:
                     found = _tried(variants[name], module, precision, device, rows)
                 except Exception as error:  # of compilers and drivers, which raise whatever
-                    worst[name], failed = math.inf, _first_line(error)
-                    continue
-                gap = _apart(found, expected) / ROUNDING[precision]
-                worst[name] = gap if math.isnan(gap) else max(worst[name], gap)
-        worst = {name: gap for name, gap in worst.items() if gap <= 1} or worst
-    best = min(worst, key=lambda name: (not worst[name] <= 1, worst[name]))
-    if worst[best] <= 1:
-        return variants[best], best
-    if math.isinf(worst[best]) and failed:
-        return None, failed
-    return None, f"they differ by {worst[best]:.1e} times what rounding explains"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+                    failed = (str(error).splitlines() or [type(error).__name__])[0]
+                else:
+                    gaps[name] = [gap / ROUNDING[precision] for gap in _apart(found, expected)]
+            agree = [name for name, found in gaps.items() if max(found) <= 1]
+            if not agree:
+                least = min(map(max, gaps.values()), default=math.inf)
+                differ = f"they differ by {least:.1e} times what rounding explains"
+                return None, failed if failed and not gaps else differ
+            outputs = {name: max(outputs[name], gaps[name][0]) for name in agree}
+    best = min(outputs, key=lambda name: outputs[name])
+    return variants[best], best
 
 
 def _width(module: nn.Module) -> int:
@@ -204,12 +203,13 @@ def _tried(
     return [output.detach(), *(g for g in gradients if g is not None)]
 
 
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference of a row."""
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """The largest relative difference of a row, of each; infinite where it is not a number."""
     if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in expected]:
-        return math.inf
-    gaps: list[Tensor] = []
+        return [math.inf]
+    gaps: list[float] = []
     for one, other in zip(found, expected, strict=True):
         wanted = other.float()
-        gaps.append(((one.float() - wanted).norm(dim=-1) / (wanted.norm(dim=-1) + TINY)).max())
-    return float(torch.stack(gaps).max())
+        each = (one.float() - wanted).norm(dim=-1) / (wanted.norm(dim=-1) + TINY)
+        gaps.append(float(each.nan_to_num(nan=math.inf).max()))
+    return gaps
