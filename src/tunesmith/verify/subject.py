@@ -66,8 +66,12 @@ def shortened(recipe: Recipe, longest: int) -> Recipe:
 
 
 def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tuple[Job, str]:
-    """The job with float32 weights, or with the recipe's own where those don't fit; and which."""
+    """The job with float32 weights, or with the recipe's own where those don't fit; and which.
+
+    Its products are never in float8, which round too much for two ways to be held to each other.
+    """
     own = bounded(recipe, bounds, at_rest=True)
+    own = own.model_copy(update={"model": own.model.model_copy(update={"float8": "none"})})
     if recipe.model.dtype != "float32":
         wide = own.model.model_copy(update={"dtype": "float32"})
         try:

@@ -29,6 +29,11 @@ class ModelSection(Section):
     double_quantization: bool = Field(
         default=False, description="nf4 and fp4: quantise the scales as well"
     )
+    float8: Literal["none", "rowwise"] = Field(
+        default="none",
+        description="rowwise: the decoder's linear maps multiply in 8-bit floats while training, "
+        "with a scale for each row; on a GPU by NVIDIA with capability 8.9 or more",
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
         default=False, description="run Python code that the model's folder brings along"
