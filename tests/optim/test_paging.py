@@ -99,6 +99,26 @@ def test_moments_that_do_not_fit_into_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_step_waits_once_for_what_goes_back_to_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    pages, gpu = Pages(tmp_path), torch.device("cuda", 0)
+    for _ in range(2):
+        slot = SimpleNamespace(
+            parameter=SimpleNamespace(device=gpu), state={"momentum": Resting(1.0, "cpu")}
+        )
+        with pages.at_hand(slot):
+            slot.state["momentum"].value = 2.0
+        assert slot.state["momentum"].value == 2.0
+        assert slot.state["momentum"].device.type == "cpu"
+    assert not waited
+    pages.settle()
+    pages.settle()
+    assert waited == [gpu]
+
+
 def test_a_disk_without_room_is_an_input_error(tmp_path: Path, monkeypatch) -> None:
     def full(handle: int, size: int) -> None:
         raise OSError(28, "No space left on device")

@@ -11,6 +11,7 @@ import torch
 import tunesmith
 from gang import losses, records
 from tiny import chat_inputs, tiny_folder
+from tunesmith.model import float8
 from tunesmith.train import figures, trainer
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,7 @@ KINDS = {
     "paged": ["device.paged_optimizer=true"],
     "eaft": ["objective=eaft"],
     "asft": ["objective=asft", "adapter=lora", "adapter.rank=4"],
-    "muon": ["optim.name=muon"],
+    **{name: [f"optim.name={name}"] for name in ("muon", "adafactor", "lion", "sgd")},
 }
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss")
 ROUNDING = 2e-3
@@ -85,6 +86,19 @@ def test_a_step_is_not_waited_for_before_its_end(
     monkeypatch.setattr(trainer, "train_step", strict)
     run(given, tmp_path / "run", GPU, "eval.every=null", *KINDS[kind])
     assert len(steps) == 6
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_products_in_float8_are_those_of_the_emulation(
+    kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float8.check_device(torch.device("cuda"))
+    monkeypatch.setattr(float8, "check_device", lambda _: None)
+    options = ["model.float8=rowwise", *KINDS[kind]]
+    one = run(given, tmp_path / "cpu", "device.kind=cpu", *options)
+    two = run(given, tmp_path / "gpu", GPU, *options)
+    # A number that lies between two of float8 may come out as either.
+    assert losses(two) == pytest.approx(losses(one), rel=0.02)
 
 
 def test_a_run_is_the_same_bits_again(given: dict[str, str], tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def multiply(
         product = rows.float() @ columns.float().T
     else:
         unit = torch.ones((), device=rows.device)
-        product = torch._scaled_mm(rows, columns.T, unit, unit, out_dtype=dtype)
+        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            rows, columns.T, unit, unit, out_dtype=dtype
+        )
     return product.mul_(factor).mul_(other_factor.T).to(dtype)
 
 
@@ -104,13 +106,15 @@ class _Product(torch.autograd.Function):
         output = multiply(cast(rows, False), cast(weight, False), input.dtype)
         if bias is not None:
             output = output + bias
-        trained = ctx.needs_input_grad[1]
-        ctx.save_for_backward(input if trained else None, weight)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(weight, input)
+        else:
+            ctx.save_for_backward(weight)
         return output.view(*input.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        weight, *inputs = ctx.saved_tensors
         grad, need = grads[0], ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1]).contiguous()
         cast = _cast(grad.device.type)
@@ -121,7 +125,7 @@ class _Product(torch.autograd.Function):
             of_input = multiply(cast(rows, False), turned, grad.dtype)
             of_input = of_input.view(*grad.shape[:-1], -1)
         if need[1]:
-            of_weight = rows.T @ input.reshape(-1, input.shape[-1])
+            of_weight = rows.T @ inputs[0].reshape(-1, inputs[0].shape[-1])
         return of_input, of_weight, rows.sum(0) if need[2] else None
 
 
