@@ -17,7 +17,7 @@ from tunesmith.config.schema import MAIN_KEYS, SCIENCE, Recipe, SourceSection
 from tunesmith.errors import RecipeError
 
 KEYS = {
-    "model": "name dtype quantization double_quantization revision trust_remote_code",
+    "model": "name dtype quantization double_quantization float8 revision trust_remote_code",
     "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length "
     "too_long bad_rows shuffle",
     "batch": "documents tokens packing pack_tokens group_by_prefix",

@@ -39,6 +39,7 @@ from tunesmith.train.assemble.data import (
     preparation,
     resolve_max_length,
 )
+from tunesmith.train.assemble.float8 import check_float8, use_float8
 from tunesmith.train.assemble.given import Given
 from tunesmith.train.assemble.kernels import check_kernels, choose_kernels, kernels_line
 from tunesmith.train.assemble.memory import fit_device
@@ -93,6 +94,7 @@ def build(
         if given.model is not None
         else resolve_model(recipe.model.name, revision=recipe.model.revision)
     )
+    check_float8(recipe, ranks, source, device)
     together = holders(recipe, ranks)
     size = check_memory(recipe, source, device, free=_room(device, ranks) * together)
     own = own_objective(recipe, folders)
@@ -111,17 +113,15 @@ def build(
                 **kept,
             )
         )
-    notes = list(prepared.notes)
     packing = pack_prepared(recipe, prepared, max_length=max_length)
     room = int(ranks.least(_room(device, ranks)))
     loaded = load_for_ranks(recipe, source, given, template=template, ranks=ranks, device=device)
     model = loaded.model
-    notes += model.notes
     longest = int(longest_paths(prepared.documents).max())
     if recipe.device.attention == "isolated":
         model.isolate()
     tested = test_loaded(loaded, ranks, max_length=longest)
-    notes += tested.notes
+    notes = [*prepared.notes, *model.notes, *tested.notes, *use_float8(recipe, model)]
     trained = choose_trained(recipe, model)
     kernels = choose_kernels(recipe, model, device)
     spared = spared_bytes(size, model, ranks, together=together)
