@@ -4,6 +4,7 @@ time, over the families that can take a layout.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,3 +187,13 @@ def test_a_tree_is_its_paths(family: str) -> None:
     assert max(len(path) for path in paths) > 2 * SIZE
     for path, expected in zip(paths, alone, strict=True):
         assert float((together[path] - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_asks_its_device_for_no_value(family: str) -> None:
+    layout = make_layout()
+    causal_lm = wrap_causal_lm(tiny_model(family, **FAMILIES[family]).bfloat16())
+    causal_lm.to("meta").train()  # where any value that is asked for is an error
+    there = batch(torch.empty(len(layout.position), dtype=torch.int64, device="meta"), layout)
+    there = replace(there, position_ids=there.position_ids.to("meta"))
+    causal_lm.hidden(there).sum().backward()
