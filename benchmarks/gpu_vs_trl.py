@@ -6,7 +6,8 @@
 The runs are those of `vs_trl.py`: each in a fresh process, in turn, the same rows in the same
 order, losses compared step by step; peak memory is that of the GPU's allocator. TRL runs with
 Liger's kernels (`pip install liger-kernel`), padding-free and packed to 4,096; where Liger is not
-installed, without. A document is one question and answer after another, as turns of a chat, up to
+installed, without. `--own` also runs Tunesmith with its kernels and torch's compiler off and on. A
+document is one question and answer after another, as turns of a chat, up to
 the length.
 """
 
@@ -35,6 +36,13 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 CASES = {"tiny": ("tiny", 0), "1b": ("1b", 0), "8b-lora": ("8b", 16)}
 """Name to shape and rank of LoRA; 0 trains all."""
+
+OWN: dict[str, dict[str, str]] = {
+    "tunesmith, torch's operations": {"kernels": "torch"},
+    "tunesmith, Liger's kernels": {"kernels": "liger"},
+    "tunesmith, compiled layers": {"compile": "layers"},
+}
+"""Settings of Tunesmith's device that `--own` tries beside its defaults."""
 
 
 def write_model(tokenizer_folder: Path, shape: str, out: Path, *, length: int) -> None:
@@ -85,11 +93,12 @@ def measure(case: str, options: argparse.Namespace, folder: Path) -> None:
         "threads": options.threads,
     }  # fmt: skip
     liger = find_spec("liger_kernel") is not None
-    names = [TUNESMITH, *(name for name in GPU if liger or "Liger" not in name)]
+    tried = [*(OWN if options.own else ()), *GPU]
+    names = [TUNESMITH, *(name for name in tried if liger or "Liger" not in name)]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
-            runs[name].append(run_peer(name, job))
+            runs[name].append(run_peer(name, {**job, "device": OWN.get(name, {})}))
     facts = {
         "data": f"{case}, documents of {options.length} tokens", "lora": rank,
         "dtype": "bfloat16", "rows": count, "documents": options.documents, "lr": job["lr"],
@@ -113,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument("--text", type=Path, required=True, help="JSONL questions and answers")
     parser.add_argument("--case", action="append", choices=CASES, required=True)
+    parser.add_argument("--own", action="store_true", help="also try what Tunesmith can turn off")
     parser.add_argument("--documents", type=int, default=8, help="documents a step (8)")
     parser.add_argument("--length", type=int, default=4096, help="tokens a document (4096)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (5)")

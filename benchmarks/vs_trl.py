@@ -40,7 +40,7 @@ UNSHARED = "tunesmith, prefixes not shared"
 
 def run_peer(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """One run in its own process."""
-    script = "tunesmith_run.py" if name in (TUNESMITH, UNSHARED) else "trl_run.py"
+    script = "tunesmith_run.py" if name.startswith(TUNESMITH) else "trl_run.py"
     if name == UNSHARED:
         job = {**job, "device": {"share_prefixes": False}}
     command = [sys.executable, str(HERE / script), json.dumps({**job, "setting": name})]
@@ -106,7 +106,7 @@ def table(summary: dict[str, Any], facts: dict[str, Any]) -> str:
     for name, entry in summary.items():
         speed, ratio = entry["tokens_per_second"], entry.get("tunesmith_faster")
         gap = entry.get("largest_loss_gap")
-        run = name if name in (TUNESMITH, UNSHARED) else f"TRL, {name}"
+        run = name if name.startswith(TUNESMITH) else f"TRL, {name}"
         lines.append(
             f"| {run} | {_range(speed, '.0f')} |"
             f" {entry['peak_rss'] / 2**30:.2f} GiB | {_range(ratio, '.2f') if ratio else ''} |"

@@ -28,7 +28,7 @@ KEYS = {
     "optim": "name lr betas momentum eps weight_decay lr_factors schedule min_lr decay warmup "
     "max_grad_norm",
     "train": "epochs steps seed result non_finite",
-    "device": "kind micro_tokens share_prefixes attention kernels gradient_checkpointing "
+    "device": "kind micro_tokens share_prefixes attention kernels compile gradient_checkpointing "
     "activation_offload paged_optimizer deterministic "
     "threads watchdog cache prepare_processes ranks rank_timeout context tensor shard "
     "shard_offload",

@@ -13,6 +13,7 @@ Letters: B = 1, H query heads, K key/value heads, T packed tokens, D head size, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,20 @@ class MaskRule:
     local_size: int | None
 
 
-def register() -> None:
-    """Make `attn_implementation="tunesmith"` known to transformers."""
+def register(*, apart: bool = False) -> None:
+    """Make `attn_implementation="tunesmith"` known to transformers; `apart`: from now on as what
+    torch's compiler leaves out of its graphs.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, layout_attention)
+    apart = apart or _kept_apart.cache_info().currsize > 0
+    AttentionInterface.register(NAME, _kept_apart() if apart else layout_attention)
     AttentionMaskInterface.register(NAME, _mask_rule)
+
+
+@functools.cache
+def _kept_apart() -> Any:
+    return torch.compiler.disable(layout_attention)  # imports the compiler, which takes seconds
 
 
 def _mask_rule(*_: Any, local_size: int | None = None, **__: Any) -> MaskRule:

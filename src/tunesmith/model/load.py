@@ -13,9 +13,10 @@ import torch
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.compiled import restore_layers
 from tunesmith.model.dtype import DtypeChoice, choose_dtype
-from tunesmith.model.heap import freed_at_once
 from tunesmith.model.float8 import restore_products
+from tunesmith.model.heap import freed_at_once
 from tunesmith.model.kernels import restore_modules
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logits import read_logit_transform
@@ -163,6 +164,7 @@ def settings_kept(model: Any) -> Iterator[None]:
     finally:
         restore_linear_maps(model)
         restore_modules(model)
+        restore_layers(model)
         restore_products(model)
         base.set_attn_implementation(native)
         config.use_cache = cache

@@ -43,6 +43,7 @@ def conduct(
     progress: bool,
 ) -> Run:
     """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
+    from tunesmith.model.compiled import restore_layers
     from tunesmith.model.kernels import restore_modules
     from tunesmith.train.build import build
     from tunesmith.train.console import announce
@@ -71,6 +72,7 @@ def conduct(
     finally:
         job.loss.close()  # the model may be the caller's own
         restore_modules(job.model)
+        restore_layers(job.model)
 
 
 def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:

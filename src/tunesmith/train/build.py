@@ -17,7 +17,6 @@ from tunesmith.model.activations import MicroChoice
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.heap import keep_freed_memory
-from tunesmith.model.kernels import Replaced
 from tunesmith.model.load import resolve_model
 from tunesmith.model.memory import (
     free_memory,
@@ -32,6 +31,12 @@ from tunesmith.train.assemble.adapter import (
     noisy_adapter,
     resolved_adapter,
 )
+from tunesmith.train.assemble.compiled import (
+    check_computing,
+    compile_model,
+    computed_by,
+    computing_lines,
+)
 from tunesmith.train.assemble.context import context_line
 from tunesmith.train.assemble.data import (
     data_sources,
@@ -41,7 +46,7 @@ from tunesmith.train.assemble.data import (
 )
 from tunesmith.train.assemble.float8 import check_float8, use_float8
 from tunesmith.train.assemble.given import Given
-from tunesmith.train.assemble.kernels import check_kernels, choose_kernels, kernels_line
+from tunesmith.train.assemble.kernels import choose_kernels
 from tunesmith.train.assemble.memory import fit_device
 from tunesmith.train.assemble.model import check_memory
 from tunesmith.train.assemble.objective import (
@@ -88,7 +93,7 @@ def build(
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    check_kernels(recipe)
+    check_computing(recipe)
     source = (
         None
         if given.model is not None
@@ -147,6 +152,7 @@ def build(
     costs = model_costs(model)
     loss = make_loss(recipe, model, order, total_steps=total, own=own, sharers=ranks.sharers)
     reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
+    compiled = compile_model(recipe, model, ranks, device, tokens=fit.tokens)
     shards = reduce.sharded
     optimizer = make_optimizer(
         resolved,
@@ -185,9 +191,9 @@ def build(
         reduce=reduce,
         costs=costs,
     )
-    job.chosen = _chosen(job, tested, fit, kernels)
+    job.chosen = {**_chosen(job, tested, fit), **computed_by(kernels, compiled)}
     said = objective_line(recipe, job.loss, shared=job.share)
-    said += [*adapter_lines(recipe, model, shared=job.share), *kernels_line(kernels)]
+    said += [*adapter_lines(recipe, model, shared=job.share), *computing_lines(kernels, compiled)]
     spread = [
         *tensor_line(ranks, reduce),
         *context_line(ranks.context.count, ranks.count, longest=longest),
@@ -249,9 +255,7 @@ def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
     return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
 
 
-def _chosen(
-    job: Job, tested: SelfTest, fit: MicroChoice, kernels: Replaced | None
-) -> dict[str, Any]:
+def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
     return {
         "device": str(job.device),
         "dtype": job.recipe.model.dtype,
@@ -260,7 +264,6 @@ def _chosen(
         "micro_tokens": job.micro_tokens,
         "share_prefixes": job.share,
         "attention": "isolated" if job.model.isolated else "sdpa",
-        "kernels": "torch" if kernels is None else kernels.text,
         "gradient_checkpointing": fit.checkpointing,
         "memory": fit.reason,
         "activation_offload": job.model.offload,

@@ -35,10 +35,11 @@ TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
 COMPARED = (
-    "versions", "world_size", "context", "tensor", "threads", "device", "kernels", "deterministic",
+    "versions", "world_size", "context", "tensor", "threads", "device", "kernels", "compile",
+    "deterministic",
 )  # fmt: skip
 """Entries of `TrainState.meta` on which bitwise resume depends."""
-UNSAID = {"context": 1, "tensor": 1, "kernels": "torch"}
+UNSAID = {"context": 1, "tensor": 1, "kernels": "torch", "compile": "none"}
 """What an entry is where it is not there."""
 
 _STEP = re.compile(r"step-(\d+)$")

@@ -201,6 +201,7 @@ class Saving:
             "threads": torch.get_num_threads(),
             "device": str(job.device.type),
             "kernels": job.chosen["kernels"],
+            "compile": job.chosen["compile"],
             "deterministic": job.recipe.device.deterministic,
             "micro_tokens": job.micro_tokens,
             "micro_tokens_asked": self._asked_micro_tokens,

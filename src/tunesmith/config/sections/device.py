@@ -32,6 +32,11 @@ class DeviceSection(Section):
         description="what computes norms and gated units: liger, Liger's kernels where a trial "
         "shows them right; torch, the model's own operations; auto: liger on CUDA if installed",
     )
+    compile: Literal["none", "layers"] = Field(
+        default="none",
+        description="layers: the decoder's layers are compiled by torch, without their attention, "
+        "where a trial shows them right",
+    )
     gradient_checkpointing: (
         Literal["auto", "none", "layers", "selective"] | bool | Annotated[Count, Field(ge=1)]
     ) = Field(

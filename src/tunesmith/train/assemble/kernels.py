@@ -36,13 +36,9 @@ def choose_kernels(recipe: Recipe, model: CausalLM, device: torch.device) -> Rep
     return use_kernels(model.decoder, found, dtype=dtype, device=device, insist=insist)
 
 
-def kernels_line(replaced: Replaced | None) -> list[str]:
-    """What a start says about them; nothing where all is torch's."""
-    return [] if replaced is None else [f"kernels: {replaced.text}"]
-
-
 def _found(recipe: Recipe, device: torch.device, *, insist: bool) -> Provider | None:
-    if not insist and (recipe.device.kernels == "torch" or device.type != "cuda"):
+    own = recipe.device.kernels == "torch" or recipe.device.compile != "none"
+    if not insist and (own or device.type != "cuda"):
         return None
     try:
         return find_liger(insist=insist)

@@ -70,6 +70,8 @@ def fit_device(
         model.offload = True
     asked, wanted = recipe.device.gradient_checkpointing, recipe.device.micro_tokens
     modes: list[Mode] = list(_possible(model)) if asked == "auto" else [as_mode(asked)]
+    if recipe.device.compile != "none" and len(modes) > 1:
+        modes.remove("selective")  # it looks at operations, which compiled layers don't have
     left = max(room - (held.total if held else 0), room // 8)
     dtype = model.head.weight.dtype
     cost = computed_cost(model.config, dtype=dtype)
@@ -132,14 +134,15 @@ def _bytes_of(model: CausalLM, tokens: int, device: torch.device) -> int:
     """The most that a document of so many tokens, all targets, takes until its gradients are
     there.
     """
-    batch = _batch(model, tokens, device)
+    batch = made_up_batch(model, tokens, device)
     with footprint(device) as seen:
         head = functools.partial(head_loss, objective=nll)
         model(batch, head).loss_sum.backward()
     return seen.peak
 
 
-def _batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
+def made_up_batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
+    """A document of so many tokens, all targets."""
     vocabulary = int(model.head.weight.shape[0])
     ids = np.linspace(0, vocabulary - 1, tokens).astype(np.int32)
     index = np.arange(1, tokens, dtype=np.int32)
