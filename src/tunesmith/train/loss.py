@@ -127,7 +127,7 @@ class StepLoss:
     def _loss(
         self, model: CausalLM, plan: MicrobatchPlan, device: torch.device, *, old: Tensor | None
     ) -> LossOutput:
-        batch = self._with_guesses(model, collate(plan, device), plan, device)
+        batch = self._with_guesses(model, collate(plan, device), plan)
         sides = Sides(
             progress=self.step / self.steps,
             old_logprob=old,
@@ -188,9 +188,7 @@ class StepLoss:
             return None
         return to_device(self.outer.find(plan), device)
 
-    def _with_guesses(
-        self, model: CausalLM, batch: Batch, plan: MicrobatchPlan, device: torch.device
-    ) -> Batch:
+    def _with_guesses(self, model: CausalLM, batch: Batch, plan: MicrobatchPlan) -> Batch:
         """The batch with some target tokens replaced, where they are read, by the likeliest token
         of a pass over the true ones (Mihaylova & Martins, arXiv 1906.07651).
         """
@@ -206,6 +204,7 @@ class StepLoss:
         )
         taken = torch.rand(len(after)).numpy() < probability
         chosen = np.flatnonzero(read & taken)  # on the host: a mask's size would be asked for
+        device = batch.input_ids.device
         places = to_device(after[chosen].astype(np.int64), device)
         ids = batch.input_ids.clone()
         ids[places] = guesses.index_select(0, to_device(chosen, device))
