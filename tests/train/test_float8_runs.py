@@ -127,8 +127,9 @@ def test_a_start_says_which_maps_it_is(given: dict[str, Any], tmp_path: Path) ->
         (["adapter=lora", "model.quantization=int8"], "model.quantization"),
         (["adapter=dora"], "adapter.kind"),
         (["objective=psft"], "objective.name"),
-        (["objective=asft"], "objective.kl"),
+        (["objective=asft"], "objective.name"),
         (["objective.kl=0.1"], "objective.kl"),
+        (["device.compile=layers"], "device.compile"),
     ],
 )
 def test_what_it_does_not_go_with(
