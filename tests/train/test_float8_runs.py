@@ -94,6 +94,18 @@ def test_an_adapter_learns_on_a_frozen_base(given: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.usefixtures("emulated")
+def test_recomputed_activations_are_the_same(given: dict[str, Any], tmp_path: Path) -> None:
+    modes = ("none", "layers", "selective")
+    runs = [
+        run(
+            given, tmp_path / mode, FLOAT8, "train.steps=2", f"device.gradient_checkpointing={mode}"
+        )
+        for mode in modes
+    ]
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+
+
+@pytest.mark.usefixtures("emulated")
 def test_a_model_in_memory_is_given_back_as_it_came(given: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -129,7 +141,6 @@ def test_a_start_says_which_maps_it_is(given: dict[str, Any], tmp_path: Path) ->
         (["objective=psft"], "objective.name"),
         (["objective=asft"], "objective.name"),
         (["objective.kl=0.1"], "objective.kl"),
-        (["device.compile=layers"], "device.compile"),
     ],
 )
 def test_what_it_does_not_go_with(

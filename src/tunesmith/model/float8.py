@@ -95,7 +95,10 @@ def multiply(
         product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows, columns.T, unit, unit, out_dtype=dtype
         )
-    return product.mul_(factor).mul_(other_factor.T).to(dtype)
+    # The product itself may be kept for a recomputation, and has to stay as it is. A power of two
+    # is the same number in each precision.
+    product = product * factor.to(product.dtype)
+    return product.mul_(other_factor.T).to(dtype)
 
 
 class _Product(torch.autograd.Function):

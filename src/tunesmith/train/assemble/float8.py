@@ -40,7 +40,6 @@ def check_float8(
         ("objective.name", objective.name in ("psft", "asft"),
          "what it compares with is computed without them", "dft"),
         ("objective.kl", bool(objective.kl), "the base is computed without them", "null"),
-        ("device.compile", recipe.device.compile != "none", "torch doesn't compile them", "none"),
         ("device.shard", recipe.device.shard != "none", "parts of weights have other rows", "none"),
         ("device.tensor", ranks.split.count > 1, "parts of weights have other rows", "1"),
         ("device.context", ranks.context.count > 1, "that has not been shown", "1"),
