@@ -37,7 +37,7 @@ def compile_layers(
 ) -> None:
     """Compile each layer when it is first called; `deterministic`: no choice of code by timing."""
     attention.register(apart=True)
-    options = {**OPTIONS, "deterministic": deterministic} if backend == "inductor" else None
+    options: Any = {**OPTIONS, "deterministic": deterministic} if backend == "inductor" else None
     made: dict[Callable[..., Any], Callable[..., Any]] = {}
     for layer in layers:
         plain, wrapped = _own_forward(type(layer))
@@ -160,8 +160,8 @@ def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         wanted = other.float()
         tokens = number < 2 and other.dtype != torch.float32
-        rows = {"dim": -1} if tokens else {}
-        each = (one.float() - wanted).norm(**rows) / wanted.norm(**rows).clamp(min=TINY)
+        dim = -1 if tokens else None
+        each = (one.float() - wanted).norm(dim=dim) / wanted.norm(dim=dim).clamp(min=TINY)
         gap = float(each.median())
         worst = max(worst, math.inf if math.isnan(gap) else gap)
     return worst
