@@ -261,6 +261,7 @@ def test_what_was_not_tried_is_computed_by_the_module() -> None:
     found = module.norm(torch.ones(1, 2, 64, dtype=torch.bfloat16))
     assert found.dtype == torch.float32  # as the module's own: the weight is float32
     module.norm(hidden_states=torch.ones(1, 2, 64))
+    module.norm(torch.ones(1, 0, 64))
     module.norm.weight = nn.Parameter(module.norm.weight.detach().double())
     module.norm(torch.ones(1, 2, 64))
     assert not calls

@@ -126,7 +126,7 @@ def _forward(
                 and weight.device == hidden.device
                 and type(weight) in (Tensor, nn.Parameter)  # another may be a part of a weight
             )
-            if whole and hidden.device.type == device:
+            if whole and hidden.device.type == device and hidden.numel():  # none can't be launched
                 return compute(self, hidden)
         return type(self).forward(self, *inputs, **named)
 
