@@ -127,7 +127,8 @@ def test_tied_heads_and_adapters_learn_what_one_process_does(tied: Path, adapter
     assert losses(parts) == pytest.approx(losses(alone), rel=1e-6)
     one, two = weights(alone), weights(parts)
     assert one.keys() == two.keys()
-    assert all(torch.allclose(one[name], two[name], rtol=0, atol=2e-6) for name in one)
+    # an update is 3e-3 of a weight, whatever the size of its gradient, and rounding of that
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from tunesmith.model.adapters.kinds import (
     peft_config,
     unfit_places,
 )
+from tunesmith.model.adapters.low_rank import fuse_low_rank
 from tunesmith.model.adapters.report import AdapterReport, report
 from tunesmith.model.adapters.targets import (
     Candidates,
@@ -88,6 +89,7 @@ def add_adapter(
             hint="adapter.targets names the parts to adapt",
         )
     _cast_additions(causal_lm.model)
+    fuse_low_rank(causal_lm.model)
     remember_start(causal_lm, spec.kind)
     if spec.kind == "loftq":
         begin_with_loftq(causal_lm)
@@ -107,6 +109,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
             f"the adapter can't be loaded: {str(error).splitlines()[0]}", where=str(folder)
         ) from error
     _cast_additions(loaded)
+    fuse_low_rank(loaded)
     return loaded
 
 
