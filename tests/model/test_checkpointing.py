@@ -23,7 +23,7 @@ from tunesmith.types import Document, Origin, Segment
 
 attention.register()
 MODES = ["layers", "selective", 2]
-FAMILIES = ["llama", "qwen3_moe", "gemma2"]
+FAMILIES = ["llama", "qwen3_moe", "gpt_oss", "gemma2"]
 HEAD = functools.partial(head_loss, objective=nll)
 
 

@@ -37,6 +37,8 @@ _KEPT = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 )
+_OF_EXPERTS = ("bmm", "_grouped_mm")
+"""Products of all experts at once, as transformers computes them."""
 
 
 def as_mode(value: bool | Mode) -> Mode:
@@ -67,7 +69,8 @@ def set_checkpointing(model: Any, mode: bool | Mode) -> int:
     every = mode if isinstance(mode, int) else 1
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0
-        layer._gradient_checkpointing_func = _selective if mode == "selective" else _whole
+        selective = functools.partial(_selective, _has_biased_experts(layer))
+        layer._gradient_checkpointing_func = selective if mode == "selective" else _whole
     return -(-len(layers) // every)
 
 
@@ -83,24 +86,31 @@ def recomputing(model: nn.Module) -> int:
     return sum(bool(layer.gradient_checkpointing) for layer in checkpointed_layers(model))
 
 
-def _kept_operations() -> frozenset[Any]:
-    found = (getattr(torch.ops.aten, name, None) for name in _KEPT)
+@functools.cache
+def _kept_operations(biased_experts: bool) -> frozenset[Any]:
+    names = set(_KEPT) - set(_OF_EXPERTS if biased_experts else ())
+    found = (getattr(torch.ops.aten, name, None) for name in names)
     return frozenset(packet.default for packet in found if packet is not None)
 
 
-def _policy(_: Any, operation: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
-    if operation in _operations():
+def _policy(biased_experts: bool, _: Any, operation: Any, *args: Any, **keywords: Any) -> Any:
+    if operation in _kept_operations(biased_experts):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_operations = functools.lru_cache(maxsize=1)(_kept_operations)
-_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+def _has_biased_experts(layer: nn.Module) -> bool:
+    """Whether a bias is added to the experts' products, which transformers does in place: what was
+    kept of them would be written over.
+    """
+    return any(name.endswith("_proj_bias") for name, _ in layer.named_parameters())
 
 
 def _whole(function: Any, *args: Any, **keywords: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, **keywords)
 
 
-def _selective(function: Any, *args: Any, **keywords: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts, **keywords)
+def _selective(biased_experts: bool, function: Any, *args: Any, **keywords: Any) -> Any:
+    policy = functools.partial(_policy, biased_experts)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **keywords)
