@@ -58,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_learn_the_same(kind: str, runs: Path) -> None:
     assert_same_learning(runs / "alone", runs / kind, steps=STEPS)

@@ -161,6 +161,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
         lock.release()
 
 
+@pytest.mark.slow
 def test_killed_inside_saves_of_parts(story) -> None:
     folder, codes, said = story
     assert codes[0] == codes[3] == [0, 0]
@@ -171,6 +172,7 @@ def test_killed_inside_saves_of_parts(story) -> None:
     assert_same_run(folder / "run", folder / "wanted")
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_all_and_every_rank_leaves_its_stacks(story) -> None:
     folder, codes, said = story
     assert codes[4:6] == [[1, 1], [0, 0]]
@@ -183,6 +185,7 @@ def test_a_hung_rank_ends_all_and_every_rank_leaves_its_stacks(story) -> None:
     assert_same_run(folder / "hung", folder / "wanted")
 
 
+@pytest.mark.slow
 def test_ranks_are_locked_out_of_a_folder_that_is_held(story) -> None:
     folder, codes, said = story
     assert codes[6] == [2, 1]  # the second only learns that the first is gone

@@ -169,6 +169,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_all(tmp_path_factory.mktemp("insides"), SLOW, against="less")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_all_go_back_from_inside_a_backward(fast: Path, name: str) -> None:
     assert_a_run_with_less(fast, name)

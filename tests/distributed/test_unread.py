@@ -89,6 +89,7 @@ def grown(folder: Path, rank: int, *, whole: bool) -> tuple[int, dict]:
     return seen["peak"] - seen["before"], seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_never_holds_more_than_its_part_and_few_layers(runs: Path, rank: int) -> None:
     size = (runs / "model" / "model.safetensors").stat().st_size  # in float32, as the parts are
@@ -101,6 +102,7 @@ def test_a_rank_never_holds_more_than_its_part_and_few_layers(runs: Path, rank: 
     assert before > seen["parts"] + size
 
 
+@pytest.mark.slow
 def test_it_learns_the_same(runs: Path) -> None:
     assert losses(runs / "parts") == losses(runs / "whole")
     one, two = weights(runs / "parts"), weights(runs / "whole")

@@ -29,6 +29,8 @@ OPTIONS = [
 ]
 LORA = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2"]
 PSFT = ["objective=psft", "objective.outer_steps=3", "objective.neftune=1"]
+SLOW_LORA = pytest.param(LORA, marks=pytest.mark.slow)
+SLOW_PSFT = pytest.param(PSFT, marks=pytest.mark.slow)
 UNLIKE = ("seconds", "tokens_per_second", "peak_memory")
 
 DRIVER = """
@@ -123,7 +125,7 @@ def assert_same_run(run: Path, wanted: Path) -> None:
     assert pq.read_table(run / "rows.parquet").equals(pq.read_table(wanted / "rows.parquet"))
 
 
-@pytest.mark.parametrize("extra", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("extra", [[], SLOW_LORA], ids=["full", "lora"])
 def test_killed_in_every_part_of_a_save(inputs, tmp_path: Path, extra: list[str]) -> None:
     options = [*OPTIONS, *extra]
     wanted = undisturbed(inputs, tmp_path / "wanted", options)
@@ -134,7 +136,7 @@ def test_killed_in_every_part_of_a_save(inputs, tmp_path: Path, extra: list[str]
     assert_same_run(tmp_path / "run", wanted)
 
 
-@pytest.mark.parametrize("extra", [[], LORA, PSFT], ids=["full", "lora", "psft"])
+@pytest.mark.parametrize("extra", [[], SLOW_LORA, SLOW_PSFT], ids=["full", "lora", "psft"])
 def test_killed_at_random_moments(inputs, tmp_path: Path, extra: list[str]) -> None:
     import random
 

@@ -88,7 +88,7 @@ def lengths(model: CausalLM, *counts: int) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", slow("qwen3"), slow("gpt_oss")])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), slow("qwen3"), slow("gpt_oss")])
 def test_losses_and_gradients(family: str) -> None:
     model = wrapped(family)
     expected = learned(model)
@@ -97,7 +97,8 @@ def test_losses_and_gradients(family: str) -> None:
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("mode", [slow("none"), "layers", slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "layers", 2])
 def test_recomputed_under_an_adapter_with_dropout(mode: str | int) -> None:
     model = adapted("llama", torch.float32)
     set_checkpointing(model.base, mode)
@@ -169,6 +170,7 @@ def broken(graph: Any, _: Any) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_trial_finds_what_differs() -> None:
     model = wrapped("llama")
     batch = made_up_batch(model, 31, CPU)

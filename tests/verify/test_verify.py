@@ -93,6 +93,7 @@ def test_everything_holds_on_a_sound_model(folder: Path) -> None:
     assert "all 8 checks hold" in markdown(found)
 
 
+@pytest.mark.slow
 def test_an_adapter_with_its_own_objective_holds_on_two_ranks_too(folder: Path) -> None:
     recipe = recipe_of(folder, adapter={"kind": "lora", "rank": 4}, objective={"name": "dft"})
     found = verify(recipe, bounds=BOUNDS, ranks=2)
