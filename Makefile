@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults fuzz lint format benchmark clean
+.PHONY: help demo test test-ranks test-faults fuzz lint format benchmark clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -31,6 +31,9 @@ demo: $(INSTALLED)  ## fine-tune SmolLM2-135M on the example task; show before a
 test: $(INSTALLED)  ## every check: lint, types, layers, tests
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-ranks: $(INSTALLED)  ## the longer tests of several processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -q tests/distributed tests/verify
 
 test-faults: $(INSTALLED)  ## 200 kills at random moments, each run gone on with to the bit; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --kills 200 --results benchmarks/results/faults.md

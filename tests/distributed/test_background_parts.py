@@ -8,6 +8,8 @@ from gang import losses, records, run_groups
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.train.checkpoint import find_damage
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 OPTIONS = [
     "train.steps=6",
     "model.dtype=float32",

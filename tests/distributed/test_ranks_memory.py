@@ -12,6 +12,8 @@ import torch
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 OPTIONS = [
     "train.steps=4",
     "model.dtype=float32",

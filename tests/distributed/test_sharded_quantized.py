@@ -12,6 +12,8 @@ import torch
 from gang import losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
 
