@@ -123,6 +123,7 @@ build.load_for_ranks = loading
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_tied_heads_and_adapters_learn_what_one_process_does(tied: Path, adapter: str) -> None:
     alone, parts = tied / f"alone-{adapter}", tied / f"parts-{adapter}"

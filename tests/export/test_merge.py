@@ -61,7 +61,7 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_merges(kind: str, family: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", family, **(MOE if family == "qwen3_moe" else {}))

@@ -23,6 +23,8 @@ KINDS = (
 )  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+QUICK = ("lora", "dora", "pissa", "vera")
+"""Kinds that are resumed in every test run; the others in the longer one."""
 ON_EXPERTS = ("lora", "rslora")
 SIZES = {"rank": 4, "alpha": 8}
 WITHOUT_ALPHA = ("vera", "hra", "miss")
@@ -87,7 +89,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_trains_and_loads_in_plain_peft_on_the_original_base(
     kind: str, family: str, bases: dict[str, Path], tmp_path: Path
@@ -117,7 +119,9 @@ def test_a_run_is_merged_from_the_command_line(
     assert command(["merge", str(out), "--out", str(tmp_path / "N")]) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_a_resumed_kind_ends_to_the_bit_the_same(
     kind: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
