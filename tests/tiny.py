@@ -153,3 +153,13 @@ def chat_inputs(folder: Path, *, held_out: int = 0) -> dict[str, str]:
         rows = chat_rows(14 + held_out)[14:]
         found["eval"] = str(write_jsonl(folder / "eval.jsonl", rows))
     return found
+
+
+def four_steps(given: dict[str, str], out: Path, *options: str) -> Path:
+    """A short run over `chat_inputs` in float32, evaluated and saved every other step."""
+    import tunesmith
+
+    common = ["train.steps=4", "optim.lr=0.003", "batch.documents=4", "eval.every=2",
+              "model.dtype=float32", "checkpoint.every=2", "checkpoint.keep=9"]  # fmt: skip
+    tunesmith.train(out=out, overrides=[*common, *options], progress=False, **given)
+    return out

@@ -5,6 +5,11 @@ from __future__ import annotations
 from tunesmith.redact import redact
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TunesmithError(Exception):
     """An error that is shown as `message`, `where` and `hint`, never as a traceback.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tunesmith
 from gang import losses, records, weights
-from tiny import chat_inputs
+from tiny import chat_inputs, four_steps
 from tunesmith.config.read import read_recipe
 from tunesmith.data.layout.batch import collate
 from tunesmith.data.layout.packing import plan_step
@@ -217,13 +217,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return chat_inputs(tmp_path_factory.mktemp("compiled"), held_out=2)
 
 
-def run(given: dict[str, str], out: Path, *options: str) -> Path:
-    common = ["train.steps=4", "optim.lr=0.003", "batch.documents=4", "eval.every=2",
-              "model.dtype=float32", "checkpoint.every=2", "checkpoint.keep=9"]  # fmt: skip
-    tunesmith.train(out=out, overrides=[*common, *options], progress=False, **given)
-    return out
-
-
 def chosen(out: Path) -> dict[str, Any]:
     return json.loads((out / "machine.json").read_text())["chosen"]
 
@@ -238,9 +231,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["full", *map(slow, list(RUNS)[1:])])
 @pytest.mark.usefixtures("quick")
 def test_runs_learn_the_same(kind: str, given: dict[str, str], tmp_path: Path) -> None:
-    plain = run(given, tmp_path / "plain", *RUNS[kind])
+    plain = four_steps(given, tmp_path / "plain", *RUNS[kind])
     assert chosen(plain)["compile"] == "none"
-    found = run(given, tmp_path / "compiled", "device.compile=layers", *RUNS[kind])
+    found = four_steps(given, tmp_path / "compiled", "device.compile=layers", *RUNS[kind])
     assert chosen(found)["compile"] == "2 layers, tried on 127 tokens"
     assert losses(found) == pytest.approx(losses(plain), rel=2e-5)
     held = [[record["nll"] for record in records(out, "eval")] for out in (plain, found)]
@@ -257,11 +250,11 @@ def test_layers_that_differ_stay_as_they_are(
     def failing(made: Any, **_: Any) -> None:
         raise RuntimeError("no compiler\nhere")
 
-    plain = run(given, tmp_path / "plain")
+    plain = four_steps(given, tmp_path / "plain")
     for number, (how, why) in enumerate(((wrongly, "they differ by"), (failing, "no compiler$"))):
         monkeypatch.setattr(assembled, "compile_layers", how)
         with pytest.warns(UserWarning, match=f"the layers are not compiled: {why}"):
-            found = run(given, tmp_path / str(number), "device.compile=layers")
+            found = four_steps(given, tmp_path / str(number), "device.compile=layers")
         assert chosen(found)["compile"] == "none"
         assert losses(found) == losses(plain)
 
@@ -311,7 +304,7 @@ def test_torchs_compiler(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_torchs_compiler_resumes_to_the_bit(given: dict[str, str], tmp_path: Path) -> None:
     options = ["device.compile=layers", "device.gradient_checkpointing=layers"]
-    whole = run(given, tmp_path / "whole", *options)
+    whole = four_steps(given, tmp_path / "whole", *options)
     assert chosen(whole)["compile"] == "2 layers, tried on 127 tokens"
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tunesmith
 from gang import losses, weights
-from tiny import chat_inputs, tiny_model
+from tiny import chat_inputs, four_steps, tiny_model
 from tunesmith.data.layout.batch import collate
 from tunesmith.data.layout.packing import plan_step
 from tunesmith.errors import RecipeError
@@ -284,22 +284,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return chat_inputs(tmp_path_factory.mktemp("kernels"), held_out=2)
 
 
-def run(given: dict[str, str], out: Path, *options: str) -> Path:
-    common = ["train.steps=4", "optim.lr=0.003", "batch.documents=4", "eval.every=2",
-              "model.dtype=float32", "checkpoint.every=2", "checkpoint.keep=9"]  # fmt: skip
-    tunesmith.train(out=out, overrides=[*common, *options], progress=False, **given)
-    return out
-
-
 @pytest.mark.parametrize("kind", RUNS)
 def test_runs_learn_the_same(
     kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provider_module, "find_spec", lambda _: True)
     monkeypatch.setattr(provider_module, "_liger", lambda: RIGHT)
-    plain = run(given, tmp_path / "plain", *RUNS[kind])
+    plain = four_steps(given, tmp_path / "plain", *RUNS[kind])
     calls.clear()
-    fused = run(given, tmp_path / "fused", "device.kernels=liger", *RUNS[kind])
+    fused = four_steps(given, tmp_path / "fused", "device.kernels=liger", *RUNS[kind])
     assert calls
     rounding = 5e-3 if kind == "bf16" else 2e-5
     assert losses(fused) == pytest.approx(losses(plain), rel=rounding)
@@ -318,7 +311,7 @@ def test_a_run_and_its_resume_are_the_same_bits(
 
     monkeypatch.setattr(provider_module, "find_spec", lambda _: True)
     monkeypatch.setattr(provider_module, "_liger", lambda: RIGHT)
-    whole = run(given, tmp_path / "whole", "device.kernels=liger")
+    whole = four_steps(given, tmp_path / "whole", "device.kernels=liger")
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "model")
@@ -334,11 +327,11 @@ def test_kernels_that_are_not_installed_are_asked_for_in_vain(
 ) -> None:
     monkeypatch.setattr(provider_module, "find_spec", lambda name: name == "triton" or None)
     with pytest.raises(RecipeError, match="need liger_kernel, not installed here") as refused:
-        run(given, tmp_path / "run", "device.kernels=liger")
+        four_steps(given, tmp_path / "run", "device.kernels=liger")
     assert refused.value.exit_code == 2
     assert "tunesmith[cuda]" in str(refused.value.hint)
     calls.clear()
-    run(given, tmp_path / "auto", "device.kernels=auto")
+    four_steps(given, tmp_path / "auto", "device.kernels=auto")
     assert not calls
 
 

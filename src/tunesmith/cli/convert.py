@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.score import check_output
-from tunesmith.errors import InputError, RecipeError, RunError
+from tunesmith.errors import InputError, RecipeError, RunError, first_line
 
 if TYPE_CHECKING:
     from tunesmith.data.faults import Fault
@@ -142,7 +142,7 @@ def _write(path: Path, suffix: str, rows: Iterator[dict[str, Any]]) -> None:
         table: Any = pyarrow.Table.from_pylist(found)
     except pyarrow.ArrowException as error:
         raise InputError(
-            f"the rows don't fit into one Parquet schema: {str(error).splitlines()[0]}",
+            f"the rows don't fit into one Parquet schema: {first_line(error)}",
             hint="write OUT.jsonl",
         ) from error
     parquet.write_table(table, path)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tunesmith.distributed.alarm import HUNG
 from tunesmith.distributed.launched import ask_in_time, launched, shared_key, shared_store
-from tunesmith.errors import RunError, TunesmithError
+from tunesmith.errors import RunError, TunesmithError, first_line
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankEr
     if living is None:
         what = f"the machine of rank 0 of {count} is down or can't be reached"
     elif not gone:
-        what = f"the ranks lost their connection: {str(error).splitlines()[0]}"
+        what = f"the ranks lost their connection: {first_line(error)}"
     elif len(gone) == 1:
         what = f"rank {names} of {count} ended or can't be reached"
     else:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.errors import first_line
 from tunesmith.model.locality import Locality
 from tunesmith.types import Chain, Layout
 
@@ -77,7 +78,7 @@ def _agrees(
             if not all(torch.equal(f, a) for f, a in zip(found, again, strict=True)):
                 problem = "it gives other bits each time"
     except Exception as error:  # of compilers and drivers, which raise whatever they like
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = first_line(error)
     if problem is not None:
         warnings.warn(
             f"{fused.name} is not used on {device}: {problem}; {fused.instead}", stacklevel=3

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.forwards import replace_forward, restore_forwards
 from tunesmith.types import Batch
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -43,16 +43,12 @@ def compile_layers(
         plain, wrapped = _own_forward(type(layer))
         if plain not in made:
             made[plain] = torch.compile(plain, dynamic=True, backend=backend, options=options)
-        # a method of this layer, so that a deep copy's is one of the copy
-        layer.forward = types.MethodType(_forward(made[plain], plain, wrapped), layer)
-        layer.__dict__[MARK] = True
+        replace_forward(layer, _forward(made[plain], plain, wrapped), MARK)
 
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
-    for module in model.modules():
-        if module.__dict__.pop(MARK, False):
-            del module.__dict__["forward"]
+    restore_forwards(model, MARK)
 
 
 def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> float:

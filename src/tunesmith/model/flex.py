@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from tunesmith.model.attention_trial import Fused
 from tunesmith.model.locality import Locality
+from tunesmith.model.per_layout import PerLayout
 from tunesmith.transfer import to_device
 from tunesmith.types import Layout
 
@@ -26,7 +27,7 @@ BLOCK = 128
 KINDS = 4
 """Masks that are kept: of a micro-batch's layers with and without a window, and of one more."""
 
-_kept: list[tuple[Layout, Locality | None, torch.device, BlockMask]] = []
+_masks: PerLayout[BlockMask] = PerLayout(KINDS)
 
 
 def flex_tree_attention(
@@ -76,13 +77,7 @@ def block_mask(layout: Layout, locality: Locality | None, device: torch.device) 
     """Which blocks of keys each block of queries looks at, and what it sees inside of them; made
     once for all layers of a micro-batch.
     """
-    for kept, local, where, mask in _kept:
-        if kept is layout and local == locality and where == device:
-            return mask
-    mask = _block_mask(layout, locality, device)
-    _kept.append((layout, locality, device, mask))
-    del _kept[:-KINDS]
-    return mask
+    return _masks.get(layout, (locality, device), lambda: _block_mask(layout, locality, device))
 
 
 def _block_mask(layout: Layout, locality: Locality | None, device: torch.device) -> BlockMask:

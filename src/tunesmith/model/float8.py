@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 
 E4M3 = torch.float8_e4m3fn
 MULTIPLE = 16
@@ -175,7 +175,7 @@ def _problem(tried: Callable[[], float]) -> str | None:
     try:
         apart = tried()
     except Exception as error:  # of compilers and drivers, which raise whatever they like
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None if apart <= ROUNDING else f"it differs by {apart:.1e}"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model import attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.compiled import restore_layers
@@ -201,7 +201,7 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
         known = f"architecture {kind!r} is unknown to the installed transformers"
         message = known if kind else "config.json names no model_type"
         if "does not recognize" not in str(error) and kind:
-            message = f"its config.json is refused: {str(error).splitlines()[0]}"
+            message = f"its config.json is refused: {first_line(error)}"
         raise ModelError(
             message, where=source.name, hint="a newer transformers may know it"
         ) from error
@@ -296,7 +296,7 @@ def _from_pretrained(
     except ModelError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        message = f"can't be loaded: {str(error).splitlines()[0]}"
+        message = f"can't be loaded: {first_line(error)}"
         if "Unrecognized configuration class" in str(error):
             message = f"{config.model_type} is no causal language model"
         raise ModelError(message, where=source.name) from error

@@ -20,7 +20,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup
 from torchao.utils import TorchAOBaseTensor
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.quantized_product import multiply
 
 GROUP = 32
@@ -99,7 +99,7 @@ def check_device(kind: str, device: torch.device) -> None:
         if found != found:
             raise ValueError("the weights come back as nan")
     except Exception as error:  # libraries of kernels raise whatever they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"{kind} doesn't work on {device}: {reason}",
             where="model.quantization",

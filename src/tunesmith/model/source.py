@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 
 OWN_FILE = "tunesmith.json"
 """Beside each model and adapter that we write: what its other files have no place for."""
@@ -272,8 +272,6 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> ModelSource:
         message = "is no folder here, is not in the hub's cache, and the hub can't be reached"
         raise refused(message, offline, error) from error
     except (HfHubHTTPError, OSError) as error:
-        raise refused(
-            f"can't be downloaded: {str(error).splitlines()[0]}", offline, error
-        ) from error
+        raise refused(f"can't be downloaded: {first_line(error)}", offline, error) from error
     commit = folder.name if folder.parent.name == "snapshots" else None
     return replace(_from_folder(name, folder, weights=weights), commit=commit)

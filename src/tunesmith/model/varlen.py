@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.model.attention_trial import Asked, Fused
 from tunesmith.model.locality import Locality
+from tunesmith.model.per_layout import PerLayout
 from tunesmith.transfer import to_device
 from tunesmith.types import Layout
 
@@ -31,7 +32,7 @@ HEAD_STEP = 8
 HOPPER = 9
 """Major compute capability of the chips that flash-attn's third version is for."""
 
-_kept: list[tuple[Layout, torch.device, Tensor]] = []
+_starts_kept: PerLayout[Tensor] = PerLayout(2)
 
 
 def varlen_kernels(query: Tensor, layout: Layout, asked: Asked) -> tuple[Fused, ...]:
@@ -93,14 +94,12 @@ def _longest(layout: Layout) -> int:
 
 def _starts(layout: Layout, device: torch.device) -> Tensor:
     """[N + 1] where each document begins, and the end; made once for all layers."""
-    for kept, where, starts in _kept:
-        if kept is layout and where == device:
-            return starts
-    ends = [0, *(chain.end for chain in layout.chains)]
-    starts = to_device(np.array(ends, np.int32), device)
-    _kept.append((layout, device, starts))
-    del _kept[:-2]
-    return starts
+
+    def make() -> Tensor:
+        ends = [0, *(chain.end for chain in layout.chains)]
+        return to_device(np.array(ends, np.int32), device)
+
+    return _starts_kept.get(layout, device, make)
 
 
 VARLEN = Fused(

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, first_line
 
 SMALL = 2**16
 """Bytes below which a tensor stays where it is."""
@@ -128,7 +128,7 @@ def _in_host(count: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
 
 def _refused(error: Exception, folder: Path) -> InputError:
     return InputError(
-        f"the optimizer's state can't be kept in {folder}: {str(error).splitlines()[0]}",
+        f"the optimizer's state can't be kept in {folder}: {first_line(error)}",
         where="device.paged_optimizer",
         hint="more room on that disk, or device.paged_optimizer=false",
     )

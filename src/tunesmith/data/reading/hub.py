@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from tunesmith.data.cache_folder import default_cache_folder
 from tunesmith.data.reading.splits import card_of, holds_rows, pick_files
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARD = "README.md"
@@ -196,4 +196,4 @@ def _keep(path: Path, listing: _Listing) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

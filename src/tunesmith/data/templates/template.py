@@ -16,7 +16,7 @@ from tunesmith.data.templates.direct import Memo, compile_template, find_direct
 from tunesmith.data.templates.sandbox import bounded_sandbox
 from tunesmith.data.templates.stops import closing_tokens
 from tunesmith.data.templates.template_choice import NewToken, choose, with_tokens
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, ModelError, first_line
 
 _UNBOUNDED = 10**9
 """Tokenizers without a limit name a number far above this one."""
@@ -221,7 +221,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         return load(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Tokenizer readers raise whatever their format's parser does.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ModelError(
                 "its tokenizer needs Python code of its own folder",
@@ -292,7 +292,7 @@ def _check_syntax(text: str, path: Path) -> None:
 
 
 def _refusal(error: Exception) -> Fault:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_REASON]
+    reason = first_line(error)[:_REASON]
     return Fault(
         "template-refused",
         f"the chat template can't render this row: {reason}",

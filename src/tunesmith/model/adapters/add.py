@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.initial import begin_with_loftq, remember_start
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
@@ -77,9 +77,7 @@ def add_adapter(
             causal_lm.base, peft_config(spec, places), autocast_adapter_dtype=False
         )
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"peft refuses this adapter: {str(error).splitlines()[0]}", where=name
-        ) from error
+        raise ModelError(f"peft refuses this adapter: {first_line(error)}", where=name) from error
     names = adapted_names(causal_lm)
     if set(names) != set(chosen.names):
         wrong = sorted(set(names) ^ set(chosen.names))
@@ -106,7 +104,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
         )
     except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
-            f"the adapter can't be loaded: {str(error).splitlines()[0]}", where=str(folder)
+            f"the adapter can't be loaded: {first_line(error)}", where=str(folder)
         ) from error
     _cast_additions(loaded)
     fuse_low_rank(loaded)

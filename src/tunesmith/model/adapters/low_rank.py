@@ -8,15 +8,16 @@ Letters: n tokens, i and o width of input and output, r rank.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tunesmith.model.forwards import replace_forward
 from tunesmith.model.wide import is_slow
 
+MARK = "added_in_one_pass"
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -37,8 +38,7 @@ def fuse_low_rank(model: nn.Module) -> int:
         and isinstance(module.get_base_layer(), nn.Linear)
     ]
     for module in known:
-        forward: Any = _forward
-        module.forward = types.MethodType(forward, module)
+        replace_forward(module, _forward, MARK)
     return len(known)
 
 

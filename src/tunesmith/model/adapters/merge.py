@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.add import adapted_names
 from tunesmith.model.causal_lm import CausalLM
 
@@ -30,7 +30,7 @@ def fold(causal_lm: CausalLM) -> None:
             warnings.simplefilter("ignore")  # about tied weights, which are not tied any more
             causal_lm.model = causal_lm.model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"the adapter can't be merged: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the adapter can't be merged: {first_line(error)}") from error
     causal_lm.adapter_start = None
 
 

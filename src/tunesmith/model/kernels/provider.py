@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, first_line
 
 NAME = "liger"
 KEY = "device.kernels"
@@ -42,7 +42,7 @@ def find_liger(*, insist: bool) -> Provider | None:
         try:
             return _liger()
         except (ImportError, RuntimeError, AttributeError) as error:
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            problem = first_line(error)
             raise RecipeError(
                 f"Liger's kernels are installed and can't be imported: {problem}",
                 where=KEY,

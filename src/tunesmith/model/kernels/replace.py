@@ -7,7 +7,6 @@ precision, another device, weights that are in parts.
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
+from tunesmith.model.forwards import replace_forward, restore_forwards
 from tunesmith.model.kernels.provider import KEY, Provider
 from tunesmith.model.kernels.trial import (
     Compute,
@@ -95,9 +95,7 @@ def use_kernels(
 
 def restore_modules(model: nn.Module) -> None:
     """Undo `use_kernels`."""
-    for module in model.modules():
-        if module.__dict__.pop(MARK, False):
-            del module.__dict__["forward"]
+    restore_forwards(model, MARK)
 
 
 def _variants(module: nn.Module, kernels: Provider) -> dict[str, Compute] | None:
@@ -110,9 +108,7 @@ def _variants(module: nn.Module, kernels: Provider) -> dict[str, Compute] | None
 def _replace(module: nn.Module, compute: Compute, dtype: torch.dtype, device: torch.device) -> None:
     weight = module._parameters.get("weight")
     forward = _forward(compute, dtype, device.type, None if weight is None else weight.dtype)
-    # a method of this module, so that a deep copy's is one of the copy
-    module.forward = types.MethodType(forward, module)
-    module.__dict__[MARK] = True
+    replace_forward(module, forward, MARK)
 
 
 def _forward(

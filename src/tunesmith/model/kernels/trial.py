@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import first_line
 from tunesmith.model.kernels.provider import Provider
 
 OFFSETS = (0.0, 1.0)
@@ -130,7 +131,7 @@ def nearest(
                 try:
                     found = _tried(variants[name], module, precision, device, rows)
                 except Exception as error:  # of compilers and drivers, which raise whatever
-                    failed = (str(error).splitlines() or [type(error).__name__])[0]
+                    failed = first_line(error)
                 else:
                     gaps[name] = [gap / ROUNDING[precision] for gap in _apart(found, expected)]
             agree = [name for name, found in gaps.items() if max(found) <= 1]
