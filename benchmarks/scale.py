@@ -35,9 +35,9 @@ def work(arguments: argparse.Namespace) -> None:
     """One rank of a case: train, then write what it measured."""
     import torch
 
+    from tunesmith.build.build import build
     from tunesmith.config.read import read_recipe
-    from tunesmith.distributed.ranks import connect
-    from tunesmith.train.build import build
+    from tunesmith.distributed.world import connect
     from tunesmith.train.trainer import Trainer
 
     folder = Path(arguments.worker)
@@ -124,8 +124,8 @@ def slowest(job: Any, steps: int) -> float:
     """How much of the timed steps' work stands in the way of their end: of two micro-batches that
     run at once on two ranks the larger. 1 on one rank.
     """
-    from tunesmith.distributed.dealing import IDLE, deal
-    from tunesmith.train.dealt import step_plans
+    from tunesmith.distributed.load_balance import IDLE, deal
+    from tunesmith.train.microbatches import step_plans
 
     waited = total = 0.0
     for number in range(1, steps + 1):
@@ -199,7 +199,7 @@ def expected(one: dict[str, Any], case: str) -> float:
 
 def cut(job: Any) -> dict[str, int]:
     """Micro-batches of the first step on all ranks, and the tokens they compute."""
-    from tunesmith.train.dealt import plan_for_ranks
+    from tunesmith.train.microbatches import plan_for_ranks
 
     documents = [job.documents[int(n)] for n in job.order.step_indices(0)]
     plans = plan_for_ranks(

@@ -1,8 +1,8 @@
 import pytest
 
-from tunesmith.data.faults import RowError
-from tunesmith.data.shapes.conversation import Chat, Completion, Message, Text
-from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.data.formats.detect import detect_format, to_example
+from tunesmith.data.formats.examples import Chat, Completion, Message, Text
+from tunesmith.data.row_errors import RowError
 
 ASK = {"role": "user", "content": "2+2?"}
 SAY = {"role": "assistant", "content": "4"}

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_store import same
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.faults import RowError
+from tunesmith.data.formats.convert import convert_row
+from tunesmith.data.formats.detect import COLUMNS, FORMATS, to_example
 from tunesmith.data.rendering.render import Rendered, render_example
-from tunesmith.data.shapes.convert import convert_row
-from tunesmith.data.shapes.formats import COLUMNS, FORMATS, to_example
+from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.types import Origin
 

@@ -17,11 +17,11 @@ from test_store import same
 
 from template_oracle import NAMES, make_chat, template_of
 from tiny import CHATML, chat_rows, tiny_tokenizer
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.preparing.batches import Options, Task, render_batch
-from tunesmith.data.rendering.encoding import Encoder
+from tunesmith.data.formats.detect import FORMATS, to_example
+from tunesmith.data.preprocess.render_batch import Options, Task, render_batch
 from tunesmith.data.rendering.render import Rendered, render_example
-from tunesmith.data.shapes.formats import FORMATS, to_example
+from tunesmith.data.rendering.tokenize import Encoder
+from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.templates.template import Template, load_template, wrap_tokenizer
 from tunesmith.types import Origin
 

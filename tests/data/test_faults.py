@@ -13,10 +13,10 @@ import pytest
 import tunesmith
 from tiny import tiny_tokenizer, write_jsonl
 from tunesmith.config.read import read_recipe
-from tunesmith.data.faults import RowError
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.reading.sources import Source, read_rows
-from tunesmith.data.shapes.formats import COLUMNS, to_example
+from tunesmith.data.formats.detect import COLUMNS, to_example
+from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.data.templates.template import wrap_tokenizer
 from tunesmith.errors import DataError, RecipeError
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
-from tunesmith.data.preparing import cache as cache_module
-from tunesmith.data.preparing import known as module
-from tunesmith.data.preparing.known import KnownFiles
-from tunesmith.data.preparing.prepare import Prepared, prepare
-from tunesmith.data.reading.sources import Source, content_hash
+from tunesmith.data.preprocess import cache as cache_module
+from tunesmith.data.preprocess import digest_cache as module
+from tunesmith.data.preprocess.digest_cache import KnownFiles
+from tunesmith.data.preprocess.prepare import Prepared, prepare
+from tunesmith.data.sources.sources import Source, content_hash
 from tunesmith.data.templates.template import wrap_tokenizer
 
 

@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.order.mixture import Portion, mix
-from tunesmith.data.order.prefixes import BLOCK, PrefixGroups
 from tunesmith.data.packing.strategies import best_fit
+from tunesmith.data.sampling.mixture import Portion, mix
+from tunesmith.data.sampling.prefix_groups import BLOCK, PrefixGroups
+from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.types import Document, Origin, Segment
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)

@@ -4,8 +4,8 @@ from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.order.mixture import Mixture, Portion, mix
+from tunesmith.data.sampling.mixture import Mixture, Portion, mix
+from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.errors import DataError
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=6)

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.types import Document, Origin, Segment
 
 

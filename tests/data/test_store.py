@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.preparing.store import (
+from tunesmith.data.preprocess.document_store import (
     Documents,
     StoreWriter,
     longest_paths,

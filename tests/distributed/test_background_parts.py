@@ -6,7 +6,7 @@ import pytest
 
 from gang import losses, records, run_groups
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.train.checkpoint import find_damage
+from tunesmith.checkpoint.folder import find_damage
 
 pytestmark = pytest.mark.slow  # processes of several ranks
 
@@ -21,7 +21,7 @@ OPTIONS = [
 LATE = """
 import os, threading
 from pathlib import Path
-from tunesmith.distributed.saved import SavedPart
+from tunesmith.checkpoint.sharded import SavedPart
 from tunesmith.train.trainer import Trainer
 write, step = SavedPart.write, Trainer._one_step
 reached, saves = threading.Event(), []
@@ -42,7 +42,7 @@ SavedPart.write, Trainer._one_step = late, stepped
 """
 FULL = """
 import os, resource
-from tunesmith.distributed.saved import SavedPart
+from tunesmith.checkpoint.sharded import SavedPart
 write = SavedPart.write
 
 def limited(self):

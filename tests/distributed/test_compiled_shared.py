@@ -20,8 +20,8 @@ COMMON = [
 ]  # fmt: skip
 KINDS = {"copied": [], "shared": ["device.context=2"]}
 PRELUDE = """
-from tunesmith.model.compiled import compile_layers
-from tunesmith.train.assemble import compiled
+from tunesmith.model.compile import compile_layers
+from tunesmith.build import compiled
 compiled.compile_layers = lambda layers, **_: compile_layers(layers, backend="eager")
 """
 

@@ -20,22 +20,22 @@ import tunesmith
 from attention_oracle import softmax_over_mask, visible
 from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
+from tunesmith.build.context_parallel import check_exact, check_model, context_line
+from tunesmith.build.parallelize import check_sharing
+from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.cli.plan import lines
 from tunesmith.config.read import read_recipe
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
-from tunesmith.distributed.context import Context
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
+from tunesmith.distributed.context_parallel import Context
+from tunesmith.distributed.world import Ranks
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model.attention import MaskRule, layout_attention
+from tunesmith.estimate import forecast
+from tunesmith.model.attention.dispatch import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
-from tunesmith.train.assemble.context import check_exact, check_model, context_line
-from tunesmith.train.assemble.ranks import check_sharing
-from tunesmith.train.checkpoint import differences, load_checkpoint
-from tunesmith.train.dealt import own_part
 from tunesmith.train.loss import path_lengths
-from tunesmith.train.pathkeys import target_keys
-from tunesmith.train.plan import forecast
+from tunesmith.train.microbatches import own_part
+from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 
 # --- slices of a micro-batch

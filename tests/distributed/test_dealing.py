@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.distributed.dealing import IDLE, deal, idle_share, loads
-from tunesmith.train.dealt import Costs, dealt_to, plan_for_ranks
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.distributed.load_balance import IDLE, deal, idle_share, loads
+from tunesmith.train.microbatches import Costs, dealt_to, plan_for_ranks
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment
 
 WORK = st.lists(st.floats(0.0, 1e12), max_size=40)

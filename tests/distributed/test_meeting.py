@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tunesmith.distributed.meeting import (
+from tunesmith.distributed.rendezvous import (
     ANNOUNCED,
     announced_attempt,
     find_attempt,

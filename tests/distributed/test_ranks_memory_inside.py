@@ -14,10 +14,10 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
+from tunesmith.build.parallelize import join_ranks
 from tunesmith.config.read import read_recipe
-from tunesmith.distributed.asking import can_go_back
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.train.assemble.ranks import join_ranks
+from tunesmith.distributed.peer_check import can_go_back
+from tunesmith.distributed.world import Ranks
 
 OPTIONS = [
     "train.steps=3",

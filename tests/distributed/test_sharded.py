@@ -12,11 +12,11 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.distributed.saved import load_parts
+from tunesmith.checkpoint.folder import find_damage
+from tunesmith.checkpoint.sharded import load_parts
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
 from tunesmith.optim import AdamW
-from tunesmith.train.checkpoint import find_damage
 
 STEPS = 6
 COMMON = [

@@ -31,7 +31,7 @@ NOTED = """
 import json, os
 from pathlib import Path
 from tunesmith.train import build
-from tunesmith.train.announcement import quantized_share
+from tunesmith.build.summary import quantized_share
 share = build.share_model
 
 def noted(recipe, model, *args, **options):

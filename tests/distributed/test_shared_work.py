@@ -12,7 +12,7 @@ import torch
 from gang import losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.config.read import read_recipe
-from tunesmith.train.plan import forecast
+from tunesmith.estimate import forecast
 
 LAYERS, STEPS = 2, 3
 OPTIONS = [
@@ -26,8 +26,8 @@ OPTIONS = [
 NOTED = """
 import json
 from pathlib import Path
-from tunesmith.data.preparing import prepare
-from tunesmith.distributed.asking import Asked
+from tunesmith.data.preprocess import prepare
+from tunesmith.distributed.peer_check import Asked
 from tunesmith.train.trainer import Trainer
 
 fresh = getattr(prepare._fresh, "whole", prepare._fresh)
@@ -61,7 +61,7 @@ prepare._fresh, Asked.__call__, Trainer._learn = freshly, gathering, learning
 """
 
 ALLOWED = """
-from tunesmith.train.assemble import ranks as sharing
+from tunesmith.build import ranks as sharing
 
 check = sharing._check_kind
 sharing._check_kind = lambda recipe, device: check(recipe, "cuda")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from tunesmith.build.parallelize import check_sharing
 from tunesmith.config.read import read_recipe
-from tunesmith.distributed import launch
-from tunesmith.distributed.launched import launched, speaks
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed import spawn
+from tunesmith.distributed.env import launched, speaks
+from tunesmith.distributed.world import Ranks
 from tunesmith.errors import RecipeError
-from tunesmith.train.assemble.ranks import check_sharing
 
 TWO = Ranks(0, 2, 0, 2)
 
@@ -63,22 +63,22 @@ def test_elementwise_optimizers_and_lora_may_be_spread(name: str) -> None:
 def test_ranks_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch, "_gpus", lambda: 4)
-    assert launch.ranks_to_start("auto", "auto") == 4
-    assert launch.ranks_to_start("cuda", 3) == 3
-    assert launch.ranks_to_start("cpu", "auto") == 1
-    assert launch.ranks_to_start("cpu", 8) == 8
+    monkeypatch.setattr(spawn, "_gpus", lambda: 4)
+    assert spawn.ranks_to_start("auto", "auto") == 4
+    assert spawn.ranks_to_start("cuda", 3) == 3
+    assert spawn.ranks_to_start("cpu", "auto") == 1
+    assert spawn.ranks_to_start("cpu", 8) == 8
     with pytest.raises(RecipeError, match="there are 4"):
-        launch.ranks_to_start("auto", 5)
+        spawn.ranks_to_start("auto", 5)
     with pytest.raises(RecipeError, match="one process"):
-        launch.ranks_to_start("mps", 2)
-    monkeypatch.setattr(launch, "_gpus", lambda: 0)
-    assert launch.ranks_to_start("auto", "auto") == 1
-    assert launch.ranks_to_start("auto", 2) == 2
+        spawn.ranks_to_start("mps", 2)
+    monkeypatch.setattr(spawn, "_gpus", lambda: 0)
+    assert spawn.ranks_to_start("auto", "auto") == 1
+    assert spawn.ranks_to_start("auto", 2) == 2
     started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
     for name, value in started.items():
         monkeypatch.setenv(name, value)
-    assert launch.ranks_to_start("auto", 2) == 1
+    assert spawn.ranks_to_start("auto", 2) == 1
     assert launched() == 2
     assert not speaks()
 

@@ -19,24 +19,24 @@ from torch import Tensor
 
 from gang import assert_same_learning, losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
+from tunesmith.build import tensor_parallel as assembled
+from tunesmith.build.parallelize import check_sharing
+from tunesmith.build.tensor_parallel import division_of
+from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.config.read import read_recipe
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
-from tunesmith.distributed.divide import Division, divide
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.split import Split
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
+from tunesmith.distributed.tensor_parallel import Division, divide
+from tunesmith.distributed.tensor_parallel_ops import Split
+from tunesmith.distributed.world import Ranks
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.estimate import forecast
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.assemble import tensor as assembled
-from tunesmith.train.assemble.ranks import check_sharing
-from tunesmith.train.assemble.tensor import division_of
-from tunesmith.train.checkpoint import differences, load_checkpoint
-from tunesmith.train.dealt import own_part
-from tunesmith.train.pathkeys import target_keys
-from tunesmith.train.plan import forecast
+from tunesmith.train.microbatches import own_part
+from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 
 # --- one micro-batch, the ranks as threads
@@ -337,7 +337,7 @@ SLOW = {
 }
 HALTED = "halted"
 SEEDED = """
-from tunesmith.train.rng import seed_step
+from tunesmith.checkpoint.rng import seed_step
 from tunesmith.train.trainer import Trainer
 
 one_step = Trainer._one_step

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from gang import losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.build import deferred_model
 from tunesmith.config.read import read_recipe
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.model import meta
+from tunesmith.distributed.world import Ranks
+from tunesmith.model import deferred_load
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
-from tunesmith.train.assemble import unread
 
 WIDTH, LAYERS = 384, 12
 OPTIONS = ["train.steps=2", "model.dtype=bfloat16", "optim.lr=0.01", "batch.documents=4",
@@ -27,11 +27,11 @@ MEASURED = """
 import json, os, threading
 from pathlib import Path
 from tunesmith.train import build
-from tunesmith.train.assemble import unread
+from tunesmith.build import unread
 
 WHOLE = {whole}
 if WHOLE:
-    unread._needs_whole = lambda *_: "this test says so"
+    deferred_model._needs_whole = lambda *_: "this test says so"
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -168,10 +168,12 @@ CPU = torch.device("cpu")
 def test_parts_put_together_are_the_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", family, num_hidden_layers=4)
     source = resolve_model(str(folder))
-    trial = meta.trial_model(source, dtype=dtype)
+    trial = deferred_load.trial_model(source, dtype=dtype)
     assert trial is not None
-    model = meta.unread_model(source, meta.Traits("sdpa", isolated=False), dtype=dtype)
-    assert meta.mismatch(model, trial) is None
+    model = deferred_load.unread_model(
+        source, deferred_load.Traits("sdpa", isolated=False), dtype=dtype
+    )
+    assert deferred_load.mismatch(model, trial) is None
     wanted = load_causal_lm(source, dtype=dtype)
     files = model.unread
     for name, tensor in wanted.named_parameters():
@@ -197,26 +199,32 @@ def test_parts_put_together_are_the_model(family: str, dtype: torch.dtype, tmp_p
 
 def test_experts_that_are_fused_on_the_way_in_are_told(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", "mixtral", num_hidden_layers=4)))
-    trial = meta.trial_model(source, dtype=torch.float32)
+    trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = meta.unread_model(source, meta.Traits("sdpa", isolated=False), dtype=torch.float32)
-    assert "not in its files" in (meta.mismatch(model, trial) or "")
+    model = deferred_load.unread_model(
+        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    )
+    assert "not in its files" in (deferred_load.mismatch(model, trial) or "")
 
 
 def test_weights_that_are_changed_on_the_way_in_are_told(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=4)))
-    trial = meta.trial_model(source, dtype=torch.float32)
+    trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = meta.unread_model(source, meta.Traits("sdpa", isolated=False), dtype=torch.float32)
+    model = deferred_load.unread_model(
+        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    )
     layer = trial.decoder.layers[0]
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] += 1
-    assert "up_proj.weight is changed" in (meta.mismatch(model, trial) or "")
-    model = meta.unread_model(source, meta.Traits("sdpa", isolated=False), dtype=torch.float32)
+    assert "up_proj.weight is changed" in (deferred_load.mismatch(model, trial) or "")
+    model = deferred_load.unread_model(
+        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    )
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] -= 1
         trial.decoder.rotary_emb.inv_freq[0] += 1
-    assert "inv_freq is not made" in (meta.mismatch(model, trial) or "")
+    assert "inv_freq is not made" in (deferred_load.mismatch(model, trial) or "")
 
 
 @pytest.mark.parametrize(
@@ -236,17 +244,17 @@ def test_what_needs_the_whole_model_is_named(overrides, reason: str, tmp_path: P
     class Grown:
         added = ("token",)
 
-    assert reason in (unread._needs_whole(recipe, source, Plain) or "")  # pyright: ignore
+    assert reason in (deferred_model._needs_whole(recipe, source, Plain) or "")  # pyright: ignore
     plain = read_recipe({"model": "M", "data": "D.jsonl"}, ["device.shard=full"])
-    assert unread._needs_whole(plain, source, Plain) is None  # pyright: ignore
-    assert "adds rows" in (unread._needs_whole(plain, source, Grown) or "")  # pyright: ignore
-    assert "given in memory" in (unread._needs_whole(plain, None, Plain) or "")  # pyright: ignore
+    assert deferred_model._needs_whole(plain, source, Plain) is None  # pyright: ignore
+    assert "adds rows" in (deferred_model._needs_whole(plain, source, Grown) or "")  # pyright: ignore
+    assert "given in memory" in (deferred_model._needs_whole(plain, None, Plain) or "")  # pyright: ignore
 
 
 def test_a_model_without_two_layers_alike_is_loaded_whole(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=1)))
     recipe = read_recipe({"model": "M", "data": "D.jsonl"}, ["model.dtype=float32"])
-    assert "no two" in str(unread._unread(recipe, source, Ranks(), CPU))
+    assert "no two" in str(deferred_model._unread(recipe, source, Ranks(), CPU))
 
 
 def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
@@ -257,7 +265,7 @@ def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
     recipe = read_recipe(
         {"model": str(folder), "data": "D.jsonl"}, ["model.dtype=float32", "device.shard=full"]
     )
-    found = unread._unread(recipe, resolve_model(str(folder)), Ranks(), CPU)
-    assert isinstance(found, unread.Loaded)
+    found = deferred_model._unread(recipe, resolve_model(str(folder)), Ranks(), CPU)
+    assert isinstance(found, deferred_model.Loaded)
     with pytest.raises(Exception, match="NaN"):
-        unread.test_loaded(found, Ranks(), max_length=32)
+        deferred_model.test_loaded(found, Ranks(), max_length=32)

@@ -10,8 +10,8 @@ from planted import CONTEXT, TEMPLATE, Writer, clean_rows
 
 from tiny import tiny_tokenizer
 from tunesmith.config.read import read_recipe
-from tunesmith.data.faults import Fault
-from tunesmith.data.reading.sources import Source
+from tunesmith.data.row_errors import Fault
+from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.template import Template, wrap_tokenizer
 from tunesmith.doctor.catalogue import run_check, worst
 from tunesmith.doctor.corpus import Case, Corpus, Setup

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Document, Origin, Segment
 

@@ -15,14 +15,14 @@ import torch
 
 import formulas
 from tiny import tiny_model
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.router import Routers
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.moe_router import Routers
 from tunesmith.objectives import named_objective, with_terms
 from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
-from tunesmith.train.outer import OuterBatch
+from tunesmith.train.old_policy import OuterBatch
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()

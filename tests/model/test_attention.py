@@ -16,7 +16,7 @@ from torch import Tensor
 from attention_oracle import make_layout, softmax_over_mask, visible
 from tiny import tiny_model
 from tunesmith.errors import ModelError
-from tunesmith.model.attention import MaskRule, layout_attention
+from tunesmith.model.attention.dispatch import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.types import Batch, Layout, Shares
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attention_oracle import visible
-from tunesmith.model import attention_trial as module
-from tunesmith.model.attention import _plain
-from tunesmith.model.attention_trial import Asked, Fused, agrees, branched_layout, flat_layout
+from tunesmith.model.attention import parity as module
+from tunesmith.model.attention.dispatch import _plain
+from tunesmith.model.attention.parity import Asked, Fused, agrees, branched_layout, flat_layout
 
 CPU = torch.device("cpu")
 ALL = [Asked(w, b, c, s) for w, b, c, s in product((False, True), repeat=4) if not (w and b)]
@@ -138,7 +138,7 @@ def test_the_layouts_of_trials_are_what_they_say() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", ALL)
 def test_flex_attention_is_used_on_a_gpu(asked: Asked, dtype: torch.dtype) -> None:
-    from tunesmith.model.flex import FLEX
+    from tunesmith.model.attention.flex import FLEX
 
     assert agrees(FLEX, _plain, asked, device=torch.device("cuda", 0), dtype=dtype)
 
@@ -146,7 +146,7 @@ def test_flex_attention_is_used_on_a_gpu(asked: Asked, dtype: torch.dtype) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("asked", [Asked(), Asked(window=True)])
 def test_varlen_attention_is_used_on_a_gpu(asked: Asked) -> None:
-    from tunesmith.model.varlen import VARLEN
+    from tunesmith.model.attention.varlen import VARLEN
 
     device = torch.device("cuda", 0)
     assert agrees(VARLEN, _plain, asked, device=device, dtype=torch.bfloat16)

@@ -21,15 +21,15 @@ from torch import Tensor
 import tunesmith
 from gang import losses, records, weights
 from tiny import chat_inputs, four_steps
+from tunesmith.build import compile as assembled
+from tunesmith.build.microbatch_size import made_up_batch
 from tunesmith.config.read import read_recipe
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import set_checkpointing
-from tunesmith.model.compiled import MARK, compile_layers, difference, restore_layers
-from tunesmith.train.assemble import compiled as assembled
-from tunesmith.train.assemble.memory import made_up_batch
+from tunesmith.model.compile import MARK, compile_layers, difference, restore_layers
+from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.types import Document, Origin, Segment
 
 QUICK = "eager"
@@ -138,7 +138,7 @@ def test_one_code_for_all_layers_and_sizes() -> None:
 def test_attention_is_left_out_and_what_it_compiles_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tunesmith.model import attention
+    from tunesmith.model.attention import dispatch as attention
 
     ran: list[int] = []
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex_module
 
 from attention_oracle import make_layout, softmax_over_mask, visible
-from tunesmith.model.flex import BLOCK, block_mask, flex_tree_attention
-from tunesmith.model.locality import Locality
+from tunesmith.model.attention.flex import BLOCK, block_mask, flex_tree_attention
+from tunesmith.model.attention.window import Locality
 from tunesmith.types import Chain, Layout
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tiny import tiny_model
-from tunesmith.model.adapters import low_rank as module
-from tunesmith.model.adapters.low_rank import fuse_low_rank
-from tunesmith.model.checkpointing import set_checkpointing
+from tunesmith.model.adapters import fused_lora as module
+from tunesmith.model.adapters.fused_lora import fuse_low_rank
+from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 
 
 class Two(nn.Module):

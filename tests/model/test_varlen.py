@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from attention_oracle import make_layout, softmax_over_mask, visible
-from tunesmith.model import varlen
-from tunesmith.model.attention_trial import Asked, Fused, branched_layout, flat_layout
-from tunesmith.model.locality import Locality
-from tunesmith.model.varlen import VARLEN, is_flat, varlen_attention, varlen_kernels
+from tunesmith.model.attention import varlen
+from tunesmith.model.attention.parity import Asked, Fused, branched_layout, flat_layout
+from tunesmith.model.attention.varlen import VARLEN, is_flat, varlen_attention, varlen_kernels
+from tunesmith.model.attention.window import Locality
 
 CPU = torch.device("cpu")
 FLAT = ((7, ()), (1, ()), (12, ()), (3, ()))

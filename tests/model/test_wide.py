@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from tiny import tiny_folder, tiny_model
-from tunesmith.model import wide
 from tunesmith.model.load import load_causal_lm, settings_kept, wrap_causal_lm
+from tunesmith.model.ops import bf16_upcast
 from tunesmith.model.source import resolve_model
 
 
 @pytest.fixture
 def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide, "cpu_bfloat16", lambda: None)
+    monkeypatch.setattr(bf16_upcast, "cpu_bfloat16", lambda: None)
 
 
 def linear(bias: bool) -> nn.Linear:
@@ -29,7 +29,7 @@ def test_products_are_exact_sums_rounded_once(no_units, bias: bool) -> None:
     module = linear(bias)
     holder = nn.Sequential(module)
     module.weight.grad_dtype = torch.float32
-    assert wide.widen_linear_maps(holder) == 1
+    assert bf16_upcast.widen_linear_maps(holder) == 1
     x = torch.randn(2, 5, 48, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(2, 5, 32, dtype=torch.bfloat16)
     out = holder(x)
@@ -54,25 +54,25 @@ def test_other_precisions_and_kinds_are_left_alone(no_units) -> None:
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Special(4, 4).to(torch.bfloat16))
-    assert wide.widen_linear_maps(model) == 0
+    assert bf16_upcast.widen_linear_maps(model) == 0
     module = linear(False)
     holder = nn.Sequential(module)
-    wide.widen_linear_maps(holder)
+    bf16_upcast.widen_linear_maps(holder)
     x = torch.randn(3, 48)
     assert torch.equal(module.float()(x), nn.functional.linear(x, module.weight))
 
 
 def test_hardware_with_units_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide, "cpu_bfloat16", lambda: "AMX")
-    assert wide.widen_linear_maps(nn.Sequential(linear(False))) == 0
-    assert not wide.is_slow(torch.zeros(1, dtype=torch.bfloat16))
+    monkeypatch.setattr(bf16_upcast, "cpu_bfloat16", lambda: "AMX")
+    assert bf16_upcast.widen_linear_maps(nn.Sequential(linear(False))) == 0
+    assert not bf16_upcast.is_slow(torch.zeros(1, dtype=torch.bfloat16))
 
 
 def test_a_loaded_model_is_wide_and_says_so(no_units, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16")
     assert any("multiplied in float32" in note for note in causal_lm.notes)
-    assert any(type(module) is wide.WideLinear for module in causal_lm.modules())
+    assert any(type(module) is bf16_upcast.WideLinear for module in causal_lm.modules())
     plain = load_causal_lm(resolve_model(str(folder)), dtype="float32")
     assert not any("multiplied in float32" in note for note in plain.notes)
 

@@ -8,7 +8,7 @@ from optim_inputs import make_parameters, set_gradients
 from torch import nn
 
 from tunesmith.optim import AdamW, clip_factor, grad_norm, no_decay, undecayed
-from tunesmith.optim import base as masters
+from tunesmith.optim import optimizer as masters
 
 SHAPES = {"embed": (50, 16), "linear": (33, 16), "bias": (33,), "scalar": ()}
 parameters = functools.partial(make_parameters, SHAPES)

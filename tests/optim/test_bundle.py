@@ -11,8 +11,7 @@ import torch
 from optim_inputs import make_parameters, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon
-from tunesmith.optim import bundle as bundles
+from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon, multi_tensor
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (64, 32),
@@ -134,8 +133,8 @@ def test_launches_do_not_grow_with_the_number_of_parameters(rule: str) -> None:
 
 
 def test_bundles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "SMALL", 5000)
-    monkeypatch.setattr(bundles, "MOST", 10000)
+    monkeypatch.setattr(multi_tensor, "SMALL", 5000)
+    monkeypatch.setattr(multi_tensor, "MOST", 10000)
     shapes = {f"{number}.weight": (40, 100) for number in range(7)} | {"large.weight": (80, 100)}
     optimizer = AdamW(make_parameters(shapes).items(), bundles=True)
     assert [len(bundle.members) for bundle, _ in optimizer._bundles] == [2, 2, 2]

@@ -151,7 +151,7 @@ def test_no_file_of_a_run_is_a_pickle(model: Path, data: Path, tmp_path: Path) -
 
 
 LOADERS = {
-    r"\bpickle\.loads?\(": {"data/preparing/workers.py"},  # from a process of its own, by a pipe
+    r"\bpickle\.loads?\(": {"data/preprocess/workers.py"},  # from a process of its own, by a pipe
     r"torch\.load\(|np\.load\(|numpy\.load\(|joblib|dill|marshal|shelve": set(),
     r"yaml\.(unsafe_|full_)?load\(|UnsafeLoader|FullLoader": set(),
     r"\b(?<!\.)(eval|exec)\(": set(),

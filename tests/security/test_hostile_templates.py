@@ -12,12 +12,12 @@ import pytest
 
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
-from tunesmith.data.faults import RowError
-from tunesmith.data.templates import clock as clocks
-from tunesmith.data.templates import limits
-from tunesmith.data.templates.clock import Clock, TooSlow
-from tunesmith.data.templates.direct import compile_template
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates import sandbox_limits
+from tunesmith.data.templates import timeout as clocks
+from tunesmith.data.templates.fast_render import compile_template
 from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.templates.timeout import Clock, TooSlow
 from tunesmith.errors import TunesmithError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -142,7 +142,7 @@ ENDLESS = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shorter time, and memory that a bomb would exceed."""
-    monkeypatch.setattr(limits.clock, "seconds", 0.5)
+    monkeypatch.setattr(sandbox_limits.clock, "seconds", 0.5)
 
 
 def template(text: str) -> Template:
@@ -245,7 +245,7 @@ def test_template_that_was_compiled_before_is_bounded_all_the_same() -> None:
     text = "{% set x = 'a' * 20000000 %}{{ x|length }}" + TURN
     cached = chat_template_utils._compile_jinja_template(text)
     assert cached.render(messages=[]) == "20000000"
-    with pytest.raises(limits.TooLarge):
+    with pytest.raises(sandbox_limits.TooLarge):
         compile_template(text).render(messages=[])
 
 

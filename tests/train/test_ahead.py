@@ -11,12 +11,12 @@ import pytest
 import tunesmith
 from gang import records
 from tiny import chat_inputs
+from tunesmith.build.build import build
 from tunesmith.config.schema import Recipe
 from tunesmith.train import figures, trainer
 from tunesmith.train.ahead import Ahead, Planned
-from tunesmith.train.build import build
-from tunesmith.train.dealt import own_plans, step_plans
 from tunesmith.train.loss import StepLoss
+from tunesmith.train.microbatches import own_plans, step_plans
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 STEPS = 4

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunesmith.errors import CheckpointError
-from tunesmith.train import checkpoint as module
-from tunesmith.train import tensorfile
-from tunesmith.train.checkpoint import (
+from tunesmith.checkpoint import folder as module
+from tunesmith.checkpoint import tensor_io
+from tunesmith.checkpoint.folder import (
     TrainState,
     clean_checkpoints,
     differences,
@@ -25,7 +24,8 @@ from tunesmith.train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from tunesmith.train.rng import capture_rng, restore_rng
+from tunesmith.checkpoint.rng import capture_rng, restore_rng
+from tunesmith.errors import CheckpointError
 
 
 def state(step: int, size: int = 7) -> TrainState:
@@ -200,7 +200,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, cal
 
 
 def test_large_tensors_are_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorfile, "BLOCK", 100)
+    monkeypatch.setattr(tensor_io, "BLOCK", 100)
     saved = state(3, size=1000)
     assert_same(load_checkpoint(save_checkpoint(tmp_path, saved, keep=1)), saved)
 
@@ -216,10 +216,10 @@ KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from tunesmith.train.checkpoint import (
+from tunesmith.checkpoint.folder import (
     TrainState, clean_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint,
 )
-from tunesmith.train.rng import RngState
+from tunesmith.checkpoint.rng import RngState
 
 run, trials = Path(sys.argv[1]), int(sys.argv[2])
 rng = RngState({"cpu": torch.get_rng_state()}, [], [])

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tunesmith.train.console import ConsoleSink, announce, duration, eval_line, step_line
+from tunesmith.metrics.console import ConsoleSink, announce, duration, eval_line, step_line
 
 
 class Clock:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tunesmith.config.values import parse_duration
-from tunesmith.train.due import Due
+from tunesmith.train.triggers import Due
 
 
 def epoch_after(step: int) -> float:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tiny import tiny_folder
+from tunesmith.build import microbatch_size as memory
+from tunesmith.build.microbatch_size import fit_device, measured_cost
 from tunesmith.config.read import read_recipe
-from tunesmith.model.activations import Cost
 from tunesmith.model.load import load_causal_lm
+from tunesmith.model.memory.activations import Cost
 from tunesmith.model.source import resolve_model
-from tunesmith.train.assemble import memory
-from tunesmith.train.assemble.memory import fit_device, measured_cost
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -100,7 +100,7 @@ def test_a_mode_that_runs_out_of_memory_is_passed_over(model, monkeypatch) -> No
 def test_free_memory_decides_in_a_run(tmp_path: Path, monkeypatch) -> None:
     from tiny import chat_rows, write_jsonl
 
-    build = importlib.import_module("tunesmith.train.build")
+    build = importlib.import_module("tunesmith.build.build")
     folder = tiny_folder(tmp_path / "m")
     rows = write_jsonl(tmp_path / "chats.jsonl", chat_rows())
     asked = read_recipe({"model": str(folder), "data": {"train": [str(rows)]}}, [])

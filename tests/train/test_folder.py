@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tunesmith.errors import InputError, RunError
-from tunesmith.train.folder import is_run, open_run, read_json, write_json, write_text
+from tunesmith.storage.run_folder import is_run, open_run, read_json, write_json, write_text
 
 
 def make_run(path):
@@ -121,7 +121,7 @@ CONTENDER = """
 import sys
 from pathlib import Path
 from tunesmith.errors import InputError
-from tunesmith.train.folder import open_run
+from tunesmith.storage.run_folder import open_run
 try:
     open_run(Path(sys.argv[1]), model_name="m", overwrite=True)
 except InputError as error:

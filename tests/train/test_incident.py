@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.errors import NonFiniteError, RunError
+from tunesmith.metrics.records import read_records
 from tunesmith.run import Run, resume, train
-from tunesmith.train import guard as guard_module
-from tunesmith.train.metrics import read_records
-from tunesmith.train.spikes import LEAST, WINDOW, Spikes
+from tunesmith.train.anomaly import guard as guard_module
+from tunesmith.train.anomaly.spikes import LEAST, WINDOW, Spikes
 
 SECTIONS = {
     "batch": {"documents": 4},

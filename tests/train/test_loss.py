@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.metrics.histogram import log_histogram, quantiles
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.noise import EmbeddingNoise
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import named_objective
 from tunesmith.train.loss import StepLoss, path_lengths
-from tunesmith.train.outer import OuterBatch
-from tunesmith.train.pathkeys import path_ends, target_keys, token_keys
-from tunesmith.train.quantiles import log_histogram, quantiles
+from tunesmith.train.old_policy import OuterBatch
+from tunesmith.train.path_hash import path_ends, target_keys, token_keys
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()

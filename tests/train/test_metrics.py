@@ -12,8 +12,8 @@ import torch
 
 import tunesmith
 from tunesmith.errors import InputError, RunError
-from tunesmith.train.metrics import JsonlSink, machine_record, read_records
-from tunesmith.train.trackers import TRACKERS, GuardedSink, TrackedRun, open_tracker, scalars
+from tunesmith.metrics.records import JsonlSink, machine_record, read_records
+from tunesmith.metrics.trackers import TRACKERS, GuardedSink, TrackedRun, open_tracker, scalars
 
 
 def train(step):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.data.reading.hub import HubFiles
+from tunesmith.data.sources.hub import HubFiles
 from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.run import resume, train
 
@@ -103,7 +103,7 @@ def test_a_hub_data_set_is_pinned_to_its_commit(given: Path, tmp_path: Path, mon
         asked.append((name, subset, split, revision))
         return HubFiles("f" * 40, [(f"{name}/a.jsonl", given / "many" / "a.jsonl")])
 
-    monkeypatch.setattr(import_module("tunesmith.train.sources"), "fetch", fetch)
+    monkeypatch.setattr(import_module("tunesmith.build.sources"), "fetch", fetch)
     out = run(
         given,
         tmp_path / "run",

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import chat_inputs, tiny_folder
 from tunesmith import transfer
+from tunesmith.build.build import build
+from tunesmith.build.optimizer import make_optimizer
 from tunesmith.config.schema import Recipe
-from tunesmith.model import float8
-from tunesmith.model.flex import block_mask
-from tunesmith.model.locality import Locality
+from tunesmith.model.attention.flex import block_mask
+from tunesmith.model.attention.window import Locality
+from tunesmith.model.kernels import float8
 from tunesmith.train import figures
-from tunesmith.train.assemble.optimizer import make_optimizer
-from tunesmith.train.build import build
 from tunesmith.train.job import Job
 from tunesmith.train.step import StepResult, train_step
 from tunesmith.train.trainer import Trainer

@@ -11,7 +11,7 @@ import torch
 import tunesmith
 from gang import losses, records
 from tiny import chat_inputs, tiny_folder
-from tunesmith.model import float8
+from tunesmith.model.kernels import float8
 from tunesmith.train import figures, trainer
 
 pytestmark = pytest.mark.gpu

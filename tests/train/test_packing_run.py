@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import CORPUS, chat_rows, tiny_folder, write_jsonl
+from tunesmith.build.build import build
 from tunesmith.config.read import read_recipe
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.estimate import forecast
 from tunesmith.run import resume, train
-from tunesmith.train.build import build
-from tunesmith.train.plan import forecast
 
 BASE = [
     "checkpoint.every=null", "device.threads=1", "optim.lr=1e-2", "device.kind=cpu",

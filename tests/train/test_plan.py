@@ -12,9 +12,9 @@ import tunesmith
 from tunesmith.cli.app import run as command
 from tunesmith.config.read import read_recipe
 from tunesmith.config.values import Duration
-from tunesmith.train.plan import forecast
-from tunesmith.train.plan.forecast import evaluations
-from tunesmith.train.plan.work import spread
+from tunesmith.estimate import forecast
+from tunesmith.estimate.forecast import evaluations
+from tunesmith.estimate.workload import spread
 
 SETTINGS = ["batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu"]
 
@@ -58,7 +58,7 @@ def test_prints_one_object_and_leaves_nothing_behind(
 
 def test_paged_state_is_not_counted_as_memory(llama_folder: Path, chats: Path) -> None:
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, SETTINGS)
-    module = importlib.import_module("tunesmith.train.plan.forecast")
+    module = importlib.import_module("tunesmith.estimate.forecast")
     asked = recipe.device.model_copy(update={"paged_optimizer": True})
     job = module.build(recipe.model_copy(update={"device": asked}))
     parts = module.memory_parts(job, peak=10**9, activations=0, working=0)
@@ -82,7 +82,7 @@ def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Pa
 def test_a_copy_for_checkpoints_is_counted_where_one_is_made(
     llama_folder: Path, chats: Path, asked: str, room: int, copied: int
 ) -> None:
-    module = importlib.import_module("tunesmith.train.plan.forecast")
+    module = importlib.import_module("tunesmith.estimate.forecast")
     changes = [*SETTINGS, "adapter=lora", "adapter.rank=2", f"checkpoint.background={asked}"]
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)
     job = module.build(recipe)
@@ -102,7 +102,7 @@ def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFix
 def test_a_run_that_does_not_fit_ends_with_1_and_what_would(
     asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    module = importlib.import_module("tunesmith.train.plan.forecast")
+    module = importlib.import_module("tunesmith.estimate.forecast")
 
     def pretended(job, work):
         return module.Measured(10**9, 6 * 10**8, 10**8, 1e-3, 0.0, 1)

@@ -14,8 +14,8 @@ from test_incident import SECTIONS, poisoned, start
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
 from tunesmith.errors import DataError, InputError, NonFiniteError
-from tunesmith.train.metrics import read_records
-from tunesmith.train.replay import replay
+from tunesmith.metrics.records import read_records
+from tunesmith.replay import replay
 
 Capture = pytest.CaptureFixture[str]
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tunesmith.checkpoint import manager
+from tunesmith.checkpoint.folder import find_damage, load_checkpoint
+from tunesmith.checkpoint.snapshot import Snapshot
+from tunesmith.checkpoint.writer_thread import Background, LeftUndoneError, State
 from tunesmith.errors import CheckpointError, InterruptedRun, RunError
 from tunesmith.run import resume, train
-from tunesmith.train import saving
 from tunesmith.train import trainer as trainer_module
-from tunesmith.train.background import Background, LeftUndoneError, State
-from tunesmith.train.checkpoint import find_damage, load_checkpoint
-from tunesmith.train.snapshot import Snapshot
 
 STEPS = 8
 PATIENCE = 30.0  # seconds that a writer waits for a step that must come
@@ -60,8 +60,8 @@ class Pace:
         self.reached = threading.Event()
         self.taken = 0
         self.in_time: bool | None = None
-        self._complete, self._step = saving.complete_checkpoint, trainer_module.train_step
-        patch.setattr(saving, "complete_checkpoint", self.complete)
+        self._complete, self._step = manager.complete_checkpoint, trainer_module.train_step
+        patch.setattr(manager, "complete_checkpoint", self.complete)
         patch.setattr(trainer_module, "train_step", self.step)
 
     def complete(self, run: Path, state, **options):
@@ -132,7 +132,7 @@ def test_a_run_goes_on_from_it_to_the_bit(beside, at_once: Path, tmp_path: Path)
 def test_one_is_written_at_a_time(
     eight_chats: Path, at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, active, most, order = saving.complete_checkpoint, 0, 0, []
+    complete, active, most, order = manager.complete_checkpoint, 0, 0, []
 
     def slow(run: Path, state, **options):
         nonlocal active, most
@@ -144,7 +144,7 @@ def test_one_is_written_at_a_time(
         active -= 1
         return found
 
-    monkeypatch.setattr(saving, "complete_checkpoint", slow)
+    monkeypatch.setattr(manager, "complete_checkpoint", slow)
     start(eight_chats, tmp_path / "run", every=1)
     assert (most, order) == (1, list(range(1, STEPS + 1)))
     for step in order:
@@ -155,14 +155,14 @@ def test_one_is_written_at_a_time(
 def test_a_write_that_fails_ends_the_run(
     eight_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete = saving.complete_checkpoint
+    complete = manager.complete_checkpoint
 
     def failing(run: Path, state, **options):
         if state.step == 4:
             raise CheckpointError("the disk is gone")
         return complete(run, state, **options)
 
-    monkeypatch.setattr(saving, "complete_checkpoint", failing)
+    monkeypatch.setattr(manager, "complete_checkpoint", failing)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         start(eight_chats, tmp_path / "run", every=2, background=True)
     assert events(tmp_path / "run") == [("checkpoint", 2)]
@@ -200,7 +200,7 @@ def test_two_errors_are_both_told(
         pace.reached.wait(PATIENCE)
         raise CheckpointError("the disk is gone")
 
-    monkeypatch.setattr(saving, "complete_checkpoint", failing)
+    monkeypatch.setattr(manager, "complete_checkpoint", failing)
     with pytest.raises(RunError, match="something else"):
         start(eight_chats, tmp_path / "run", background=True)
     assert events(tmp_path / "run") == [("checkpoint_failed", 4)]
@@ -213,7 +213,7 @@ def test_an_interrupt_waits_for_nothing(
     """As a second Ctrl-C does."""
     ErrorAt(monkeypatch, of=4, until=6).error = KeyboardInterrupt()
     begun = threading.Event()
-    complete = saving.complete_checkpoint
+    complete = manager.complete_checkpoint
 
     def unwanted(run: Path, state, *, between, **options):
         begun.set()
@@ -225,7 +225,7 @@ def test_an_interrupt_waits_for_nothing(
 
         return complete(run, state, between=left, **options)
 
-    monkeypatch.setattr(saving, "complete_checkpoint", unwanted)
+    monkeypatch.setattr(manager, "complete_checkpoint", unwanted)
     with pytest.raises(KeyboardInterrupt):
         start(eight_chats, tmp_path / "run", background=True)
     assert begun.is_set()
@@ -238,7 +238,7 @@ def test_an_interrupt_waits_for_nothing(
 def test_a_signal_waits_for_the_writing(
     eight_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, step = saving.complete_checkpoint, trainer_module.train_step
+    complete, step = manager.complete_checkpoint, trainer_module.train_step
 
     def slow(*args, **options):
         threading.Event().wait(0.3)
@@ -248,7 +248,7 @@ def test_a_signal_waits_for_the_writing(
         os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **options)
 
-    monkeypatch.setattr(saving, "complete_checkpoint", slow)
+    monkeypatch.setattr(manager, "complete_checkpoint", slow)
     monkeypatch.setattr(trainer_module, "train_step", stopped)
     with pytest.raises(InterruptedRun):
         start(eight_chats, tmp_path / "run", background=True)
@@ -264,7 +264,7 @@ def test_without_memory_for_a_copy_it_is_written_between_steps(
     asked: str | bool,
     waits: bool,
 ) -> None:
-    monkeypatch.setattr(saving, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(manager, "free_memory", lambda _: 1000)
     run = tmp_path / "run"
     start(eight_chats, run, background=asked)
     told = [("checkpoint_waits", 0)] if waits else []

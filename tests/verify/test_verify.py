@@ -23,21 +23,22 @@ from tunesmith.config.read import read_recipe
 from tunesmith.run import train
 from tunesmith.train.job import Job
 from tunesmith.types import Batch, Chain, Layout
-from tunesmith.verify import accounts, exported, ranks
-from tunesmith.verify.examine import Verification, verify
+from tunesmith.verify import exported, ranks
+from tunesmith.verify import ledger as accounts
 from tunesmith.verify.gradients import Learned, largest_difference
 from tunesmith.verify.inference import examples, inference_faithful
 from tunesmith.verify.layouts import Layouts, layout_checks
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.resumed import resume_bitwise, run_through
-from tunesmith.verify.subject import (
+from tunesmith.verify.table import markdown
+from tunesmith.verify.verify import Verification, verify
+from tunesmith.verify.workload import (
     STEPS,
     Bounds,
     bounded,
     build_precise,
     chosen_documents,
 )
-from tunesmith.verify.table import markdown
 
 BOUNDS = Bounds(documents=4, rows=12)
 PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}}
@@ -160,7 +161,7 @@ def test_a_fault_in_an_adapter_on_a_quantised_base_fails_p6(
         edited("adapter_config.json", lambda c: c.update(lora_alpha=c["lora_alpha"] * 1.5))(place)
 
     monkeypatch.setattr(exported, "write", other_scale)
-    from tunesmith.verify import examine
+    from tunesmith.verify import verify as examine
 
     monkeypatch.setattr(examine, "write", other_scale)
     recipe = recipe_of(folder, **KINDS["lora, nf4"], optim={"lr": 0.02})
@@ -387,10 +388,10 @@ def test_a_ledger_that_miscounts_fails_p4(folder: Path, monkeypatch: pytest.Monk
 def test_a_resume_that_forgets_fails_p5(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.data.order.loader import StepOrder
+    from tunesmith.build.build import build
+    from tunesmith.checkpoint import manager
+    from tunesmith.data.sampling.sampler import StepOrder
     from tunesmith.optim import Optimizer
-    from tunesmith.train import saving
-    from tunesmith.train.build import build
 
     recipe = bounded(recipe_of(folder, adapter={"kind": "lora", "rank": 4, "dropout": 0.1}), BOUNDS)
     run_through(build(recipe), tmp_path / "run")
@@ -411,7 +412,7 @@ def test_a_resume_that_forgets_fails_p5(
         patch.setattr(Optimizer, "load_state_dict", without_moments)
         assert again().failed
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "restore_rng", lambda state: None)
+        patch.setattr(manager, "restore_rng", lambda state: None)
         assert again().failed  # dropout draws other numbers
     with monkeypatch.context() as patch:
         indices = StepOrder.step_indices
@@ -424,7 +425,7 @@ def test_a_resume_that_forgets_fails_p5(
 
 @pytest.fixture(scope="module")
 def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    from tunesmith.train.build import build
+    from tunesmith.build.build import build
 
     place = tmp_path_factory.mktemp("written")
     job = build(bounded(recipe_of(folder), BOUNDS))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.wide import is_slow
+from tunesmith.model.ops.bf16_upcast import is_slow
 
 SECONDS = 0.5
 """How long each shape is multiplied."""

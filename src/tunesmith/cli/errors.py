@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from tunesmith.distributed.failure import is_told_here, leave_if_lost
+from tunesmith.distributed.rank_failure import is_told_here, leave_if_lost
 from tunesmith.errors import InputError, RecipeError, TunesmithError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]

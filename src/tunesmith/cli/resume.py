@@ -20,8 +20,8 @@ def resume(
     ] = False,
 ) -> int | None:
     """Go on with a run from its newest good checkpoint."""
-    from tunesmith.distributed.launch import start
-    from tunesmith.distributed.launched import speaks
+    from tunesmith.distributed.env import speaks
+    from tunesmith.distributed.spawn import start
     from tunesmith.run import ranks_of
     from tunesmith.run import resume as go_on
 

@@ -32,8 +32,8 @@ def train(
 ) -> int | None:
     """Fine-tune a model on demonstrations."""
     from tunesmith.cli.inputs import split_arguments
-    from tunesmith.distributed.launch import ranks_to_start, start
-    from tunesmith.distributed.launched import speaks
+    from tunesmith.distributed.env import speaks
+    from tunesmith.distributed.spawn import ranks_to_start, start
     from tunesmith.run import train_recipe
 
     recipe = recipe_from_arguments(arguments, model, data, eval)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.reduce import Replicated
+from tunesmith.distributed.grad_sync import Replicated
+from tunesmith.distributed.world import Ranks
 
 
 class Parted(Replicated):

@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.build.sampler import pack_prepared, step_order
+from tunesmith.build.sources import choose_held_out, make_sources
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.preparing.ledger import Ledger
-from tunesmith.data.preparing.prepare import Prepared, PreparedRow, iter_prepared
-from tunesmith.data.preparing.store import source_numbers, token_counts
-from tunesmith.data.reading.sources import Source
+from tunesmith.data.formats.detect import detect_format, to_example
+from tunesmith.data.formats.examples import Example
+from tunesmith.data.preprocess.document_store import source_numbers, token_counts
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.data.preprocess.prepare import Prepared, PreparedRow, iter_prepared
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.conversation import Example
-from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.template import Template, load_template
 from tunesmith.doctor.catalogue import run_checks
 from tunesmith.doctor.corpus import Case, Corpus, Setup
@@ -27,8 +29,6 @@ from tunesmith.doctor.outcome import Finding
 from tunesmith.doctor.summary import summarize
 from tunesmith.errors import ModelError
 from tunesmith.model.source import resolve_model
-from tunesmith.train.assemble.order import pack_prepared, step_order
-from tunesmith.train.sources import choose_held_out, make_sources
 from tunesmith.types import Document
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.layout.tree import build_forest, measure
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.shapes.conversation import (
+from tunesmith.data.formats.examples import (
     Chat,
     Completion,
     Parts,
@@ -18,6 +16,8 @@ from tunesmith.data.shapes.conversation import (
     Text,
     Tokens,
 )
+from tunesmith.data.microbatch.prefix_tree import build_forest, measure
+from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.types import Document
 

@@ -18,7 +18,7 @@ from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
 from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
-from tunesmith.model.adapters.initial import OF_QUANTIZED
+from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import OWN_FILE, ModelSource
 

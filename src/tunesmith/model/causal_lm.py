@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.attention import NAME
-from tunesmith.model.logits import LogitTransform
-from tunesmith.model.offload import offloaded
-from tunesmith.model.output import head_inputs
-from tunesmith.model.wide import is_slow, widen
+from tunesmith.model.attention.dispatch import NAME
+from tunesmith.model.lm_head import head_inputs
+from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.ops.activation_offload import offloaded
+from tunesmith.model.ops.bf16_upcast import is_slow, widen
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
 

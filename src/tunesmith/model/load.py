@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.model import attention
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.compiled import restore_layers
-from tunesmith.model.dtype import DtypeChoice, choose_dtype
-from tunesmith.model.float8 import restore_products
-from tunesmith.model.heap import freed_at_once
+from tunesmith.model.compile import restore_layers
 from tunesmith.model.kernels import restore_modules
+from tunesmith.model.kernels.float8 import restore_products
 from tunesmith.model.layers import cut_layers
-from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.ops.bf16_upcast import restore_linear_maps, widen_linear_maps
+from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
+from tunesmith.model.ops.malloc import freed_at_once
 from tunesmith.model.source import (
     ModelSource,
     read_json,
     refuse_foreign_code,
     resolve_model,
 )
-from tunesmith.model.wide import restore_linear_maps, widen_linear_maps
 
 if TYPE_CHECKING:
-    from tunesmith.model.quantized import Quantization
+    from tunesmith.model.quantization.load import Quantization
 
 __all__ = [
     "DtypeChoice",
@@ -82,7 +82,7 @@ def load_causal_lm(
     chosen = choose_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
     if quantization is not None:
-        from tunesmith.model.quantized import loading_options
+        from tunesmith.model.quantization.load import loading_options
 
         options |= loading_options(
             quantization,
@@ -98,7 +98,7 @@ def load_causal_lm(
     base = model
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
-        from tunesmith.model.vocabulary import make_room_for_adapter
+        from tunesmith.model.resize_embeddings import make_room_for_adapter
 
         make_room_for_adapter(model, source.adapter_folder)
         model = load_adapter(model, source.adapter_folder)
@@ -110,7 +110,7 @@ def load_causal_lm(
 
         causal_lm.of_quantized = began_quantized(source.adapter_folder)
     if quantization is not None:
-        from tunesmith.model.quantized import finish_loading
+        from tunesmith.model.quantization.load import finish_loading
 
         notes.append(finish_loading(causal_lm, quantization))
     finish(causal_lm, notes, isolated)

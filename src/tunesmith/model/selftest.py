@@ -15,7 +15,7 @@ import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.probe import Probe, in_float32, native
+from tunesmith.model.selftest_probe import Probe, in_float32, native
 
 
 @dataclass(frozen=True, slots=True)

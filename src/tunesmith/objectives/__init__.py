@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tunesmith.objectives.choice import OBJECTIVES, named_objective, with_terms
 from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
 from tunesmith.objectives.head import Base, Sides, head_loss, likeliest_tokens
 from tunesmith.objectives.nll import nll
+from tunesmith.objectives.registry import OBJECTIVES, named_objective, with_terms
 
 __all__ = [
     "OBJECTIVES",

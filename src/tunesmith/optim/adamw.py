@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.optim.base import Optimizer, Slot
+from tunesmith.optim.optimizer import Optimizer, Slot
 
 
 class AdamW(Optimizer):

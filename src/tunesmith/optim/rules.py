@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.adamw import AdamW
-from tunesmith.optim.base import Optimizer, Slot
+from tunesmith.optim.optimizer import Optimizer, Slot
 
 
 class _OneMoment(Optimizer):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.data.preparing.prepare import UNUSED, Prepared
+from tunesmith.data.preprocess.prepare import UNUSED, Prepared
 from tunesmith.data.templates.template import Template
-from tunesmith.scoring.alone import Alone, answer_headers, answers_alone
+from tunesmith.scoring.ifd import Alone, answer_headers, answers_alone
 from tunesmith.scoring.measure import Targets, measure_targets
 from tunesmith.types import NO_MESSAGE, Document
 

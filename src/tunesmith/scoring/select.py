@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.preparing.holdout import row_digest
-from tunesmith.data.reading.sources import Source, content_hash, read_rows, rename_columns
-from tunesmith.data.shapes.formats import CONTENT
+from tunesmith.data.formats.detect import CONTENT
+from tunesmith.data.preprocess.holdout import row_digest
+from tunesmith.data.sources.sources import Source, content_hash, read_rows, rename_columns
 from tunesmith.doctor.minhash import near_pairs
 from tunesmith.doctor.words import words_of
 from tunesmith.errors import DataError

@@ -12,9 +12,9 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tunesmith.data.layout.packing import MicrobatchPlan
-from tunesmith.train.dealt import own_plans, step_plans
+from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.train.job import Job
+from tunesmith.train.microbatches import own_plans, step_plans
 from tunesmith.types import Document
 
 

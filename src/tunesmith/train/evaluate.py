@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.distributed.world import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.dealt import Costs, own_plans, step_plans
 from tunesmith.train.figures import read_figures
+from tunesmith.train.microbatches import Costs, own_plans, step_plans
 from tunesmith.train.step import add_document_losses
 from tunesmith.types import Document, LossOutput
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.preparing.prepare import Prepared
+from tunesmith.data.preprocess.prepare import Prepared
+from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.data.templates.template import Template
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.reduce import Alone
+from tunesmith.distributed.grad_sync import Alone
+from tunesmith.distributed.world import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
-from tunesmith.train.dealt import Costs
 from tunesmith.train.loss import StepLoss
-from tunesmith.train.own_objective import OwnObjective
+from tunesmith.train.microbatches import Costs
+from tunesmith.train.user_objective import OwnObjective
 from tunesmith.types import Document
 
 

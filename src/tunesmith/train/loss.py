@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan
-from tunesmith.distributed.sharers import Sharers
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan
+from tunesmith.distributed.model_parallel_group import Sharers
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.noise import EmbeddingNoise
-from tunesmith.model.router import Routers, balance_loss
+from tunesmith.model.moe_router import Routers, balance_loss
+from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import Base, Objective, Sides, head_loss, likeliest_tokens, nll
-from tunesmith.train.dealt import own_part
-from tunesmith.train.outer import OuterBatch
-from tunesmith.train.pathkeys import path_ends, token_keys
+from tunesmith.train.microbatches import own_part
+from tunesmith.train.old_policy import OuterBatch
+from tunesmith.train.path_hash import path_ends, token_keys
 from tunesmith.transfer import to_device
 from tunesmith.types import Batch, Document, HeadLoss, Layout, LossOutput
 

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.packing import MicrobatchPlan
-from tunesmith.distributed.reduce import Alone
+from tunesmith.data.microbatch.planner import MicrobatchPlan
+from tunesmith.distributed.grad_sync import Alone
 from tunesmith.errors import NonFiniteError
+from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
 from tunesmith.train.figures import Figures, read_figures
-from tunesmith.train.quantiles import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.types import LossOutput, Shares
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]

@@ -13,29 +13,29 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
-from tunesmith.data.preparing.store import longest_paths
+from tunesmith.checkpoint.manager import Kept, Saving, Standing
+from tunesmith.checkpoint.rng import rng_kept, seed_step
+from tunesmith.checkpoint.writer_thread import State
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
+from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.errors import InterruptedRun
+from tunesmith.metrics.records import Sink, peak_memory
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.ahead import Ahead
-from tunesmith.train.background import State
-from tunesmith.train.dealt import own_part
-from tunesmith.train.due import Due
+from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.memory_retry import (
+from tunesmith.train.microbatches import own_part
+from tunesmith.train.oom_retry import (
     largest_microbatch,
     leave_word,
     retry_record,
     with_less_memory,
 )
-from tunesmith.train.metrics import Sink, peak_memory
-from tunesmith.train.rng import rng_kept, seed_step
-from tunesmith.train.rows import RowLosses
-from tunesmith.train.saving import Kept, Saving, Standing
+from tunesmith.train.row_losses import RowLosses
+from tunesmith.train.signals import AbandonedError, Stopping
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
-from tunesmith.train.stopping import AbandonedError, Stopping
+from tunesmith.train.triggers import Due
 from tunesmith.train.watchdog import Watchdog
 from tunesmith.types import Document, LossOutput, StepMetrics
 

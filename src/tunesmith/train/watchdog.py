@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.distributed.alarm import Alarm
+from tunesmith.distributed.hang_alarm import Alarm
 
 AUTO_SECONDS = 3600.0
 """The shortest limit that is chosen by itself."""

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.probe import native
+from tunesmith.model.selftest_probe import native
 from tunesmith.objectives import nll
 from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss

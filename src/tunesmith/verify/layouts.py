@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tunesmith.build.objective import noisy_objective
 from tunesmith.errors import TunesmithError
 from tunesmith.objectives import nll
-from tunesmith.train.assemble.objective import noisy_objective
 from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss
 from tunesmith.types import Document
 from tunesmith.verify.gradients import Learned, largest_difference, packed, plain
 from tunesmith.verify.outcome import Outcome, judged
-from tunesmith.verify.subject import tolerance_of
+from tunesmith.verify.workload import tolerance_of
 
 ALL_AT_ONCE = 10**9
 """`micro_tokens` that cut nothing."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tunesmith.checkpoint.folder import load_checkpoint
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Recipe
 from tunesmith.config.sections.device import DeviceSection
-from tunesmith.train.checkpoint import load_checkpoint
 from tunesmith.verify.outcome import Outcome, judged
-from tunesmith.verify.subject import STEPS
+from tunesmith.verify.workload import STEPS
 
 NAME = "1 = N ranks"
 COMPARED = {

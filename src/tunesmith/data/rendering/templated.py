@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.data.faults import refuse
-from tunesmith.data.rendering.own_text import refuse_roles
-from tunesmith.data.rendering.paths import TokenPath, fit_paths, fit_stream
-from tunesmith.data.rendering.rendered import Limit, Rendering
-from tunesmith.data.shapes.conversation import TemplatedText
+from tunesmith.data.formats.examples import TemplatedText
+from tunesmith.data.rendering.pretokenized import refuse_roles
+from tunesmith.data.rendering.result import Limit, Rendering
+from tunesmith.data.rendering.token_paths import TokenPath, fit_paths, fit_stream
+from tunesmith.data.row_errors import refuse
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_form import TurnForm, answer_end, turn_form
+from tunesmith.data.templates.turn_pattern import TurnForm, answer_end, turn_form
 from tunesmith.types import NO_MESSAGE, Origin
 
 _SHOWN = 40

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.templates.clock import TooSlow
-from tunesmith.data.templates.dates import check_dates
-from tunesmith.data.templates.direct import Memo, compile_template, find_direct
+from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.templates.date_check import check_dates
+from tunesmith.data.templates.fast_render import Memo, compile_template, find_direct
 from tunesmith.data.templates.sandbox import bounded_sandbox
-from tunesmith.data.templates.stops import closing_tokens
-from tunesmith.data.templates.template_choice import NewToken, choose, with_tokens
+from tunesmith.data.templates.select import NewToken, choose, with_tokens
+from tunesmith.data.templates.stop_tokens import closing_tokens
+from tunesmith.data.templates.timeout import TooSlow
 from tunesmith.errors import DataError, ModelError, first_line
 
 _UNBOUNDED = 10**9

@@ -1,0 +1,204 @@
+"""How several ranks share a model: what each holds, and which recipes that goes with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.build.context_parallel import check_context_recipe, check_exact, check_model
+from tunesmith.build.parity import ELEMENTWISE
+from tunesmith.build.tensor_parallel import check_tensor_recipe, divide_over, divided_share
+from tunesmith.config.schema import Recipe
+from tunesmith.distributed.grad_sync import Alone, Replicated
+from tunesmith.distributed.peer_check import can_ask, can_go_back
+from tunesmith.distributed.world import Asking, Ranks
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.deferred_load import let_go
+from tunesmith.model.memory.estimate import MemoryEstimate
+from tunesmith.model.ops.bf16_upcast import restore_linear_maps
+
+ADAPTERS = ("none", "lora")
+KEPT = ("none", "nf4", "fp4")
+"""How a base may be kept whose packed bytes ranks can hold in parts."""
+
+
+def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
+    """Refuse what can't be spread over ranks on this kind of device, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    check_context_recipe(recipe, ranks)
+    check_tensor_recipe(recipe, ranks)
+    if recipe.device.shard == "none":
+        if recipe.device.shard_offload:
+            raise RecipeError(
+                "only shards are kept in the host's memory",
+                where="device.shard_offload",
+                hint="add device.shard=full, or take it away",
+            )
+        return
+    if ranks.alone:
+        raise RecipeError(
+            "one process has nobody to share the model with",
+            where="device.shard",
+            hint="device.ranks=2 or more, torchrun, or device.shard=none",
+        )
+    _check_hybrid(recipe, ranks)
+    _check_kind(recipe, device)
+
+
+def for_one_process(recipe: Recipe) -> Recipe:
+    """The recipe without what only several ranks can do, to look at a run from one process."""
+    alone = {"ranks": 1, "shard": "none", "shard_offload": False, "context": 1, "tensor": 1}
+    return recipe.model_copy(update={"device": recipe.device.model_copy(update=alone)})
+
+
+def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
+    """The ranks as the recipe groups them, if it can be spread over them.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    check_sharing(recipe, ranks, device)
+    patience, asking = recipe.device.rank_timeout, _asking(recipe, ranks, device)
+    shared = ranks.sharing(recipe.device.context, patience=patience, asking=asking)
+    return shared.splitting(recipe.device.tensor, patience=patience, asking=asking == "group")
+
+
+def _asking(recipe: Recipe, ranks: Ranks, device: str) -> Asking:
+    """Who meets before a rank waits for others inside a micro-batch: all where they share layers,
+    since a rank that has failed can come to one meeting only.
+    """
+    if recipe.device.shard == "none" or ranks.alone:
+        return "group" if can_ask(device) else "nobody"
+    return "all" if can_go_back(ranks.count, device) else "nobody"
+
+
+def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
+    nodes, rest = divmod(ranks.count, ranks.local_count)
+    if recipe.device.shard == "hybrid" and (nodes < 2 or rest or ranks.local_count < 2):
+        raise RecipeError(
+            f"hybrid spreads over the ranks of a machine and copies across machines, and these "
+            f"{ranks.count} ranks are {ranks.local_count} a machine",
+            where="device.shard",
+            hint="device.shard=full",
+        )
+
+
+def _check_kind(recipe: Recipe, device: str) -> None:
+    shard = recipe.device.shard
+    for key, value, taken, hint in (
+        ("optim.name", recipe.optim.name, ELEMENTWISE, "looks at whole weights"),
+        ("adapter.kind", recipe.adapter.kind, ADAPTERS, "needs whole weights of its base"),
+        ("model.quantization", recipe.model.quantization, KEPT, "can't be taken apart"),
+    ):
+        if value not in taken:
+            raise RecipeError(
+                f"{value} {hint}, and device.shard={shard} gives each rank a part",
+                where=key,
+                hint=f"{key}={taken[0]}, or device.shard=none",
+            )
+    if recipe.device.shard_offload and device == "cpu":
+        raise RecipeError(
+            "on a CPU shards are in the host's memory already",
+            where="device.shard_offload",
+            hint="device.shard_offload=false",
+        )
+    if recipe.eval.samples:
+        raise RecipeError(
+            f"answers can't be generated while the model is spread by device.shard={shard}",
+            where="eval.samples",
+            hint="eval.samples=0; `tunesmith generate RUN` answers afterwards",
+        )
+
+
+def holders(recipe: Recipe, ranks: Ranks) -> int:
+    """How many ranks hold one copy of the model together."""
+    if ranks.split.count > 1:
+        return ranks.split.count
+    return {"none": 1, "full": ranks.count, "hybrid": ranks.local_count}[recipe.device.shard]
+
+
+def spared_bytes(
+    size: MemoryEstimate | None, model: CausalLM, ranks: Ranks, *, together: int
+) -> int:
+    """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
+    if size is None:
+        return 0
+    share = divided_share(model, ranks) if ranks.split.count > 1 else 1.0
+    return int((size.total - size.total // together) * share)
+
+
+def share_model(
+    recipe: Recipe, model: CausalLM, ranks: Ranks, device: torch.device, *, base: Any = None
+) -> Alone:
+    """Let the ranks begin from the same trained weights, and spread the model if that is asked.
+
+    `base`: a frozen copy that stays whole on each rank.
+    """
+    check_model(model, ranks.context)
+    if ranks.alone:
+        return Alone()
+    if model.unread is not None:
+        let_go(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ranks.copy_from_first([p for p in trained if not p.is_meta])
+    first = next(model.base.parameters())
+    if ranks.split.count > 1:
+        if base is not None:
+            base.to(device)
+        return divide_over(model, ranks, device)
+    if recipe.device.shard == "none":
+        check_exact(model, ranks, device=device, compute=first.dtype)
+        return Replicated(ranks, trained)
+    from tunesmith.distributed.fsdp import Sharding, shard_model
+
+    packed = recipe.model.quantization != "none"
+    if packed:
+        from tunesmith.model.quantization.fsdp import make_spreadable
+
+        make_spreadable(model, device=device, compute=first.dtype)
+    if device.type != "cpu":
+        restore_linear_maps(model)
+        if base is not None:
+            restore_linear_maps(base)
+            base.to(device)
+    how = Sharding(
+        compute=first.dtype,
+        across=recipe.device.shard == "hybrid",
+        offload=recipe.device.shard_offload,
+    )
+    files, model.unread = model.unread, None
+    shards = shard_model(
+        model, decoder_layers(model), ranks, how,
+        device=device, read=None if files is None else files.read_for,
+    )  # fmt: skip
+    if packed:
+        from tunesmith.model.quantization.fsdp import mark_packed
+
+        mark_packed(model)
+    check_exact(model, ranks, device=device, compute=first.dtype)
+    shards.rest()
+    return shards
+
+
+def decoder_layers(model: CausalLM) -> list[nn.Module]:
+    """The decoder's layers, in order.
+
+    Raises:
+        ModelError: they aren't one list.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.decoder.modules() if isinstance(m, nn.ModuleList)]
+    found = [layers for layers in lists if len(layers) == wanted]
+    if len(found) != 1:
+        raise ModelError(
+            f"{model.config.model_type} has no one list of layers to spread",
+            where="device.shard",
+            hint="device.shard=none",
+        )
+    return list(found[0])

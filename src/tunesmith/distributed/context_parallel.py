@@ -1,0 +1,154 @@
+"""Ranks that share the tokens of each micro-batch, for sequences that do not fit one device.
+
+Every rank of a group has a slice of the tokens for all that looks at one token at a time: norms,
+feed-forward, head and loss. For attention queries, keys and values go from slices of the tokens to
+slices of the heads and back by two all-to-all exchanges (Jacobs et al., arXiv 2309.14509), so the
+attention itself sees the whole layout and any packing or tree is exact.
+
+Invariant: a rank's loss is of its own targets, and the backward of an exchange is the other
+exchange. So gradients summed over all ranks are those of the whole step.
+
+Letters: N ranks of a group, T tokens of the layout, t = T / N of a rank, H heads, h = H / N of a
+rank, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.distributed.model_parallel_group import Sharers
+from tunesmith.errors import ModelError
+from tunesmith.types import Chain, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Context(Sharers):
+    """Ranks that share the tokens of a micro-batch. One rank has all tokens. Without a `group` what
+    the others would send is as large as what this rank sends them, and is not what they would.
+    """
+
+    def spread(self, layout: Layout) -> Layout:
+        """The layout with its tokens dealt to the group: a slice each, of equal length.
+
+        At most N - 1 tokens are added at the end, which see only themselves and which nobody sees.
+        """
+        total = len(layout.position)
+        size = -(-total // self.count)
+        added = np.arange(total, size * self.count, dtype=np.int32)
+        return replace(
+            layout,
+            chains=(*layout.chains, *(Chain(n, n + 1, ()) for n in added.tolist())),
+            visible_until=np.concatenate([layout.visible_until, added + 1]),
+            position=np.concatenate([layout.position, np.zeros_like(added)]),
+            spread=Slice(self, slice(self.place * size, (self.place + 1) * size)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """This rank's tokens of a layout, and how the group meets for attention."""
+
+    context: Context
+    own: slice
+
+    def by_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads.
+
+        Where N does not divide K, key heads are repeated to the least common multiple of both: it
+        divides H, since both do.
+
+        Raises:
+            ModelError: N does not divide H.
+        """
+        count, groups = self.context.count, key.shape[1]
+        if query.shape[1] % count:
+            raise uneven_heads(query.shape[1], count)
+        times = math.lcm(groups, count) // groups
+        if times > 1:
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        return cast(
+            "tuple[Tensor, Tensor, Tensor]", self._exchange(query, key, value, to_heads=True)
+        )
+
+    def by_tokens(self, output: Tensor) -> Tensor:
+        """[1, h, T, D] back to [1, H, t, D]."""
+        return self._exchange(output, to_heads=False)[0]
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """Of a value for each head those of this rank's heads, [H] to [h]."""
+        size = len(values) // self.context.count
+        return values[self.context.place * size : (self.context.place + 1) * size]
+
+    def _exchange(self, *tensors: Tensor, to_heads: bool) -> tuple[Tensor, ...]:
+        return cast(
+            "tuple[Tensor, ...]",
+            _Exchange.apply(self.context, to_heads, *tensors),  # pyright: ignore[reportUnknownMemberType]
+        )
+
+
+def uneven_heads(heads: int, count: int) -> ModelError:
+    """The error of a model whose heads can't be dealt."""
+    fitting = [n for n in range(2, heads + 1) if heads % n == 0 and n <= count]
+    return ModelError(
+        f"{heads} attention heads can't be dealt to {count} ranks",
+        where="device.context",
+        hint=f"device.context={max(fitting, default=1)}",
+    )
+
+
+class _Exchange(torch.autograd.Function):
+    """Slices of tokens for slices of heads, or back; the gradients go the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, context: Context, to_heads: bool, *tensors: Tensor):
+        ctx.context, ctx.to_heads = context, to_heads
+        return exchange(context, tensors, to_heads=to_heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *exchange(ctx.context, grads, to_heads=not ctx.to_heads))
+
+
+def exchange(context: Context, tensors: Sequence[Tensor], *, to_heads: bool) -> tuple[Tensor, ...]:
+    """Every tensor [1, H, t, D] as [1, h, T, D], or the other way round, in one message."""
+    import torch.distributed as dist
+
+    count = context.count
+    parts = [_by_receiver(tensor, count, to_heads=to_heads) for tensor in tensors]
+    sent = torch.cat([part.reshape(count, -1) for part in parts], 1)
+    received = torch.empty_like(sent)
+    if context.group is None:
+        received.copy_(sent)
+    else:
+        context.ask()
+        dist.all_to_all_single(received, sent, group=context.group)
+    sizes = [part[0].numel() for part in parts]
+    found: list[Tensor] = []
+    for tensor, part, got in zip(tensors, parts, received.split(sizes, 1), strict=True):
+        got = got.view(part.shape).to(tensor.dtype)
+        if to_heads:  # [N, h, t, D], by the rank whose tokens they are
+            got = got.transpose(0, 1)
+        found.append(got.reshape(1, *_shape(tensor, count, to_heads=to_heads)))
+    return tuple(found)
+
+
+def _by_receiver(tensor: Tensor, count: int, *, to_heads: bool) -> Tensor:
+    """[N, h, t, D]: what goes to each rank."""
+    _, heads, tokens, width = tensor.shape
+    if to_heads:
+        return tensor.reshape(count, heads // count, tokens, width)
+    return tensor.reshape(heads, count, tokens // count, width).transpose(0, 1)
+
+
+def _shape(tensor: Tensor, count: int, *, to_heads: bool) -> tuple[int, int, int]:
+    _, heads, tokens, width = tensor.shape
+    if to_heads:
+        return heads // count, tokens * count, width
+    return heads * count, tokens // count, width

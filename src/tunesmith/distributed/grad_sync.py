@@ -1,0 +1,131 @@
+"""How a step's sums and gradients become those of all ranks.
+
+Invariant (P3): gradients are added, never averaged. A step divides its loss by the weight of all
+ranks beforehand, so the sum over the ranks is the gradient of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.distributed.oom import all_or_none
+from tunesmith.distributed.world import Ranks
+
+if TYPE_CHECKING:
+    from tunesmith.distributed.parted import Parted
+
+BUCKET = 1 << 24
+"""Elements that are sent at a time: 64 MiB of float32."""
+
+
+class Alone:
+    """One process: its sums are the step's."""
+
+    @property
+    def sharded(self) -> Parted | None:
+        """Itself where each rank has a part of the weights."""
+        return None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank's numbers stand for those that all ranks have."""
+        return True
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Where micro-batches run that all ranks must finish for a step to be taken."""
+        return nullcontext()
+
+    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The values as they are."""
+        return values
+
+    def begin(self, *, last: bool) -> None:
+        """Nothing is to be done before a micro-batch."""
+
+    def add_gradients(self) -> None:
+        """The gradients are whole."""
+
+
+class Replicated(Alone):
+    """Every rank has all weights; gradients are added once a step, in float32.
+
+    A parameter without a gradient sends zeros, since another rank may have one.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: Sequence[Tensor]) -> None:
+        self._ranks = ranks
+        self._parameters = [p for p in parameters if p.requires_grad]
+
+    @property
+    def first(self) -> bool:
+        return self._ranks.first
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Only ranks that work on a micro-batch together wait for each other inside; where they
+        don't ask before, one that has failed can't be followed.
+        """
+        sharers = self._ranks.sharers
+        if sharers.count == 1:
+            return all_or_none(self._ranks)
+        return nullcontext() if sharers.asked is None else all_or_none(self._ranks, sharers.ask)
+
+    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums over the ranks."""
+        return self._ranks.add(values)
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Every rank has the same gradients afterwards, to the bit."""
+        self.add_up(self._parameters)
+
+    @torch.no_grad()
+    def add_up(self, parameters: Sequence[Tensor], *, group: Any = None) -> None:
+        """Sums of the parameters' gradients over all ranks, or those of a group."""
+        import torch.distributed as dist
+
+        for bucket in buckets(parameters):
+            flat = torch.cat([_flat_gradient(p) for p in bucket])
+            with self._ranks.guarded():
+                dist.all_reduce(flat, group=group)
+            start = 0
+            for parameter in bucket:
+                part = flat[start : start + parameter.numel()].view(parameter.shape)
+                start += parameter.numel()
+                if parameter.grad is None:
+                    parameter.grad = part.to(parameter.grad_dtype or parameter.dtype)
+                else:
+                    parameter.grad.copy_(part)
+
+
+def _flat_gradient(parameter: Tensor) -> Tensor:
+    """float32 (float64 stays), [n]."""
+    if parameter.grad is None:
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    grad = parameter.grad.reshape(-1)
+    return grad if grad.dtype == torch.float64 else grad.float()
+
+
+def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive parameters on one device, of `BUCKET` elements or a single one that is larger."""
+    held: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        other = held and (
+            parameter.device != held[0].device
+            or (parameter.dtype == torch.float64) != (held[0].dtype == torch.float64)
+        )
+        if held and (other or size + parameter.numel() > BUCKET):
+            yield held
+            held, size = [], 0
+        held.append(parameter)
+        size += parameter.numel()
+    if held:
+        yield held
