@@ -52,7 +52,7 @@ def prepare_alone(model: str, path: Path) -> dict[str, float]:
     from tunesmith.data.preprocess.prepare import prepare
     from tunesmith.data.sampling.sampler import StepOrder
     from tunesmith.data.sources.sources import Source
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.templates.load import load_template
 
     template = load_template(model)
     begin = time.perf_counter()

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.metrics.records import cpu_name
+from tunesmith.metrics.environment import cpu_name
 from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.objectives.head import CHUNK_BYTES, CHUNK_ROWS

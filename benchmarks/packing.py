@@ -36,7 +36,7 @@ def row_lengths(model: str, path: Path, columns: dict[str, str] | None) -> np.nd
     from tunesmith.data.preprocess.document_store import token_counts
     from tunesmith.data.preprocess.prepare import prepare
     from tunesmith.data.sources.sources import Source
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.templates.load import load_template
 
     source = Source(path.name, path=path, columns=columns)
     prepared = prepare([source], load_template(model), max_length=None, bad_rows="drop")

@@ -30,7 +30,7 @@ from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.estimate.workload import row_lengths
 from tunesmith.model.attention.dispatch import layout_attention
 from tunesmith.model.load import wrap_causal_lm

@@ -19,7 +19,7 @@ from tunesmith.data.preprocess.cache import MANIFEST
 from tunesmith.data.preprocess.holdout import Side, holdout_split
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 
 DATED = "{% if false %}{{ strftime_now('%d') }}{% endif %}" + CHATML

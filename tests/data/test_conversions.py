@@ -14,7 +14,7 @@ from tunesmith.data.formats.convert import convert_row
 from tunesmith.data.formats.detect import COLUMNS, FORMATS, to_example
 from tunesmith.data.rendering.render import Rendered, render_example
 from tunesmith.data.row_errors import RowError
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.types import Origin
 
 # Tools and a template's argument show in the text, so that one that is lost is seen.

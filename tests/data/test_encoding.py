@@ -22,7 +22,8 @@ from tunesmith.data.preprocess.render_batch import Options, Task, render_batch
 from tunesmith.data.rendering.render import Rendered, render_example
 from tunesmith.data.rendering.tokenize import Encoder
 from tunesmith.data.row_errors import Fault, RowError
-from tunesmith.data.templates.template import Template, load_template, wrap_tokenizer
+from tunesmith.data.templates.load import load_template, wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.types import Origin
 
 ORIGIN = Origin("made", 0)

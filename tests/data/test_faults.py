@@ -17,7 +17,7 @@ from tunesmith.data.formats.detect import COLUMNS, to_example
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.row_errors import RowError
 from tunesmith.data.sources.sources import Source, read_rows
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError, RecipeError
 
 ROOT = Path(tunesmith.__file__).parent

@@ -18,7 +18,8 @@ from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.rendering.render import render_example
 from tunesmith.data.row_errors import RowError
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 

@@ -15,7 +15,7 @@ from tunesmith.data.preprocess import digest_cache as module
 from tunesmith.data.preprocess.digest_cache import KnownFiles
 from tunesmith.data.preprocess.prepare import Prepared, prepare
 from tunesmith.data.sources.sources import Source, content_hash
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 
 
 @pytest.fixture

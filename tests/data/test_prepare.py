@@ -13,7 +13,7 @@ from tunesmith.data.preprocess.holdout import holdout_split
 from tunesmith.data.preprocess.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
 from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Segment
 

@@ -9,7 +9,7 @@ from tunesmith.data.formats.detect import to_example
 from tunesmith.data.formats.examples import Completion, Text
 from tunesmith.data.rendering.render import render_example
 from tunesmith.data.row_errors import RowError
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.types import Origin
 
 ORIGIN = Origin("rows", 3)

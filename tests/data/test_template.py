@@ -9,7 +9,7 @@ import pytest
 
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data.row_errors import RowError
-from tunesmith.data.templates.template import load_template, wrap_tokenizer
+from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.errors import DataError, ModelError
 
 USER = [{"role": "user", "content": "hi"}]

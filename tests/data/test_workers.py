@@ -17,7 +17,8 @@ from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.preprocess.render_batch import Options
 from tunesmith.data.preprocess.workers import pack_batches
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 
 ROWS = 3000

@@ -30,7 +30,8 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.preprocess.ledger import Ledger
 from tunesmith.data.preprocess.prepare import iter_prepared, prepare
 from tunesmith.data.sources.sources import Source, read_rows
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import TunesmithError
 
 EXAMPLES = int(os.environ.get("TUNESMITH_FUZZ", "60"))

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from tunesmith.data.formats.detect import FORMATS
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 
 TEMPLATE = wrap_tokenizer(tiny_tokenizer())

@@ -16,7 +16,8 @@ from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates import sandbox_limits
 from tunesmith.data.templates import timeout as clocks
 from tunesmith.data.templates.fast_render import compile_template
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.data.templates.timeout import Clock, TooSlow
 from tunesmith.errors import TunesmithError
 

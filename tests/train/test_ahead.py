@@ -14,9 +14,8 @@ from tiny import chat_inputs
 from tunesmith.build.build import build
 from tunesmith.config.schema import Recipe
 from tunesmith.train import figures, trainer
-from tunesmith.train.ahead import Ahead, Planned
 from tunesmith.train.loss import StepLoss
-from tunesmith.train.microbatches import own_plans, step_plans
+from tunesmith.train.microbatches import Ahead, Planned, own_plans, step_plans
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 STEPS = 4

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from tunesmith.errors import InputError, RunError
-from tunesmith.storage.run_folder import is_run, open_run, read_json, write_json, write_text
+from tunesmith.storage.atomic import read_json, write_json, write_text
+from tunesmith.storage.run_folder import is_run, open_run
 
 
 def make_run(path):

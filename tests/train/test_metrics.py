@@ -12,7 +12,8 @@ import torch
 
 import tunesmith
 from tunesmith.errors import InputError, RunError
-from tunesmith.metrics.records import JsonlSink, machine_record, read_records
+from tunesmith.metrics.environment import machine_record
+from tunesmith.metrics.records import JsonlSink, read_records
 from tunesmith.metrics.trackers import TRACKERS, GuardedSink, TrackedRun, open_tracker, scalars
 
 

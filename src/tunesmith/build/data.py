@@ -14,7 +14,8 @@ from tunesmith.config.schema import Holdout, Recipe
 from tunesmith.data.cache_folder import default_cache_folder
 from tunesmith.data.preprocess.cache import discard
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import Template, load_template, wrap_tokenizer
+from tunesmith.data.templates.load import load_template, wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import Ranks
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource

@@ -24,7 +24,7 @@ from torch import Tensor
 from tunesmith.checkpoint.rng import RngState
 from tunesmith.checkpoint.tensor_io import encoded, file_digest, write_synced
 from tunesmith.errors import CheckpointError
-from tunesmith.storage.run_folder import sync_folder
+from tunesmith.storage.atomic import sync_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"

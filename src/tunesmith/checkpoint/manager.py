@@ -30,7 +30,7 @@ from tunesmith.checkpoint.snapshot import Snapshot
 from tunesmith.checkpoint.writer_thread import Background, State
 from tunesmith.config.dump import science_dict
 from tunesmith.errors import CheckpointError, TunesmithError
-from tunesmith.metrics.records import versions
+from tunesmith.metrics.environment import versions
 from tunesmith.model.memory.estimate import free_memory, show
 from tunesmith.train.job import Job
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from tunesmith.distributed.parted import Parted
+from tunesmith.distributed.grad_sync import Parted
 
 
 class Stateful(Protocol):

@@ -75,7 +75,7 @@ def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
     """The tokenizer and chat template that the recipe trains with; those of a run if that is the
     model, with the arguments it was trained under.
     """
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
 
     tokenizer, folder = _folders(recipe)
@@ -140,7 +140,7 @@ def _write_page(
     from tunesmith.data.preprocess.prepare import record_outcome
     from tunesmith.data.row_errors import Fault
     from tunesmith.pages.preview import ShownRow, preview_page, turns_of
-    from tunesmith.storage.run_folder import write_text
+    from tunesmith.storage.atomic import write_text
 
     if not path.parent.is_dir():
         raise InputError("there is no such folder", where=str(path.parent))

@@ -158,7 +158,7 @@ def _scored(sources: Sequence[Source], prepared: Prepared) -> dict[str, ScoredSo
 
 
 def _about(session: Session) -> dict[str, Any]:
-    from tunesmith import __version__
+    from tunesmith.version import __version__
 
     recipe, template = session.recipe, session.template
     return {

@@ -120,7 +120,7 @@ def open_session(recipe: Recipe) -> Session:
     """Load the model that the settings name, with the template choice kept beside it."""
     from tunesmith.build.device import choose_device
     from tunesmith.build.model import chosen_quantization
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from tunesmith.distributed.grad_sync import Parted
 from tunesmith.distributed.oom import OutOfMemoryTogether, all_or_none
-from tunesmith.distributed.parted import Parted
 from tunesmith.distributed.peer_check import ask_all, ask_before, can_go_back
 from tunesmith.distributed.world import Ranks
 from tunesmith.errors import ModelError

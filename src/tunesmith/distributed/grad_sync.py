@@ -6,9 +6,9 @@ ranks beforehand, so the sum over the ranks is the gradient of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from tunesmith.distributed.oom import all_or_none
 from tunesmith.distributed.world import Ranks
-
-if TYPE_CHECKING:
-    from tunesmith.distributed.parted import Parted
 
 BUCKET = 1 << 24
 """Elements that are sent at a time: 64 MiB of float32."""
@@ -129,3 +126,84 @@ def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += parameter.numel()
     if held:
         yield held
+
+
+class Parted(Replicated):
+    """Ranks of which each has a part of some weights, and whose optimizer works on that alone.
+
+    Args:
+        whole: what the parameters are parts of, by name, as tensors that know where; their contents
+            are not looked at.
+        parts: the trained parameters of this rank by name, plain tensors.
+    """
+
+    def __init__(self, ranks: Ranks, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
+        super().__init__(ranks, [])
+        self._whole = whole
+        self.parts = parts
+
+    @property
+    def sharded(self) -> Parted:
+        """Itself."""
+        return self
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that hold the parts."""
+        return self._ranks
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of all parts' gradients, from that of this rank's."""
+        raise NotImplementedError
+
+    def drop_gradients(self) -> None:
+        """Forget gradients that have not reached the parts."""
+
+    def gather(self) -> None:
+        """Give the first rank the whole model, in its own precision and the host's memory; the
+        model of the others is of no more use.
+        """
+        raise NotImplementedError
+
+    def spread(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
+        """An optimizer's state over the parts as tensors that know their place in the whole.
+
+        Keys are KIND.NAME; they share the memory of what is given, or `bare` have none.
+        """
+        from torch.distributed.tensor import DTensor
+
+        found: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            whole = self._whole.get(key.partition(".")[2])
+            if whole is None:
+                found[key] = tensor
+                continue
+            found[key] = DTensor.from_local(
+                tensor.to("meta") if bare else tensor,
+                whole.device_mesh,
+                whole.placements,
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+        return found
+
+    def parts_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of an optimizer's state; keys are KIND.NAME."""
+        from torch.distributed.tensor import distribute_tensor
+
+        found: dict[str, Tensor] = {}
+        for key, tensor in whole.items():
+            name = key.partition(".")[2]
+            like = self._whole.get(name)
+            if like is None:
+                found[key] = tensor
+                continue
+            placed = distribute_tensor(
+                tensor.to(self.parts[name].device),
+                like.device_mesh,
+                like.placements,
+                src_data_rank=None,
+            )
+            found[key] = placed.to_local()
+        return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.distributed.parted import Parted
+from tunesmith.distributed.grad_sync import Parted
 from tunesmith.distributed.tensor_parallel_ops import Seams, Split
 from tunesmith.distributed.world import Ranks
 

@@ -22,7 +22,8 @@ from tunesmith.data.rendering.render import render_example
 from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.data.sources.sources import Source
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.doctor.catalogue import run_checks
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.outcome import Finding

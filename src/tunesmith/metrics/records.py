@@ -6,11 +6,9 @@ of kind eval name their `set`, those of kind event say what in `event`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,12 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-import tunesmith
 from tunesmith.errors import InputError, RunError
-from tunesmith.redact import redact
-
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pyarrow", "tokenizers")
-"""Packages whose versions a run keeps."""
 
 
 class Sink(Protocol):
@@ -130,32 +123,6 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def machine_record() -> dict[str, Any]:
-    """What a run ran on: versions, platform, processor, threads, accelerators, command line."""
-    return {
-        "versions": versions(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": _gpus(),
-        "cuda": torch.version.cuda,
-        "command": [redact(word) for word in sys.argv],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, Tunesmith and the packages a result depends on."""
-    found = {"python": platform.python_version(), "tunesmith": tunesmith.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = str(torch.__version__)  # with its build, which the metadata may not have
-    return found
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device's allocator, or of the whole process on a CPU."""
     if device.type == "cuda":
@@ -182,21 +149,3 @@ def _length_up_to(path: Path, step: int) -> int:
                 break
             length += len(line)
     return length
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory": gpu.total_memory} for gpu in found]

@@ -15,7 +15,8 @@ from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import Ranks, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.runner import Run, conduct
-from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run, read_json
+from tunesmith.storage.atomic import read_json
+from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run
 
 if TYPE_CHECKING:
     from tunesmith.build.inputs import Given

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from tunesmith.config.dump import to_plain, to_yaml
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.env import launch_id
+from tunesmith.storage.atomic import write_json, write_text
 from tunesmith.storage.lock import LOCK
-from tunesmith.storage.run_folder import write_json, write_text
-from tunesmith.train.job import run_files
+from tunesmith.storage.run_files import run_files
 
 if TYPE_CHECKING:
     from tunesmith.build.inputs import Given
@@ -41,7 +41,7 @@ def remove_unused(path: Path) -> None:
 
 def write_start(path: Path, asked: Recipe, job: Job) -> None:
     """What a run is known by; recipe.yaml comes last, since with it the folder counts as a run."""
-    from tunesmith.metrics.records import machine_record
+    from tunesmith.metrics.environment import machine_record
 
     files = run_files(path)
     machine = {

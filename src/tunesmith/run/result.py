@@ -13,7 +13,8 @@ from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
 from tunesmith.generate import generate, prompts_from_document
 from tunesmith.metrics.records import JsonlSink, read_records
 from tunesmith.report import write_report
-from tunesmith.train.job import Job, run_files
+from tunesmith.storage.run_files import run_files
+from tunesmith.train.job import Job
 from tunesmith.train.trainer import Trainer
 
 

@@ -14,8 +14,9 @@ from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import SCIENCE, Recipe
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.metrics.console import announce
-from tunesmith.storage.run_folder import read_json, write_json
-from tunesmith.train.job import Job, run_files
+from tunesmith.storage.atomic import read_json, write_json
+from tunesmith.storage.run_files import run_files
+from tunesmith.train.job import Job
 from tunesmith.train.oom_retry import take_over, take_word
 from tunesmith.train.trainer import Trainer
 from tunesmith.train.user_objective import check_same

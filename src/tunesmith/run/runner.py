@@ -12,8 +12,9 @@ from tunesmith.config.dump import to_plain
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.world import Ranks
 from tunesmith.run.manifest import files_read, remove_unused, write_start
-from tunesmith.storage.run_folder import RunFolder, writing_result
-from tunesmith.train.job import run_files
+from tunesmith.storage.atomic import writing_result
+from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tunesmith.build.inputs import Given

@@ -18,9 +18,8 @@ from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.world import Ranks
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.figures import read_figures
 from tunesmith.train.microbatches import Costs, own_plans, step_plans
-from tunesmith.train.step import add_document_losses
+from tunesmith.train.step import add_document_losses, read_figures
 from tunesmith.types import Document, LossOutput
 
 ALONE, COSTS = Ranks(), Costs()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,21 +62,3 @@ class Job:
     def documents(self) -> Sequence[Document]:
         """The documents that are learned from."""
         return self.prepared.documents
-
-
-def run_files(folder: Path) -> dict[str, Path]:
-    """Paths of what a run leaves behind, by what they are."""
-    names = {
-        "recipe": "recipe.yaml",
-        "machine": "machine.json",
-        "ledger": "ledger.json",
-        "metrics": "metrics.jsonl",
-        "rows": "rows.parquet",
-        "samples": "samples.jsonl",
-        "objective": "objective.py",
-        "faults": "faults.jsonl",
-        "model": "model",
-        "report": "report.html",
-        "checkpoints": "checkpoints",
-    }
-    return {name: folder / file for name, file in names.items()}

@@ -1,8 +1,17 @@
-"""A step's documents as micro-batches for several ranks, and the part of one of them."""
+"""A step's micro-batches, assigned to data-parallel ranks, and this rank's shard of each.
+
+The next step is planned while the device works on this one: once a step's micro-batches are queued,
+the host has nothing to do until their numbers are there. A thread for it would only compete with
+the queueing for Python.
+
+Invariant: a step gets what planning in its own turn gives. Planning depends on nothing but the
+documents and `micro_tokens`, so a plan made for another `micro_tokens` isn't used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +22,7 @@ from tunesmith.distributed.context_parallel import Context
 from tunesmith.distributed.load_balance import IDLE, deal, idle_share
 from tunesmith.distributed.model_parallel_group import Sharers
 from tunesmith.distributed.world import Ranks
+from tunesmith.train.job import Job
 from tunesmith.types import Document, IntArray, Shares
 
 TRIES = 5
@@ -198,3 +208,44 @@ def weightless(plan: MicrobatchPlan) -> MicrobatchPlan:
     none = np.empty(0, np.int32)
     shares = Shares(none, none, np.empty(0, np.float32))
     return replace(plan, weight=np.zeros_like(plan.weight), shares=shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A step's documents and micro-batches."""
+
+    documents: list[Document]
+    plans: list[MicrobatchPlan]  # of all ranks
+    own: list[MicrobatchPlan]  # what this rank runs of them
+
+
+class Ahead:
+    """Plans the steps of `job`, counted from 0. Keeps this one and the next."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._made: dict[tuple[int, int], Planned] = {}
+
+    def step(self, number: int) -> Planned:
+        """The micro-batches of a step, planned now unless they are there."""
+        key = (number, self._job.micro_tokens)
+        if key not in self._made:
+            self._made = {key: self._plan(number)}
+        return self._made[key]
+
+    def prepare(self, number: int) -> None:
+        """Plan the step that follows; if that fails, it will in its own turn."""
+        kept = (number - 1, self._job.micro_tokens)
+        self._made = {key: planned for key, planned in self._made.items() if key == kept}
+        if number < self._job.total_steps:
+            with suppress(Exception):
+                self._made[number, self._job.micro_tokens] = self._plan(number)
+
+    def _plan(self, number: int) -> Planned:
+        job = self._job
+        documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
+        plans = step_plans(
+            documents, job.ranks, costs=job.costs,
+            micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
+        )  # fmt: skip
+        return Planned(documents, plans, own_plans(plans, job.ranks, costs=job.costs))

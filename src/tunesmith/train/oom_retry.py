@@ -19,7 +19,7 @@ import torch
 from tunesmith.checkpoint.rng import RngState, capture_rng, restore_rng
 from tunesmith.distributed.oom import OutOfMemoryTogether, is_out_of_memory
 from tunesmith.errors import RunError
-from tunesmith.storage.run_folder import read_json, write_json
+from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
 from tunesmith.train.job import Job
 from tunesmith.train.microbatches import step_plans

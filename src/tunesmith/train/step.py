@@ -2,13 +2,14 @@
 
 Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
 however they are cut into micro-batches and on however many ranks; gradients are added up in
-float32.
+float32. Between a step's first micro-batch and `read_figures` nothing asks the device for a value,
+so that it always has work queued.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -24,7 +25,7 @@ from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
-from tunesmith.train.figures import Figures, read_figures
+from tunesmith.transfer import to_host
 from tunesmith.types import LossOutput, Shares
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
@@ -220,3 +221,32 @@ def add_document_losses(
     share = shares.weight.astype(np.float64)
     loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))
     weight += np.bincount(shares.document, weights=share, minlength=len(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the host keeps of a micro-batch's loss; tensors in its memory."""
+
+    loss_sum: float
+    token_loss: Tensor  # [N], unweighted
+    stats: Mapping[str, float]  # sums
+    effective: Tensor | None  # [N], see `LossOutput`
+
+
+def read_figures(outputs: Sequence[LossOutput], *more: Tensor) -> tuple[list[Figures], list[float]]:
+    """The figures of each output, and the values of `more`, scalars."""
+    asked: list[Tensor] = []
+    for output in outputs:
+        known = [] if output.effective is None else [output.effective]
+        asked += [output.loss_sum, output.token_loss, *output.stats.values(), *known]
+    values = iter(to_host([*asked, *more]))
+    figures = [
+        Figures(
+            loss_sum=float(next(values)),
+            token_loss=next(values),
+            stats={name: float(next(values)) for name in output.stats},
+            effective=None if output.effective is None else next(values),
+        )
+        for output in outputs
+    ]
+    return figures, [float(value) for value in values]

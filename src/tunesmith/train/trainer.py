@@ -21,11 +21,10 @@ from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.errors import InterruptedRun
 from tunesmith.metrics.records import Sink, peak_memory
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.ahead import Ahead
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.microbatches import own_part
+from tunesmith.train.microbatches import Ahead, own_part
 from tunesmith.train.oom_retry import (
     largest_microbatch,
     leave_word,

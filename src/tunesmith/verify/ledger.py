@@ -9,8 +9,9 @@ from typing import Any
 
 from tunesmith.build.sources import make_sources
 from tunesmith.data.sources.sources import read_rows
-from tunesmith.storage.run_folder import read_json
-from tunesmith.train.job import Job, run_files
+from tunesmith.storage.atomic import read_json
+from tunesmith.storage.run_files import run_files
+from tunesmith.train.job import Job
 from tunesmith.verify.outcome import Outcome
 
 COLUMNS = {

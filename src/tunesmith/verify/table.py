@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tunesmith.storage.run_folder import write_json, write_text
+from tunesmith.storage.atomic import write_json, write_text
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.verify import Verification
 
