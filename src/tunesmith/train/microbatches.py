@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from tunesmith.distributed.context_parallel import Context
 from tunesmith.distributed.load_balance import IDLE, deal, idle_share
 from tunesmith.distributed.model_parallel_group import Sharers
 from tunesmith.distributed.world import Ranks
-from tunesmith.train.job import Job
 from tunesmith.types import Document, IntArray, Shares
+
+if TYPE_CHECKING:
+    from tunesmith.train.job import Job
 
 TRIES = 5
 """How often a step is cut anew to find micro-batches that fill the ranks."""
