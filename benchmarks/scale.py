@@ -72,7 +72,7 @@ def work(arguments: argparse.Namespace) -> None:
         "rank": ranks.rank, "bytes": kept, "seconds": seconds[1:], "cut": cut(job),
         "optimizer": updates[1:], "slowest": slowest(job, arguments.steps), **messages(job),
     }  # fmt: skip
-    (folder / f"{arguments.shard}-{ranks.count}-{ranks.rank}.json").write_text(json.dumps(record))
+    (folder / f"{arguments.shard}-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(record))
     ranks.close()
 
 

@@ -28,7 +28,7 @@ from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.distributed.context_parallel import Context
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.estimate import forecast
 from tunesmith.model.attention.dispatch import MaskRule, layout_attention
@@ -254,7 +254,7 @@ def test_heads_that_cannot_be_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is refused
 
 
-def check(ranks: Ranks, *overrides: str) -> None:
+def check(ranks: World, *overrides: str) -> None:
     check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
@@ -267,20 +267,20 @@ def check(ranks: Ranks, *overrides: str) -> None:
     ],
 )
 def test_what_needs_whole_paths_names_its_key(overrides: list[str], key: str) -> None:
-    check(Ranks(0, 2, 0, 2), *overrides)
+    check(World(0, 2, 0, 2), *overrides)
     with pytest.raises(RecipeError) as caught:
-        check(Ranks(0, 2, 0, 2), "device.context=2", *overrides)
+        check(World(0, 2, 0, 2), "device.context=2", *overrides)
     assert caught.value.where == key
     assert caught.value.hint
 
 
 def test_ranks_that_make_no_whole_groups() -> None:
-    check(Ranks(0, 6, 0, 6), "device.context=3")
+    check(World(0, 6, 0, 6), "device.context=3")
     with pytest.raises(RecipeError, match="6 ranks can't be divided into groups of 4") as caught:
-        check(Ranks(0, 6, 0, 6), "device.context=4")
+        check(World(0, 6, 0, 6), "device.context=4")
     assert caught.value.hint == "device.context=3, or a multiple of 4 ranks"
     with pytest.raises(RecipeError, match="nobody to share a sequence with"):
-        check(Ranks(), "device.context=2")
+        check(World(), "device.context=2")
 
 
 def test_a_model_whose_heads_cannot_be_dealt() -> None:

@@ -17,7 +17,7 @@ from tiny import chat_inputs
 from tunesmith.build.parallelize import join_ranks
 from tunesmith.config.read import read_recipe
 from tunesmith.distributed.peer_check import can_go_back
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 
 OPTIONS = [
     "train.steps=3",
@@ -220,7 +220,7 @@ def test_ranks_of_gpus_do_not_meet_before_what_is_queued() -> None:
     assert met == ["group", "nobody"]
 
 
-class _Grouped(Ranks):
+class _Grouped(World):
     """Ranks that only tell how they would be grouped."""
 
     def sharing(self, context: int, *, asking: str, **_: Any) -> Any:  # type: ignore[override]

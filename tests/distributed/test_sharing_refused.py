@@ -12,13 +12,13 @@ from tunesmith.build.parallelize import check_sharing
 from tunesmith.config.read import read_recipe
 from tunesmith.distributed import spawn
 from tunesmith.distributed.env import launched, speaks
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
 
-TWO = Ranks(0, 2, 0, 2)
+TWO = World(0, 2, 0, 2)
 
 
-def check(ranks: Ranks, *overrides: str) -> None:
+def check(ranks: World, *overrides: str) -> None:
     check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
@@ -49,15 +49,15 @@ def test_what_needs_whole_weights_names_its_key(overrides: list[str], key: str) 
 
 
 def test_one_process_has_nothing_to_share() -> None:
-    check(Ranks())
+    check(World())
     with pytest.raises(RecipeError, match="nobody to share"):
-        check(Ranks(), "device.shard=full")
+        check(World(), "device.shard=full")
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
 def test_elementwise_optimizers_and_lora_may_be_spread(name: str) -> None:
     check(TWO, "device.shard=full", f"optim={name}", "adapter=lora")
-    check(Ranks(0, 8, 0, 4), "device.shard=hybrid", f"optim={name}")
+    check(World(0, 8, 0, 4), "device.shard=hybrid", f"optim={name}")
 
 
 def test_ranks_to_start(monkeypatch: pytest.MonkeyPatch) -> None:

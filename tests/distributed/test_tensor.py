@@ -28,7 +28,7 @@ from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.distributed.tensor_parallel import Division, divide
 from tunesmith.distributed.tensor_parallel_ops import Split
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.estimate import forecast
 from tunesmith.model.adapters import AdapterSpec, add_adapter
@@ -90,7 +90,7 @@ class Sums:
         return add
 
 
-def on_ranks(count: int, act: Callable[[Ranks], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def on_ranks(count: int, act: Callable[[World], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `act` returns on each of so many ranks."""
     plain = torch.distributed.ReduceOp.SUM
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def on_ranks(count: int, act: Callable[[Ranks], Any], monkeypatch: pytest.Monkey
 
 
 @dataclass(frozen=True)
-class Played(Ranks):
+class Played(World):
     """Ranks that are threads; they can't make a mesh, and agree on sums alone."""
 
     def most(self, values: Sequence[float]) -> list[float]:
@@ -133,7 +133,7 @@ def gradients_of(model: CausalLM, plan: MicrobatchPlan) -> tuple[float, dict[str
     return float(output.loss_sum.detach()), {n: p.grad for n, p in model.named_parameters()}
 
 
-def divided(model: CausalLM, ranks: Ranks) -> tuple[CausalLM, Division]:
+def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, Division]:
     """A copy of the model with this rank's part of its layers."""
     copied = copy.deepcopy(model)
     division = division_of(copied, ranks)
@@ -152,7 +152,7 @@ def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.Mo
     plan = whole_plan()
     loss, wanted = gradients_of(copy.deepcopy(model), plan)
 
-    def run(ranks: Ranks) -> tuple[float, dict[str, Tensor], dict[str, int | None], set[str]]:
+    def run(ranks: World) -> tuple[float, dict[str, Tensor], dict[str, int | None], set[str]]:
         mine, division = divided(model, ranks)
         places, termed = division.places(mine), division.terms(mine)
         return *gradients_of(mine, own_part(plan, ranks.split)), places, termed
@@ -191,17 +191,17 @@ def test_parts_have_every_target_once_and_count_tokens_once() -> None:
 
 
 def test_ranks_of_a_copy_work_on_one_micro_batch_and_draw_alike() -> None:
-    ranks = [Ranks(n, 4, n, 4, split=Split(2, n % 2)) for n in range(4)]
+    ranks = [World(n, 4, n, 4, split=Split(2, n % 2)) for n in range(4)]
     assert [r.groups for r in ranks] == [2] * 4
     assert [r.own_group for r in ranks] == [0, 0, 1, 1]
     assert [r.drawing for r in ranks] == [0, 0, 1, 1]
-    assert [Ranks(n, 4, n, 4).drawing for n in range(4)] == [0, 1, 2, 3]
+    assert [World(n, 4, n, 4).drawing for n in range(4)] == [0, 1, 2, 3]
 
 
 # --- what is refused
 
 
-def check(ranks: Ranks, *overrides: str) -> None:
+def check(ranks: World, *overrides: str) -> None:
     check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
@@ -220,20 +220,20 @@ def check(ranks: Ranks, *overrides: str) -> None:
     ],
 )
 def test_what_needs_whole_layers_names_its_key(overrides: list[str], key: str) -> None:
-    check(Ranks(0, 2, 0, 2), *[o for o in overrides if "quantization" not in o])
+    check(World(0, 2, 0, 2), *[o for o in overrides if "quantization" not in o])
     with pytest.raises(RecipeError) as caught:
-        check(Ranks(0, 2, 0, 2), "device.tensor=2", *overrides)
+        check(World(0, 2, 0, 2), "device.tensor=2", *overrides)
     assert caught.value.where == key
     assert "device.tensor=1" in (caught.value.hint or "")
 
 
 def test_ranks_that_make_no_whole_copies() -> None:
-    check(Ranks(0, 6, 0, 6), "device.tensor=3")
+    check(World(0, 6, 0, 6), "device.tensor=3")
     with pytest.raises(RecipeError, match="6 ranks can't be divided into groups of 4") as caught:
-        check(Ranks(0, 6, 0, 6), "device.tensor=4")
+        check(World(0, 6, 0, 6), "device.tensor=4")
     assert caught.value.hint == "device.tensor=3, or a multiple of 4 ranks"
     with pytest.raises(RecipeError, match="nobody to divide the layers with"):
-        check(Ranks(), "device.tensor=2")
+        check(World(), "device.tensor=2")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_ranks_that_make_no_whole_copies() -> None:
 def test_a_model_that_cannot_be_divided(family: str, count: int, said: str) -> None:
     model = wrap_causal_lm(tiny_model(family, num_hidden_layers=1))
     with pytest.raises(ModelError, match=said) as caught:
-        division_of(model, Ranks(0, count, 0, count, split=Split(count, 0)))
+        division_of(model, World(0, count, 0, count, split=Split(count, 0)))
     assert caught.value.where == "device.tensor"
     assert caught.value.hint
 
@@ -258,21 +258,21 @@ def test_an_adapter_that_is_more_than_two_matrices() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     add_adapter(model, AdapterSpec(kind="dora", rank=4))
     with pytest.raises(ModelError, match="only plain linear maps"):
-        division_of(model, Ranks(0, 2, 0, 2, split=Split(2, 0)))
+        division_of(model, World(0, 2, 0, 2, split=Split(2, 0)))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     model.isolate()
     with pytest.raises(ModelError, match="one path at a time"):
-        division_of(model, Ranks(0, 2, 0, 2, split=Split(2, 0)))
+        division_of(model, World(0, 2, 0, 2, split=Split(2, 0)))
 
 
 @pytest.mark.parametrize("wrong", ["", "termed", "rows", "forward"])
 def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [wrap_causal_lm(tiny_model("qwen3", num_hidden_layers=2)) for _ in range(2)]
 
-    def cut(model: CausalLM, division: Division, ranks: Ranks, _device: Any) -> Any:
+    def cut(model: CausalLM, division: Division, ranks: World, _device: Any) -> Any:
         seams = divide(division, ranks.split)
         if wrong == "rows":
             del division.rows[-1].forward
@@ -280,7 +280,7 @@ def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(assembled, "divide_model", cut)
 
-    def run(ranks: Ranks) -> str:
+    def run(ranks: World) -> str:
         model = models[ranks.rank]
         config = model.config.get_text_config()
         plan = dict(config.base_model_tp_plan)

@@ -15,7 +15,7 @@ from gang import losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.build import deferred_model
 from tunesmith.config.read import read_recipe
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.model import deferred_load
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
@@ -254,7 +254,7 @@ def test_what_needs_the_whole_model_is_named(overrides, reason: str, tmp_path: P
 def test_a_model_without_two_layers_alike_is_loaded_whole(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=1)))
     recipe = read_recipe({"model": "M", "data": "D.jsonl"}, ["model.dtype=float32"])
-    assert "no two" in str(deferred_model._unread(recipe, source, Ranks(), CPU))
+    assert "no two" in str(deferred_model._unread(recipe, source, World(), CPU))
 
 
 def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
     recipe = read_recipe(
         {"model": str(folder), "data": "D.jsonl"}, ["model.dtype=float32", "device.shard=full"]
     )
-    found = deferred_model._unread(recipe, resolve_model(str(folder)), Ranks(), CPU)
+    found = deferred_model._unread(recipe, resolve_model(str(folder)), World(), CPU)
     assert isinstance(found, deferred_model.Loaded)
     with pytest.raises(Exception, match="NaN"):
-        deferred_model.test_loaded(found, Ranks(), max_length=32)
+        deferred_model.test_loaded(found, World(), max_length=32)

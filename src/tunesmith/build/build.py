@@ -54,7 +54,7 @@ from tunesmith.build.summary import start_lines
 from tunesmith.build.tensor_parallel import tensor_line
 from tunesmith.config.schema import Recipe
 from tunesmith.data.preprocess.document_store import longest_paths
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.model.adapters import AdapterReport
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import resolve_model
@@ -70,7 +70,7 @@ from tunesmith.train.job import Job
 from tunesmith.train.microbatches import model_costs
 from tunesmith.train.user_objective import COPY, is_own
 
-ALONE = Ranks()
+ALONE = World()
 
 
 def build(
@@ -79,7 +79,7 @@ def build(
     given: Given | None = None,
     folders: Sequence[Path] = (),
     faults_file: Path | None = None,
-    ranks: Ranks = ALONE,
+    ranks: World = ALONE,
 ) -> Job:
     """Everything a run needs, checked. `folders`: where data is looked for after the current
     folder. All of `ranks` build at the same time.
@@ -196,14 +196,14 @@ def build(
     said += [*adapter_lines(recipe, model, shared=job.share), *computing_lines(kernels, compiled)]
     spread = [
         *tensor_line(ranks, reduce),
-        *context_line(ranks.context.count, ranks.count, longest=longest),
+        *context_line(ranks.context.count, ranks.size, longest=longest),
         *idle_line(job, ranks.groups if ranks.first else 1, together=ranks.sharers.count),
     ]
     job.notes = [*spread, *said, *start_lines(job, trained), *notes]
     return job
 
 
-def _room(device: torch.device, ranks: Ranks) -> int:
+def _room(device: torch.device, ranks: World) -> int:
     """Free bytes for this rank; on a CPU the ranks of a machine share its memory."""
     free = free_memory(device)
     return free // ranks.local_count if device.type == "cpu" else free

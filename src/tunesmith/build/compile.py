@@ -12,7 +12,7 @@ from tunesmith.build.parallelize import decoder_layers
 from tunesmith.checkpoint.rng import rng_kept
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.oom import is_out_of_memory
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.compile import compile_layers, difference, restore_layers
@@ -56,7 +56,7 @@ def check_computing(recipe: Recipe) -> None:
 
 
 def compile_model(
-    recipe: Recipe, model: CausalLM, ranks: Ranks, device: torch.device, *, tokens: int
+    recipe: Recipe, model: CausalLM, ranks: World, device: torch.device, *, tokens: int
 ) -> str | None:
     """Compile the layers if that is asked; what a start says of it.
 

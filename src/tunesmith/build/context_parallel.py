@@ -18,13 +18,13 @@ from tunesmith.build.parity import (
 from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.context_parallel import Context, uneven_heads
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.microbatches import own_part
 
 
-def check_context_recipe(recipe: Recipe, ranks: Ranks) -> None:
+def check_context_recipe(recipe: Recipe, ranks: World) -> None:
     """Refuse what can't be shared by so many ranks, before anything is loaded.
 
     Raises:
@@ -73,7 +73,7 @@ def check_model(model: CausalLM, context: Context) -> None:
 
 
 def check_exact(
-    model: CausalLM, ranks: Ranks, *, device: torch.device, compute: torch.dtype
+    model: CausalLM, ranks: World, *, device: torch.device, compute: torch.dtype
 ) -> None:
     """Hold this model, its tokens shared by the ranks, to what each of them computes alone.
 

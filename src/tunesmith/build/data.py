@@ -16,7 +16,7 @@ from tunesmith.data.preprocess.cache import discard
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.data.templates.template import Template
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource
 
@@ -58,7 +58,7 @@ def resolve_max_length(recipe: Recipe, template: Template) -> int:
 
 
 @contextmanager
-def preparation(recipe: Recipe, ranks: Ranks) -> Iterator[dict[str, Any]]:
+def preparation(recipe: Recipe, ranks: World) -> Iterator[dict[str, Any]]:
     """Where prepared documents are kept, and how many processes prepare them.
 
     Several ranks without a cache share a folder that is gone afterwards; what a rank has mapped

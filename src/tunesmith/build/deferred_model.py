@@ -13,7 +13,7 @@ from tunesmith.build.model import load_model
 from tunesmith.checkpoint.rng import rng_kept
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.deferred_load import Traits, mismatch, trial_model, unread_model
@@ -36,7 +36,7 @@ def load_for_ranks(
     given: Given,
     *,
     template: Template,
-    ranks: Ranks,
+    ranks: World,
     device: torch.device,
 ) -> Loaded:
     """The model, without its weights where it will be spread and its files can be read in parts."""
@@ -56,7 +56,7 @@ def load_for_ranks(
     return Loaded(model)
 
 
-def test_loaded(loaded: Loaded, ranks: Ranks, *, max_length: int) -> SelfTest:
+def test_loaded(loaded: Loaded, ranks: World, *, max_length: int) -> SelfTest:
     """The self-test of the model; of one without weights on the first rank, by its trial.
 
     Raises:
@@ -102,7 +102,7 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
 
 
 def _unread(
-    recipe: Recipe, source: ModelSource, ranks: Ranks, device: torch.device
+    recipe: Recipe, source: ModelSource, ranks: World, device: torch.device
 ) -> Loaded | str:
     """The model without its weights, or why its files can't be read in parts. The first rank finds
     out, with a trial model that no other has.

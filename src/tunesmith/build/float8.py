@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
 from tunesmith.model.adapters.targets import candidates
 from tunesmith.model.causal_lm import CausalLM
@@ -17,7 +17,7 @@ ADAPTERS = ("none", "lora", "rslora")
 
 
 def check_float8(
-    recipe: Recipe, ranks: Ranks, source: ModelSource | None, device: torch.device
+    recipe: Recipe, ranks: World, source: ModelSource | None, device: torch.device
 ) -> None:
     """Refuse what products in float8 are not shown to go with, before anything is loaded.
 

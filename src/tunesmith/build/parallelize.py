@@ -13,7 +13,7 @@ from tunesmith.build.tensor_parallel import check_tensor_recipe, divide_over, di
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.grad_sync import Alone, Replicated
 from tunesmith.distributed.peer_check import can_ask, can_go_back
-from tunesmith.distributed.world import Asking, Ranks
+from tunesmith.distributed.world import Asking, World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.deferred_load import let_go
@@ -25,7 +25,7 @@ KEPT = ("none", "nf4", "fp4")
 """How a base may be kept whose packed bytes ranks can hold in parts."""
 
 
-def check_sharing(recipe: Recipe, ranks: Ranks, device: str) -> None:
+def check_sharing(recipe: Recipe, ranks: World, device: str) -> None:
     """Refuse what can't be spread over ranks on this kind of device, before anything is loaded.
 
     Raises:
@@ -57,7 +57,7 @@ def for_one_process(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"device": recipe.device.model_copy(update=alone)})
 
 
-def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
+def join_ranks(recipe: Recipe, ranks: World, device: str) -> World:
     """The ranks as the recipe groups them, if it can be spread over them.
 
     Raises:
@@ -69,21 +69,21 @@ def join_ranks(recipe: Recipe, ranks: Ranks, device: str) -> Ranks:
     return shared.splitting(recipe.device.tensor, patience=patience, asking=asking == "group")
 
 
-def _asking(recipe: Recipe, ranks: Ranks, device: str) -> Asking:
+def _asking(recipe: Recipe, ranks: World, device: str) -> Asking:
     """Who meets before a rank waits for others inside a micro-batch: all where they share layers,
     since a rank that has failed can come to one meeting only.
     """
     if recipe.device.shard == "none" or ranks.alone:
         return "group" if can_ask(device) else "nobody"
-    return "all" if can_go_back(ranks.count, device) else "nobody"
+    return "all" if can_go_back(ranks.size, device) else "nobody"
 
 
-def _check_hybrid(recipe: Recipe, ranks: Ranks) -> None:
-    nodes, rest = divmod(ranks.count, ranks.local_count)
+def _check_hybrid(recipe: Recipe, ranks: World) -> None:
+    nodes, rest = divmod(ranks.size, ranks.local_count)
     if recipe.device.shard == "hybrid" and (nodes < 2 or rest or ranks.local_count < 2):
         raise RecipeError(
             f"hybrid spreads over the ranks of a machine and copies across machines, and these "
-            f"{ranks.count} ranks are {ranks.local_count} a machine",
+            f"{ranks.size} ranks are {ranks.local_count} a machine",
             where="device.shard",
             hint="device.shard=full",
         )
@@ -116,15 +116,15 @@ def _check_kind(recipe: Recipe, device: str) -> None:
         )
 
 
-def holders(recipe: Recipe, ranks: Ranks) -> int:
+def holders(recipe: Recipe, ranks: World) -> int:
     """How many ranks hold one copy of the model together."""
     if ranks.split.count > 1:
         return ranks.split.count
-    return {"none": 1, "full": ranks.count, "hybrid": ranks.local_count}[recipe.device.shard]
+    return {"none": 1, "full": ranks.size, "hybrid": ranks.local_count}[recipe.device.shard]
 
 
 def spared_bytes(
-    size: MemoryEstimate | None, model: CausalLM, ranks: Ranks, *, together: int
+    size: MemoryEstimate | None, model: CausalLM, ranks: World, *, together: int
 ) -> int:
     """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
     if size is None:
@@ -134,7 +134,7 @@ def spared_bytes(
 
 
 def share_model(
-    recipe: Recipe, model: CausalLM, ranks: Ranks, device: torch.device, *, base: Any = None
+    recipe: Recipe, model: CausalLM, ranks: World, device: torch.device, *, base: Any = None
 ) -> Alone:
     """Let the ranks begin from the same trained weights, and spread the model if that is asked.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.types import Document, Origin, Segment
@@ -25,7 +25,7 @@ ROUNDING = {"cpu": 2e-4, "other": 5e-3, "narrow": 8e-2}
 """What rounding may change of a hidden state, relative: float32 on a CPU and elsewhere, 16 bits."""
 
 
-def check_groups(key: str, count: int, ranks: Ranks, *, what: str) -> None:
+def check_groups(key: str, count: int, ranks: World, *, what: str) -> None:
     """Refuse ranks that are not whole groups of `count`. `what` they do: "share a sequence".
 
     Raises:
@@ -37,10 +37,10 @@ def check_groups(key: str, count: int, ranks: Ranks, *, what: str) -> None:
             where=key,
             hint=f"device.ranks={count} or a multiple of it, torchrun, or {key}=1",
         )
-    if ranks.count % count:
-        fitting = [n for n in range(1, count) if ranks.count % n == 0]
+    if ranks.size % count:
+        fitting = [n for n in range(1, count) if ranks.size % n == 0]
         raise RecipeError(
-            f"{ranks.count} ranks can't be divided into groups of {count}",
+            f"{ranks.size} ranks can't be divided into groups of {count}",
             where=key,
             hint=f"{key}={fitting[-1]}, or a multiple of {count} ranks",
         )

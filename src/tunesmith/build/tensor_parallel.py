@@ -24,7 +24,7 @@ from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.grad_sync import Alone
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.tensor_parallel import Divided, Division, divide_model
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_maps
@@ -38,7 +38,7 @@ was missing it would be off by more than half.
 TINY = 1e-30
 
 
-def check_tensor_recipe(recipe: Recipe, ranks: Ranks) -> None:
+def check_tensor_recipe(recipe: Recipe, ranks: World) -> None:
     """Refuse what can't be divided over so many ranks, before anything is loaded.
 
     Raises:
@@ -76,7 +76,7 @@ def check_tensor_recipe(recipe: Recipe, ranks: Ranks) -> None:
             )
 
 
-def divided_share(model: CausalLM, ranks: Ranks) -> float:
+def divided_share(model: CausalLM, ranks: World) -> float:
     """The share of the model's parameters of which each rank has a part.
 
     Raises:
@@ -85,7 +85,7 @@ def divided_share(model: CausalLM, ranks: Ranks) -> float:
     return 0.0 if ranks.split.count == 1 else _plan_of(model, ranks).share(model)
 
 
-def _plan_of(model: CausalLM, ranks: Ranks) -> LayerPlan:
+def _plan_of(model: CausalLM, ranks: World) -> LayerPlan:
     if model.isolated:
         raise ModelError(
             "this model runs one path at a time with its own attention, which is not divided",
@@ -95,7 +95,7 @@ def _plan_of(model: CausalLM, ranks: Ranks) -> LayerPlan:
     return layer_plan(model, ranks.split.count)
 
 
-def division_of(model: CausalLM, ranks: Ranks) -> Division:
+def division_of(model: CausalLM, ranks: World) -> Division:
     """What of the model is divided.
 
     Raises:
@@ -107,7 +107,7 @@ def division_of(model: CausalLM, ranks: Ranks) -> Division:
     return Division(plan.columns, plan.rows, plan.divided, termed, embedding)
 
 
-def divide_over(model: CausalLM, ranks: Ranks, device: torch.device) -> Divided:
+def divide_over(model: CausalLM, ranks: World, device: torch.device) -> Divided:
     """Give each rank its part of the layers, if that computes the same.
 
     Every rank comes with the whole model, of the same weights, in the host's memory.
@@ -192,7 +192,7 @@ def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
     return _Seen(hidden.detach(), gradients, model.head.weight.dtype)
 
 
-def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], ranks: Ranks) -> float:
+def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], ranks: World) -> float:
     """The largest relative difference of a token's hidden states, or of a gradient; over what
     rounding may change.
     """
@@ -210,7 +210,7 @@ def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], ranks: R
     return worst
 
 
-def tensor_line(ranks: Ranks, reduce: Alone) -> list[str]:
+def tensor_line(ranks: World, reduce: Alone) -> list[str]:
     """How the layers are divided, where they are."""
     if not isinstance(reduce, Divided):
         return []

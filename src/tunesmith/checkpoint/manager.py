@@ -195,7 +195,7 @@ class Saving:
         return {
             "science": science_dict(job.recipe),
             "versions": self._versions,
-            "world_size": job.ranks.count,
+            "world_size": job.ranks.size,
             "context": job.ranks.context.count,
             "tensor": job.ranks.split.count,
             "threads": torch.get_num_threads(),

@@ -83,7 +83,7 @@ class SavedPart:
         """What each rank has, on the first one."""
         import torch.distributed as dist
 
-        found: list[Any] | None = [None] * self._ranks.count if self._ranks.first else None
+        found: list[Any] | None = [None] * self._ranks.size if self._ranks.first else None
         with self._ranks.guarded():
             dist.gather_object(own, found, dst=0)
         return found or []

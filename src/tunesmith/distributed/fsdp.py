@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from tunesmith.distributed.grad_sync import Parted
 from tunesmith.distributed.oom import OutOfMemoryTogether, all_or_none
 from tunesmith.distributed.peer_check import ask_all, ask_before, can_go_back
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
 
@@ -44,7 +44,7 @@ class Sharding:
 def shard_model(
     root: nn.Module,
     layers: Sequence[nn.Module],
-    ranks: Ranks,
+    ranks: World,
     how: Sharding,
     *,
     device: torch.device,
@@ -70,10 +70,10 @@ def shard_model(
 
     _show_tensors_of(LossOutput)
     if how.across:
-        shape = (ranks.count // ranks.local_count, ranks.local_count)
+        shape = (ranks.size // ranks.local_count, ranks.local_count)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
     else:
-        mesh = init_device_mesh(device.type, (ranks.count,), mesh_dim_names=(SHARD,))
+        mesh = init_device_mesh(device.type, (ranks.size,), mesh_dim_names=(SHARD,))
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=how.compute, reduce_dtype=torch.float32),
@@ -87,7 +87,7 @@ def shard_model(
         fully_shard(layer, **options)
     _widen_trained(root)
     fully_shard(root, **options)
-    asks = can_go_back(ranks.count, device.type)
+    asks = can_go_back(ranks.size, device.type)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -121,7 +121,7 @@ def _fill(
 
 
 @torch.no_grad()
-def _refuse_broken(root: nn.Module, ranks: Ranks) -> None:
+def _refuse_broken(root: nn.Module, ranks: World) -> None:
     parameters: list[Any] = list(root.parameters())
     broken = not all(bool(p.to_local().isfinite().all()) for p in parameters)
     if ranks.most([broken])[0]:
@@ -160,7 +160,7 @@ class Sharded(Parted):
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: World,
         root: nn.Module,
         mesh: Any,
         dtypes: Mapping[str, torch.dtype],

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.distributed.oom import all_or_none
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 
 BUCKET = 1 << 24
 """Elements that are sent at a time: 64 MiB of float32."""
@@ -56,7 +56,7 @@ class Replicated(Alone):
     A parameter without a gradient sends zeros, since another rank may have one.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, ranks: World, parameters: Sequence[Tensor]) -> None:
         self._ranks = ranks
         self._parameters = [p for p in parameters if p.requires_grad]
 
@@ -137,7 +137,7 @@ class Parted(Replicated):
         parts: the trained parameters of this rank by name, plain tensors.
     """
 
-    def __init__(self, ranks: Ranks, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
+    def __init__(self, ranks: World, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
         super().__init__(ranks, [])
         self._whole = whole
         self.parts = parts
@@ -148,7 +148,7 @@ class Parted(Replicated):
         return self
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> World:
         """Those that hold the parts."""
         return self._ranks
 

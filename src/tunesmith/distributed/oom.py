@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from tunesmith.distributed.peer_check import MemoryElsewhereError
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 
 _SAID = ("can't allocate memory", "out of memory", "alloc_failed")
 """How torch's allocators and libraries say it where they have no exception of its own."""
@@ -38,7 +38,7 @@ class Ask(Protocol):
 
 
 @contextmanager
-def all_or_none(ranks: Ranks, ask: Ask | None = None) -> Iterator[None]:
+def all_or_none(ranks: World, ask: Ask | None = None) -> Iterator[None]:
     """Where memory runs out inside on any rank, all raise the same error at the end.
 
     Where ranks wait for each other inside, they `ask` before they do.
@@ -64,7 +64,7 @@ def all_or_none(ranks: Ranks, ask: Ask | None = None) -> Iterator[None]:
     own = said is not None and not heard
     if own and ask is not None:
         ask(failed=True)
-    failed = ranks.most([float(own and rank == ranks.rank) for rank in range(ranks.count)])
+    failed = ranks.most([float(own and rank == ranks.rank) for rank in range(ranks.size)])
     if any(failed):
         where = tuple(rank for rank, one in enumerate(failed) if one)
         raise OutOfMemoryTogether(said or f"out of memory on rank {where[0]}", where)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.grad_sync import Parted
 from tunesmith.distributed.tensor_parallel_ops import Seams, Split
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 
 COPY, PART = "copy", "part"
 
@@ -87,7 +87,7 @@ def _alike(seams: Seams, module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def divide_model(
-    root: nn.Module, division: Division, ranks: Ranks, device: torch.device
+    root: nn.Module, division: Division, ranks: World, device: torch.device
 ) -> Divided:
     """Divide `root`, which every rank has with the same weights, and move it to its device."""
     seams = divide(division, ranks.split)
@@ -98,7 +98,7 @@ def divide_model(
 class Divided(Parted):
     """Every rank has its part of each divided map, and everything else."""
 
-    def __init__(self, ranks: Ranks, root: nn.Module, division: Division, seams: Seams) -> None:
+    def __init__(self, ranks: World, root: nn.Module, division: Division, seams: Seams) -> None:
         self._root, self._division, self._seams = root, division, seams
         self._places, self._termed = division.places(root), division.terms(root)
         self._named: dict[str, nn.Parameter] = dict(root.named_parameters())
@@ -177,7 +177,7 @@ def _square(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _placed(
-    trained: Mapping[str, Tensor], places: Mapping[str, int | None], ranks: Ranks
+    trained: Mapping[str, Tensor], places: Mapping[str, int | None], ranks: World
 ) -> dict[str, Any]:
     """What each trained parameter is a part of, without contents."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -187,7 +187,7 @@ def _placed(
     mesh = DeviceMesh.from_group(
         [split.alike, split.group],
         next(iter(trained.values())).device.type,
-        mesh=torch.arange(ranks.count).view(-1, split.count),
+        mesh=torch.arange(ranks.size).view(-1, split.count),
         mesh_dim_names=(COPY, PART),
     )
     found: dict[str, Any] = {}

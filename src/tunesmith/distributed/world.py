@@ -37,7 +37,7 @@ _NOBODY, _WHOLE = Context(), Split()
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class World:
     """A group of `count` processes; this one is `rank`. A process alone is the default.
 
     All ranks must call the methods that send in the same order. On a process alone they give back
@@ -45,7 +45,7 @@ class Ranks:
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     local_rank: int = 0
     local_count: int = 1  # ranks on this machine
     restarted: bool = False  # torchrun has started the ranks of this job before
@@ -59,12 +59,12 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        return self.count == 1
+        return self.size == 1
 
     @property
     def groups(self) -> int:
         """To how many micro-batches are dealt at a time: ranks that share one count once."""
-        return max(1, self.count // self.sharers.count)
+        return max(1, self.size // self.sharers.count)
 
     @property
     def own_group(self) -> int:
@@ -85,7 +85,7 @@ class Ranks:
 
     def sharing(
         self, context: int, *, patience: float = PATIENCE, asking: Asking = "group"
-    ) -> Ranks:
+    ) -> World:
         """These ranks with every `context` neighbours sharing the tokens of a micro-batch.
 
         `context` divides their count. `patience` as in `connect`. `asking`: who meets before such
@@ -96,7 +96,7 @@ class Ranks:
         import torch.distributed as dist
 
         own: Context | None = None
-        for first in range(0, self.count, context):
+        for first in range(0, self.size, context):
             members = range(first, first + context)
             group = dist.new_group(list(members), timeout=timedelta(minutes=patience))
             if self.rank in members:
@@ -105,7 +105,7 @@ class Ranks:
         assert own is not None
         return replace(self, context=own)
 
-    def splitting(self, count: int, *, patience: float = PATIENCE, asking: bool = True) -> Ranks:
+    def splitting(self, count: int, *, patience: float = PATIENCE, asking: bool = True) -> World:
         """These ranks with every `count` neighbours holding the parts of one copy of the layers.
 
         `count` divides theirs. `patience` as in `connect`. `asking`: whether they meet before they
@@ -119,8 +119,8 @@ class Ranks:
             made = [dist.new_group(list(g), timeout=timedelta(minutes=patience)) for g in groups]
             return next(m for g, m in zip(groups, made, strict=True) if self.rank in g)
 
-        copies = [range(first, first + count) for first in range(0, self.count, count)]
-        alike = [range(place, self.count, count) for place in range(count)]
+        copies = [range(first, first + count) for first in range(0, self.size, count)]
+        alike = [range(place, self.size, count) for place in range(count)]
         own = own_of(copies)
         asked = own if asking else None
         split = Split(count, self.rank % count, own, asked, alike=own_of(alike))
@@ -175,7 +175,7 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
-        box: list[Any] | None = [None] * self.count if self.first else None
+        box: list[Any] | None = [None] * self.size if self.first else None
         with self.guarded():
             dist.gather_object(value, box, dst=0)
         return [value] if box is None else box
@@ -200,7 +200,7 @@ class Ranks:
             return
         store = shared_store()
         place = shared_key(f"wait/{next(_WAITS)}")
-        if store.add(f"{place}/here", 1) == self.count:
+        if store.add(f"{place}/here", 1) == self.size:
             store.set(f"{place}/all", b"1")
         while not store.check([f"{place}/all"]):  # polled, so that signals get through
             time.sleep(POLL)
@@ -233,7 +233,7 @@ class Ranks:
         except RuntimeError as error:
             if self.alone or not _of_communication(error):
                 raise
-            raise lost_rank(self.rank, self.count, shared_store(), error) from error
+            raise lost_rank(self.rank, self.size, shared_store(), error) from error
 
     def close(self) -> None:
         """Leave the group, once all have finished."""
@@ -244,14 +244,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def connect(kind: str = "auto", *, patience: float = PATIENCE) -> Ranks:
+def connect(kind: str = "auto", *, patience: float = PATIENCE) -> World:
     """Meet the other ranks that torchrun started; alone where it started none.
 
     `kind` is that of the device: on a GPU gradients go by nccl, and everything else by gloo.
     `patience`: minutes that a rank waits for another one inside a step.
     """
     if launched() == 1:
-        return Ranks(restarted=restarted())
+        return World(restarted=restarted())
     import torch
     import torch.distributed as dist
 
@@ -268,7 +268,7 @@ def connect(kind: str = "auto", *, patience: float = PATIENCE) -> Ranks:
                 backend, store=met.store, rank=rank, world_size=count, timeout=timeout
             )
             again = not met.first
-    return Ranks(rank, count, local, local_count, restarted=again)
+    return World(rank, count, local, local_count, restarted=again)
 
 
 def _of_communication(error: RuntimeError) -> bool:

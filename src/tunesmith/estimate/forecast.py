@@ -22,7 +22,7 @@ from tunesmith.config.values import Duration
 from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.distributed.context_parallel import Context
 from tunesmith.distributed.spawn import ranks_to_start
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import RunError
 from tunesmith.estimate.flops import training_flops
 from tunesmith.estimate.probe import Measured, probe
@@ -133,8 +133,8 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     # alone, it is for ranks of other machines
     count = ranks if ranks > 1 else context * recipe.device.tensor
     for check in (check_context_recipe, check_tensor_recipe):
-        check(recipe, Ranks(0, count, 0, count))
-    played = Ranks(context=Context(context))
+        check(recipe, World(0, count, 0, count))
+    played = World(context=Context(context))
     return build(for_one_process(recipe), folders=folders, ranks=played)
 
 

@@ -12,7 +12,7 @@ from tunesmith.config.read import RecipeSource, read_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.env import launch_id
 from tunesmith.distributed.spawn import ranks_to_start
-from tunesmith.distributed.world import Ranks, connect
+from tunesmith.distributed.world import World, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.runner import Run, conduct
 from tunesmith.storage.atomic import read_json
@@ -120,7 +120,7 @@ def train_recipe(
         return conduct(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
 
 
-def _connect(asked: Recipe) -> Ranks:
+def _connect(asked: Recipe) -> World:
     """The ranks that this process is one of.
 
     Raises:
@@ -136,7 +136,7 @@ def _connect(asked: Recipe) -> Ranks:
     return ranks
 
 
-def _open(ranks: Ranks, open_first: Callable[[], RunFolder]) -> RunFolder:
+def _open(ranks: World, open_first: Callable[[], RunFolder]) -> RunFolder:
     """The run's folder; the first rank alone makes and holds it."""
     if ranks.alone:
         return open_first()

@@ -46,7 +46,7 @@ def write_start(path: Path, asked: Recipe, job: Job) -> None:
     files = run_files(path)
     machine = {
         **machine_record(),
-        "world_size": job.ranks.count,
+        "world_size": job.ranks.size,
         "launch": launch_id(),
         "folder": str(Path.cwd()),
         "asked": to_plain(asked),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.dump import to_plain
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.run.manifest import files_read, remove_unused, write_start
 from tunesmith.storage.atomic import writing_result
 from tunesmith.storage.run_files import run_files
@@ -38,7 +38,7 @@ def conduct(
     asked: Recipe,
     given: Given,
     *,
-    ranks: Ranks,
+    ranks: World,
     beside: Sequence[Path],
     changed_data: bool = False,
     progress: bool,

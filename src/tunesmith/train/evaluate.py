@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.microbatch.collate import collate
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
 from tunesmith.train.microbatches import Costs, own_plans, step_plans
 from tunesmith.train.step import add_document_losses, read_figures
 from tunesmith.types import Document, LossOutput
 
-ALONE, COSTS = Ranks(), Costs()
+ALONE, COSTS = World(), Costs()
 GROUP_TOKENS = 8
 """Documents are planned together until they hold this many times `micro_tokens`, so that shared
 prefixes meet.
@@ -53,7 +53,7 @@ def evaluate(
     *,
     micro_tokens: int,
     device: torch.device | str = "cpu",
-    ranks: Ranks = ALONE,
+    ranks: World = ALONE,
     costs: Costs = COSTS,
     before_each: Callable[[], None] | None = None,
     together: Callable[[], AbstractContextManager[None]] = nullcontext,

@@ -13,7 +13,7 @@ from tunesmith.data.preprocess.prepare import Prepared
 from tunesmith.data.sampling.sampler import StepOrder
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.grad_sync import Alone
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
@@ -53,7 +53,7 @@ class Job:
     trained_parameters: int
     chosen: dict[str, Any]  # what `auto` became, for machine.json
     own_objective: OwnObjective | None = None
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: World = field(default_factory=World)
     reduce: Alone = field(default_factory=Alone)
     costs: Costs = field(default_factory=Costs)
     notes: list[str] = field(default_factory=list)  # for the start-up lines

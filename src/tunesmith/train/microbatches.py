@@ -21,7 +21,7 @@ from tunesmith.data.microbatch.planner import MicrobatchPlan, Part, plan_step
 from tunesmith.distributed.context_parallel import Context
 from tunesmith.distributed.load_balance import IDLE, deal, idle_share
 from tunesmith.distributed.model_parallel_group import Sharers
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.types import Document, IntArray, Shares
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def dealt_to(
 
 def step_plans(
     documents: Sequence[Document],
-    ranks: Ranks,
+    ranks: World,
     *,
     costs: Costs,
     micro_tokens: int,
@@ -141,7 +141,7 @@ def step_plans(
 
 
 def own_plans(
-    plans: Sequence[MicrobatchPlan], ranks: Ranks, *, costs: Costs
+    plans: Sequence[MicrobatchPlan], ranks: World, *, costs: Costs
 ) -> list[MicrobatchPlan]:
     """What this rank runs of the micro-batches of a step."""
     dealt = dealt_to(plans, ranks.own_group, ranks=ranks.groups, costs=costs)

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.errors import NonFiniteError, RunError
 from tunesmith.train.anomaly.incident import Decode, number_or_text, ranked, save_incident
 from tunesmith.train.anomaly.spikes import Spike, Spikes
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
-ALONE = Ranks()
+ALONE = World()
 PATIENCE = 10
 """Steps in a row that may be skipped; then it is no longer the rows that are wrong."""
 NAMED = 3
@@ -47,7 +47,7 @@ class Guard:
         limits: Mapping[str, float | None],
         stops: bool = False,
         patience: int | None = PATIENCE,
-        ranks: Ranks = ALONE,
+        ranks: World = ALONE,
     ) -> None:
         self.folder = folder
         self.last: StepResult | None = None  # of the newest step, taken or not

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.distributed.world import Ranks
+from tunesmith.distributed.world import World
 from tunesmith.train.path_hash import document_target_keys, target_keys
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
 Decode = Callable[[Iterable[int]], str]
 
-ALONE = Ranks()
+ALONE = World()
 MOST = 100
 """Incident folders that a run keeps; later ones are counted only."""
 
@@ -32,7 +32,7 @@ def save_incident(
     result: StepResult,
     decode: Decode,
     said: Mapping[str, Any] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: World = ALONE,
 ) -> Path | None:
     """Write `incident-STEP/rows.json` for a step counted from 1, worst rows first; numbers that
     are not finite are written as text. None if there are `MOST` of them or the disk does not take
@@ -94,7 +94,7 @@ def number_or_text(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _losses_by_path(result: StepResult, ranks: Ranks) -> dict[int, tuple[float, int]]:
+def _losses_by_path(result: StepResult, ranks: World) -> dict[int, tuple[float, int]]:
     """The loss of each target and the rank that computed it, by the key of the path that the target
     ends; those of all ranks on the first.
     """
