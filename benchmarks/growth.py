@@ -50,7 +50,7 @@ def prepare_alone(model: str, path: Path) -> dict[str, float]:
     from tunesmith.data.microbatch.planner import plan_step
     from tunesmith.data.preprocess.document_store import token_counts
     from tunesmith.data.preprocess.prepare import prepare
-    from tunesmith.data.sampling.sampler import StepOrder
+    from tunesmith.data.sampling.sampler import BatchSampler
     from tunesmith.data.sources.sources import Source
     from tunesmith.data.templates.load import load_template
 
@@ -59,7 +59,7 @@ def prepare_alone(model: str, path: Path) -> dict[str, float]:
     documents = prepare([Source("rows", path=path)], template, max_length=None).documents
     prepared = time.perf_counter()
     lengths = token_counts(documents)
-    order = StepOrder(lengths, documents=STEP_DOCUMENTS, seed=0, shuffle=True)
+    order = BatchSampler(lengths, documents=STEP_DOCUMENTS, seed=0, shuffle=True)
     for step in range(order.steps_per_epoch):
         chosen = [documents[int(number)] for number in order.step_indices(step)]
         plan_step(chosen, micro_tokens=STEP_TOKENS)

@@ -173,7 +173,9 @@ def main() -> None:
     document = document_of(arguments.tokenizer, row)
     (tree,) = plan_step([document], micro_tokens=10**9)
     ways = {
-        "a row for each turn": plan_step([document], micro_tokens=tree.tokens, share=False),
+        "a row for each turn": plan_step(
+            [document], micro_tokens=tree.tokens, share_prefixes=False
+        ),
         "one tree": [tree],
         "flat causal run": plan_step([flat_document(tree)], micro_tokens=10**9),
     }

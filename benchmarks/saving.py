@@ -53,7 +53,7 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
 
 def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
     """Seconds of so many steps, of the call that saves, and of the wait at their end."""
-    saving: Any = trainer.saving
+    saving: Any = trainer.checkpoints
     saving._beside = way == "beside steps"
     began = time.perf_counter()
     if way != "no save":

@@ -146,7 +146,7 @@ def _taken_again(
     gradients: bool,
 ) -> Replay:
     job, first = trainer.job, trainer.step
-    documents = [job.documents[int(i)] for i in job.order.step_indices(step - 1)]
+    documents = [job.documents[int(i)] for i in job.sampler.step_indices(step - 1)]
     norms: list[float] | None = None
     if gradients:
         trainer.advance_to(step - 1)
@@ -187,8 +187,8 @@ def _own_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[floa
     norms: list[float] = []
     for document in documents:
         plans = plan_step(
-            [document], micro_tokens=job.micro_tokens, share=job.share,
-            isolated=job.model.isolated,
+            [document], micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
+            unpacked=job.model.unpacked,
         )  # fmt: skip
         for plan in plans:
             (job.loss(job.model, plan, job.device).loss_sum / total).backward()
@@ -220,8 +220,8 @@ def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "versions": machine["versions"],
         "world_size": machine["world_size"],
-        "context": machine["asked"]["device"].get("context", 1),
-        "tensor": machine["asked"]["device"].get("tensor", 1),
+        "context": machine["asked"]["device"].get("context_parallel", 1),
+        "tensor": machine["asked"]["device"].get("tensor_parallel", 1),
         "threads": machine["threads"],
         "device": str(chosen["device"]).partition(":")[0],
         "deterministic": machine["asked"]["device"]["deterministic"],

@@ -12,7 +12,7 @@ import pytest
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
 from tunesmith.data.preprocess import cache as cache_module
 from tunesmith.data.preprocess import digest_cache as module
-from tunesmith.data.preprocess.digest_cache import KnownFiles
+from tunesmith.data.preprocess.digest_cache import DigestCache
 from tunesmith.data.preprocess.prepare import Prepared, prepare
 from tunesmith.data.sources.sources import Source, content_hash
 from tunesmith.data.templates.load import wrap_tokenizer
@@ -42,11 +42,11 @@ class Counted:
 
 def test_a_file_is_read_once(large: Path, tmp_path: Path) -> None:
     made = Counted(large)
-    first = KnownFiles(tmp_path / "known").digest(large, "crc32", made)
-    again = KnownFiles(tmp_path / "known").digest(large, "crc32", made)
+    first = DigestCache(tmp_path / "known").digest(large, "crc32", made)
+    again = DigestCache(tmp_path / "known").digest(large, "crc32", made)
     assert first == again == str(zlib.crc32(b"some rows"))
     assert made.count == 1
-    KnownFiles(tmp_path / "known").digest(large, "sha256", made)
+    DigestCache(tmp_path / "known").digest(large, "sha256", made)
     assert made.count == 2
 
 
@@ -54,7 +54,7 @@ def test_a_small_file_is_always_read(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST", 10)
-    made, known = Counted(large), KnownFiles(tmp_path / "known")
+    made, known = Counted(large), DigestCache(tmp_path / "known")
     known.digest(large, "crc32", made)
     known.digest(large, "crc32", made)
     assert made.count == 2
@@ -62,7 +62,7 @@ def test_a_small_file_is_always_read(
 
 @pytest.mark.parametrize("change", ["bytes", "bytes, with the old time", "another file", "length"])
 def test_a_change_is_seen(large: Path, tmp_path: Path, change: str) -> None:
-    known, before = KnownFiles(tmp_path / "known"), large.stat()
+    known, before = DigestCache(tmp_path / "known"), large.stat()
     old = known.digest(large, "crc32", Counted(large))
     if change == "another file":
         other = tmp_path / "other"
@@ -81,7 +81,7 @@ def test_a_file_that_changed_just_now_is_not_remembered(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SETTLED", 60.0)
-    made, known = Counted(large), KnownFiles(tmp_path / "known")
+    made, known = Counted(large), DigestCache(tmp_path / "known")
     known.digest(large, "crc32", made)
     known.digest(large, "crc32", made)
     assert made.count == 2
@@ -91,7 +91,7 @@ def test_a_file_that_changed_just_now_is_not_remembered(
 
 
 def test_what_changes_while_it_is_read_is_not_remembered(large: Path, tmp_path: Path) -> None:
-    known = KnownFiles(tmp_path / "known")
+    known = DigestCache(tmp_path / "known")
 
     def reading() -> str:
         found = str(zlib.crc32(large.read_bytes()))
@@ -107,8 +107,8 @@ def test_a_folder_that_cant_be_written_or_was_left_empty_costs_a_reading_only(
 ) -> None:
     (tmp_path / "file").write_text("")
     made = Counted(large)
-    assert KnownFiles(tmp_path / "file").digest(large, "crc32", made) == made()
-    known = KnownFiles(tmp_path / "known")
+    assert DigestCache(tmp_path / "file").digest(large, "crc32", made) == made()
+    known = DigestCache(tmp_path / "known")
     known.digest(large, "crc32", made)
     (place,) = (tmp_path / "known").iterdir()
     place.write_text("")
@@ -116,7 +116,7 @@ def test_a_folder_that_cant_be_written_or_was_left_empty_costs_a_reading_only(
 
 
 def test_what_nobody_asks_for_is_forgotten(large: Path, tmp_path: Path) -> None:
-    known = KnownFiles(tmp_path / "known")
+    known = DigestCache(tmp_path / "known")
     known.digest(large, "crc32", Counted(large))
     known.prune(time.time() - 3600)
     assert len(list(known.folder.iterdir())) == 1

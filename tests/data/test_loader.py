@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tunesmith.data.packing.strategies import best_fit
 from tunesmith.data.sampling.mixture import Portion, mix
 from tunesmith.data.sampling.prefix_groups import BLOCK, PrefixGroups
-from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.types import Document, Origin, Segment
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -19,7 +19,7 @@ sizes = st.one_of(
 @settings(deadline=None)
 @given(lengths=lengths, size=sizes, seed=st.integers(0, 2**32 - 1), shuffle=st.booleans())
 def test_every_document_once_an_epoch(lengths, size, seed, shuffle):
-    order = StepOrder(lengths, **size, seed=seed, shuffle=shuffle)
+    order = BatchSampler(lengths, **size, seed=seed, shuffle=shuffle)
     step = 0
     for epoch in range(3):
         seen = []
@@ -35,7 +35,7 @@ def test_every_document_once_an_epoch(lengths, size, seed, shuffle):
 @settings(deadline=None)
 @given(lengths=lengths, tokens=st.integers(1, 120), seed=st.integers(0, 99))
 def test_a_step_stops_as_soon_as_it_has_its_tokens(lengths, tokens, seed):
-    order = StepOrder(lengths, tokens=tokens, seed=seed, shuffle=True)
+    order = BatchSampler(lengths, tokens=tokens, seed=seed, shuffle=True)
     for step in range(order.steps_per_epoch):
         sizes = [lengths[n] for n in order.step_indices(step)]
         assert sum(sizes[:-1]) < tokens
@@ -45,41 +45,41 @@ def test_a_step_stops_as_soon_as_it_has_its_tokens(lengths, tokens, seed):
 @settings(deadline=None)
 @given(lengths=lengths, size=sizes, steps=st.lists(st.integers(0, 60), min_size=1, max_size=8))
 def test_a_step_depends_on_its_number_alone(lengths, size, steps):
-    walked = StepOrder(lengths, **size, seed=7, shuffle=True)
+    walked = BatchSampler(lengths, **size, seed=7, shuffle=True)
     in_order = [walked.step_indices(step).tolist() for step in range(max(steps) + 1)]
-    asked = StepOrder(lengths, **size, seed=7, shuffle=True)
+    asked = BatchSampler(lengths, **size, seed=7, shuffle=True)
     for step in steps:
         assert asked.step_indices(step).tolist() == in_order[step]
 
 
 def test_orders_differ_by_epoch_and_seed_and_are_int32():
-    order = StepOrder([1] * 50, documents=50, seed=1, shuffle=True)
-    other = StepOrder([1] * 50, documents=50, seed=2, shuffle=True)
+    order = BatchSampler([1] * 50, documents=50, seed=1, shuffle=True)
+    other = BatchSampler([1] * 50, documents=50, seed=2, shuffle=True)
     assert order.step_indices(0).dtype == np.int32
     assert order.step_indices(0).tolist() != order.step_indices(1).tolist()
     assert order.step_indices(0).tolist() != other.step_indices(0).tolist()
 
 
 def test_without_shuffling_the_order_is_the_data_s():
-    order = StepOrder([1] * 5, documents=2, seed=1, shuffle=False)
+    order = BatchSampler([1] * 5, documents=2, seed=1, shuffle=False)
     steps = [order.step_indices(step).tolist() for step in range(6)]
     assert steps == [[0, 1], [2, 3], [4]] * 2
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.01, 1), (0.1, 1), (0.5, 5), (1, 10), (2.25, 23)])
 def test_shares_of_an_epoch_round_up_to_whole_steps(epochs, steps):
-    assert StepOrder([3] * 100, documents=10, seed=0, shuffle=True).total_steps(epochs) == steps
-    assert StepOrder([3] * 100, tokens=30, seed=0, shuffle=True).total_steps(epochs) == steps
+    assert BatchSampler([3] * 100, documents=10, seed=0, shuffle=True).total_steps(epochs) == steps
+    assert BatchSampler([3] * 100, tokens=30, seed=0, shuffle=True).total_steps(epochs) == steps
 
 
 @pytest.mark.parametrize("size", [{}, {"documents": 1, "tokens": 1}, {"documents": 0}])
 def test_one_size_is_needed(size):
     with pytest.raises(ValueError, match="step"):
-        StepOrder([1], **size, seed=0, shuffle=False)
+        BatchSampler([1], **size, seed=0, shuffle=False)
 
 
 def test_the_order_of_a_seed_never_changes():
-    order = StepOrder([1] * 8, documents=8, seed=42, shuffle=True)
+    order = BatchSampler([1] * 8, documents=8, seed=42, shuffle=True)
     for epoch in range(3):
         wanted = np.random.Generator(np.random.PCG64((42, epoch))).permutation(8)
         assert order.step_indices(epoch).tolist() == wanted.tolist()
@@ -89,7 +89,7 @@ def test_the_order_of_a_seed_never_changes():
 @settings(deadline=None)
 @given(lengths=lengths, size=sizes, seed=st.integers(0, 99), shuffle=st.booleans())
 def test_a_step_of_packs_has_whole_packs_and_an_epoch_has_each_once(lengths, size, seed, shuffle):
-    order = StepOrder(lengths, **size, seed=seed, shuffle=shuffle, pack_tokens=50)
+    order = BatchSampler(lengths, **size, seed=seed, shuffle=shuffle, pack_tokens=50)
     packs = best_fit(lengths, 50)
     wanted = sorted(tuple(packs.pack(k).tolist()) for k in range(len(packs)))
     for epoch in range(2):
@@ -127,7 +127,7 @@ def test_a_step_of_packs_over_a_mixture_depends_on_its_number_alone(lengths, ste
 
     def made():
         mixture = mix(portions, seed=3, shuffle=True)
-        order = StepOrder(
+        order = BatchSampler(
             lengths, documents=2, seed=3, shuffle=True, mixture=mixture, pack_tokens=60
         )
         return order, mixture
@@ -159,7 +159,7 @@ def test_grouped_steps_hold_each_document_once_and_groups_together(groups, size,
     owner = [number for number, count in enumerate(groups) for _ in range(count)]
     owner = np.random.default_rng(seed).permutation(owner).tolist()
     documents = [beginning(prefixes[group], number) for number, group in enumerate(owner)]
-    order = StepOrder(
+    order = BatchSampler(
         [d.tokens for d in documents], documents=size, seed=seed, shuffle=True,
         groups=PrefixGroups(documents),
     )  # fmt: skip

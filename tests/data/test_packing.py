@@ -73,8 +73,8 @@ def found(plans: list[MicrobatchPlan]) -> Counter:
 LAYOUTS = st.fixed_dictionaries(
     {
         "micro_tokens": st.sampled_from([1, 5, 12, 1000]),
-        "share": st.booleans(),
-        "isolated": st.booleans(),
+        "share_prefixes": st.booleans(),
+        "unpacked": st.booleans(),
     }
 )
 ROWS = st.lists(trees(), min_size=1, max_size=6)
@@ -110,8 +110,10 @@ def test_chains_say_the_same_as_visible_until(documents, layout) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(ROWS, st.sampled_from([5, 12]), st.booleans())
-def test_micro_batches_keep_to_the_bound_or_to_the_longest_path(documents, bound, share) -> None:
-    plans = plan_step(documents, micro_tokens=bound, share=share)
+def test_micro_batches_keep_to_the_bound_or_to_the_longest_path(
+    documents, bound, share_prefixes
+) -> None:
+    plans = plan_step(documents, micro_tokens=bound, share_prefixes=share_prefixes)
     longest = max((int(plan.layout.position.max()) + 1 for plan in plans), default=0)
     assert all(plan.tokens <= max(bound, longest) for plan in plans)
 
@@ -130,7 +132,7 @@ def test_a_shared_prefix_is_computed_once_a_micro_batch() -> None:
     assert whole.tokens == 100 + 8
     cut = plan_step(documents, micro_tokens=104)
     assert [plan.tokens for plan in cut] == [104, 104]
-    unshared = plan_step(documents, micro_tokens=1000, share=False)
+    unshared = plan_step(documents, micro_tokens=1000, share_prefixes=False)
     assert sum(plan.tokens for plan in unshared) == 8 * 101
 
 

@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_is_told_of(source):
         patch.setattr(module._Pool, "give", give_and_kill)
         with pytest.raises(RunError, match="ended by signal 9") as caught:
             run(source, processes=2)
-    assert "prepare_processes" in caught.value.hint
+    assert "num_proc" in caught.value.hint
     assert all(worker._process.poll() is not None for worker in pools[0]._workers)
 
 

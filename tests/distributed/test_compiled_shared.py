@@ -18,7 +18,7 @@ COMMON = [
     f"train.steps={STEPS}", "model.dtype=float32", "optim.lr=0.003", "device.micro_tokens=96",
     "batch.documents=6",
 ]  # fmt: skip
-KINDS = {"copied": [], "shared": ["device.context=2"]}
+KINDS = {"copied": [], "shared": ["device.context_parallel=2"]}
 PRELUDE = """
 from tunesmith.model.compile import compile_layers
 from tunesmith.build import compiled

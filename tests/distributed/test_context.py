@@ -21,20 +21,20 @@ from attention_oracle import softmax_over_mask, visible
 from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build.context_parallel import check_exact, check_model, context_line
-from tunesmith.build.parallelize import check_sharing
+from tunesmith.build.parallelize import check_parallelism
 from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.cli.plan import lines
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.distributed.context_parallel import Context
+from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.estimate import forecast
 from tunesmith.model.attention.dispatch import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.train.loss import path_lengths
-from tunesmith.train.microbatches import own_part
+from tunesmith.train.microbatches import local_part
 from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 
@@ -64,7 +64,7 @@ def whole_plan(rows: list[list[int]] = ROWS) -> MicrobatchPlan:
 
 
 def parts_of(plan: MicrobatchPlan, count: int) -> list[MicrobatchPlan]:
-    return [own_part(plan, Context(count, place)) for place in range(count)]
+    return [local_part(plan, ContextParallel(count, place)) for place in range(count)]
 
 
 def entries(plan: MicrobatchPlan, start: int) -> tuple[list[Any], list[Any]]:
@@ -91,7 +91,7 @@ def test_parts_have_every_token_and_target_once(rows: list[list[int]], count: in
     assert ids[: plan.tokens].tolist() == plan.ids.tolist()
     assert position[: plan.tokens].tolist() == plan.layout.position.tolist()
     every = entries(plan, 0)
-    found = [entries(part, part.layout.own.start) for part in parts]
+    found = [entries(part, part.layout.local.start) for part in parts]
     for kind in (0, 1):
         assert sorted(e for entry in found for e in entry[kind]) == sorted(every[kind])
     assert np.concatenate([target_keys(part) for part in parts]).tolist() == (
@@ -101,7 +101,7 @@ def test_parts_have_every_token_and_target_once(rows: list[list[int]], count: in
 
 def test_nobody_sees_what_is_added() -> None:
     plan = whole_plan()
-    layout = own_part(plan, Context(7, 0)).layout
+    layout = local_part(plan, ContextParallel(7, 0)).layout
     total = len(layout.position)
     assert total % 7 == 0
     assert total > plan.tokens
@@ -115,7 +115,7 @@ def test_nobody_sees_what_is_added() -> None:
 
 def test_alone_nothing_is_cut() -> None:
     plan = whole_plan()
-    assert own_part(plan, Context()) is plan
+    assert local_part(plan, ContextParallel()) is plan
 
 
 # --- attention, the ranks as threads
@@ -140,7 +140,7 @@ class Exchange:
 
 
 def on_ranks(
-    count: int, act: Callable[[Context], Any], monkeypatch: pytest.MonkeyPatch
+    count: int, act: Callable[[ContextParallel], Any], monkeypatch: pytest.MonkeyPatch
 ) -> list[Any]:
     """What `act` returns on each of so many ranks."""
     monkeypatch.setattr(
@@ -151,7 +151,7 @@ def on_ranks(
 
     def run(place: int) -> None:
         try:
-            found[place] = act(Context(count, place, exchange.of(place)))
+            found[place] = act(ContextParallel(count, place, exchange.of(place)))
         except BaseException as error:
             exchange.barrier.abort()
             found[place] = error
@@ -209,11 +209,11 @@ def test_attention_and_its_gradients(
     kinds = ["chunked_attention" if options["chunked"] else "full_attention"]
     module: Any = SimpleNamespace(config=SimpleNamespace(layer_types=kinds), training=False)
 
-    def run(context: Context) -> list[Tensor]:
-        layout = context.spread(plan.layout)
+    def run(context: ContextParallel) -> list[Tensor]:
+        layout = context.shard(plan.layout)
         more = len(layout.position) - plan.tokens
         own = [
-            torch.nn.functional.pad(t.detach(), (0, 0, 0, more))[:, :, layout.own]
+            torch.nn.functional.pad(t.detach(), (0, 0, 0, more))[:, :, layout.local]
             .clone().requires_grad_() for t in whole
         ]  # fmt: skip
         mine = sinks.detach().clone().requires_grad_()
@@ -221,7 +221,7 @@ def test_attention_and_its_gradients(
             module, *own, MaskRule(options["size"]), layout=layout, softcap=options["softcap"],
             s_aux=mine if options["sinks"] else None,
         )  # fmt: skip
-        given = torch.nn.functional.pad(toward, (0, 0, 0, 0, 0, more))[:, layout.own]
+        given = torch.nn.functional.pad(toward, (0, 0, 0, 0, 0, more))[:, layout.local]
         (output * given).sum().backward()
         zero = torch.zeros_like(sinks)
         return [output.detach(), *(t.grad for t in own), zero if mine.grad is None else mine.grad]
@@ -240,28 +240,28 @@ def test_attention_and_its_gradients(
 def test_heads_that_cannot_be_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = whole_plan()
 
-    def run(context: Context) -> None:
-        layout = context.spread(plan.layout)
-        assert layout.spread is not None
-        tensor = torch.zeros(1, 4, layout.own.stop - layout.own.start, 8)
-        layout.spread.by_heads(tensor, tensor, tensor)
+    def run(context: ContextParallel) -> None:
+        layout = context.shard(plan.layout)
+        assert layout.shard is not None
+        tensor = torch.zeros(1, 4, layout.local.stop - layout.local.start, 8)
+        layout.shard.seq_to_heads(tensor, tensor, tensor)
 
     with pytest.raises(ModelError, match="4 attention heads can't be dealt to 3 ranks") as caught:
         on_ranks(3, run, monkeypatch)
-    assert caught.value.hint == "device.context=2"
+    assert caught.value.hint == "device.context_parallel=2"
 
 
 # --- what is refused
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["device.attention=isolated"], "device.attention"),
+        (["device.attention=unpacked"], "device.attention"),
         (["objective.router_aux=0.01"], "objective.router_aux"),
         (["objective.scheduled_sampling=0.1"], "objective.scheduled_sampling"),
     ],
@@ -269,40 +269,40 @@ def check(ranks: World, *overrides: str) -> None:
 def test_what_needs_whole_paths_names_its_key(overrides: list[str], key: str) -> None:
     check(World(0, 2, 0, 2), *overrides)
     with pytest.raises(RecipeError) as caught:
-        check(World(0, 2, 0, 2), "device.context=2", *overrides)
+        check(World(0, 2, 0, 2), "device.context_parallel=2", *overrides)
     assert caught.value.where == key
     assert caught.value.hint
 
 
 def test_ranks_that_make_no_whole_groups() -> None:
-    check(World(0, 6, 0, 6), "device.context=3")
+    check(World(0, 6, 0, 6), "device.context_parallel=3")
     with pytest.raises(RecipeError, match="6 ranks can't be divided into groups of 4") as caught:
-        check(World(0, 6, 0, 6), "device.context=4")
-    assert caught.value.hint == "device.context=3, or a multiple of 4 ranks"
+        check(World(0, 6, 0, 6), "device.context_parallel=4")
+    assert caught.value.hint == "device.context_parallel=3, or a multiple of 4 ranks"
     with pytest.raises(RecipeError, match="nobody to share a sequence with"):
-        check(World(), "device.context=2")
+        check(World(), "device.context_parallel=2")
 
 
 def test_a_model_whose_heads_cannot_be_dealt() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     with pytest.raises(ModelError, match="4 attention heads can't be dealt to 3 ranks"):
-        check_model(model, Context(3, 0))
+        check_model(model, ContextParallel(3, 0))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
-    model.isolate()
-    check_model(model, Context())
+    model.run_unpacked()
+    check_model(model, ContextParallel())
     with pytest.raises(ModelError, match="one path at a time") as caught:
-        check_model(model, Context(2, 0))
-    assert caught.value.hint == "device.context=1"
+        check_model(model, ContextParallel(2, 0))
+    assert caught.value.hint == "device.context_parallel=1"
 
 
 def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [wrap_causal_lm(tiny_model(num_hidden_layers=1)) for _ in range(2)]
 
-    def run(context: Context) -> str:
-        model = models[context.place]
+    def run(context: ContextParallel) -> str:
+        model = models[context.rank]
         ranks: Any = SimpleNamespace(context=context, most=list)
         where = {"device": torch.device("cpu"), "compute": torch.float32}
         check_exact(model, ranks, **where)
@@ -335,16 +335,18 @@ def test_a_plan_is_of_one_rank(llama_folder: Path, chats: Path) -> None:
     options = ["device.kind=cpu", "device.micro_tokens=1", "train.steps=2", "batch.documents=1"]
     options.append("device.gradient_checkpointing=none")
     alone = forecast(read_recipe(recipe, options))
-    shared = forecast(read_recipe(recipe, [*options, "device.context=2", "device.ranks=4"]))
+    shared = forecast(
+        read_recipe(recipe, [*options, "device.context_parallel=2", "device.ranks=4"])
+    )
     assert alone.context == ()
     assert "2 groups of 2 ranks" in shared.context[0]
     assert "memory is of one rank" in "\n".join(lines(shared))
     assert shared.measured.activations < 0.6 * alone.measured.activations
     assert shared.work.computed == alone.work.computed
     with pytest.raises(RecipeError, match="3 ranks can't be divided"):
-        forecast(read_recipe(recipe, [*options, "device.context=2", "device.ranks=3"]))
+        forecast(read_recipe(recipe, [*options, "device.context_parallel=2", "device.ranks=3"]))
     with pytest.raises(ModelError, match="attention heads can't be dealt to 3 ranks"):
-        forecast(read_recipe(recipe, [*options, "device.context=3"]))
+        forecast(read_recipe(recipe, [*options, "device.context_parallel=3"]))
 
 
 # --- whole runs
@@ -352,7 +354,7 @@ def test_a_plan_is_of_one_rank(llama_folder: Path, chats: Path) -> None:
 STEPS = 4
 COMMON = [f"train.steps={STEPS}", "model.dtype=float32", "optim.lr=0.003", "eval.every=2"]
 COMMON += ["device.micro_tokens=96", "batch.documents=5"]
-CONTEXT = ["device.context=2"]
+CONTEXT = ["device.context_parallel=2"]
 CHECKPOINTED = "device.gradient_checkpointing="
 LORA = ["adapter=lora", "adapter.rank=4"]
 FAST = {
@@ -368,7 +370,7 @@ SLOW = {
     "two groups": (4, "llama", []),
     "two groups of shards": (4, "gemma2", ["device.shard=full"]),
     "two machines": (4, "llama", ["device.shard=hybrid"]),
-    "four": (4, "gemma2", ["device.context=4"]),
+    "four": (4, "gemma2", ["device.context_parallel=4"]),
 }
 HALTED, WHOLE = "halted", "whole"
 
@@ -396,7 +398,7 @@ def run_all(folder: Path, cases: dict[str, Any], *, halted: bool) -> Path:
 
     alone, groups = [], []
     for name, (ranks, family, options) in cases.items():
-        here = [o for o in options if not o.startswith(("device.shard", "device.context"))]
+        here = [o for o in options if not o.startswith(("device.shard", "device.context_parallel"))]
         alone.append(job(f"{name}-alone", family, [*COMMON, *here]))
         groups.append((ranks, [job(name, family, [*COMMON, *CONTEXT, *options])]))
     if halted:
@@ -456,4 +458,4 @@ def test_a_resume_with_another_group_is_not_to_the_bit(fast: Path) -> None:
 
 def test_one_process_has_nobody_to_share_with(llama_folder: Path, chats: Path) -> None:
     with pytest.raises(RecipeError, match="nobody to share a sequence with"):
-        tunesmith.train(model=llama_folder, data=chats, overrides=["device.context=2"])
+        tunesmith.train(model=llama_folder, data=chats, overrides=["device.context_parallel=2"])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.microbatch.planner import plan_step
-from tunesmith.distributed.load_balance import IDLE, deal, idle_share, loads
-from tunesmith.train.microbatches import Costs, dealt_to, plan_for_ranks
+from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction, loads
+from tunesmith.train.microbatches import WorkModel, assigned_to, plan_for_ranks
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment
 
 WORK = st.lists(st.floats(0.0, 1e12), max_size=40)
@@ -17,7 +17,7 @@ WORK = st.lists(st.floats(0.0, 1e12), max_size=40)
 
 @given(work=WORK, ranks=st.integers(1, 9))
 def test_every_number_is_dealt_once(work: list[float], ranks: int) -> None:
-    rounds = deal(work, ranks)
+    rounds = assign(work, ranks)
     assert all(len(dealt) == ranks for dealt in rounds)
     assert sorted(n for dealt in rounds for n in dealt if n != IDLE) == list(range(len(work)))
     assert len(rounds) == -(-len(work) // ranks)
@@ -26,20 +26,20 @@ def test_every_number_is_dealt_once(work: list[float], ranks: int) -> None:
 
 @given(work=WORK, ranks=st.integers(1, 9))
 def test_ranks_differ_by_no_more_than_the_largest(work: list[float], ranks: int) -> None:
-    held = loads(deal(work, ranks), work)
+    held = loads(assign(work, ranks), work)
     if held:
         assert max(held) - min(held) <= max(work) * (1 + 1e-9)
 
 
 def test_alike_micro_batches_run_at_the_same_time() -> None:
-    rounds = deal([5, 1, 4, 1, 5, 4], 2)
+    rounds = assign([5, 1, 4, 1, 5, 4], 2)
     assert [sorted(round_) for round_ in rounds] == [[0, 4], [2, 5], [1, 3]]
 
 
 def test_the_idle_share_counts_who_waits() -> None:
-    assert idle_share(deal([4.0], 4), [4.0]) == pytest.approx(0.75)
-    assert idle_share(deal([4.0, 2.0], 2), [4.0, 2.0]) == pytest.approx(0.25)
-    assert idle_share(deal([3.0] * 4, 2), [3.0] * 4) == 0
+    assert idle_fraction(assign([4.0], 4), [4.0]) == pytest.approx(0.75)
+    assert idle_fraction(assign([4.0, 2.0], 2), [4.0, 2.0]) == pytest.approx(0.25)
+    assert idle_fraction(assign([3.0] * 4, 2), [3.0] * 4) == 0
 
 
 def document(ids: list[int], number: int) -> Document:
@@ -75,15 +75,17 @@ def shares(plans) -> dict[tuple[int, int], float]:
     ids=DOCUMENTS,
     ranks=st.integers(1, 6),
     micro_tokens=st.integers(1, 60),
-    share=st.booleans(),
-    isolated=st.booleans(),
+    share_prefixes=st.booleans(),
+    unpacked=st.booleans(),
 )
-def test_every_target_is_learned_on_one_rank(ids, ranks, micro_tokens, share, isolated) -> None:
+def test_every_target_is_learned_on_one_rank(
+    ids, ranks, micro_tokens, share_prefixes, unpacked
+) -> None:
     documents = [document(row, number) for number, row in enumerate(ids)]
-    costs = Costs(token=100.0, pair=1.0, target=10.0)
-    options = {"micro_tokens": micro_tokens, "share": share, "isolated": isolated}
-    plans = plan_for_ranks(documents, ranks, costs=costs, **options)
-    parts = [dealt_to(plans, rank, ranks=ranks, costs=costs) for rank in range(ranks)]
+    work_model = WorkModel(token=100.0, pair=1.0, target=10.0)
+    options = {"micro_tokens": micro_tokens, "share_prefixes": share_prefixes, "unpacked": unpacked}
+    plans = plan_for_ranks(documents, ranks, work_model=work_model, **options)
+    parts = [assigned_to(plans, rank, ranks=ranks, work_model=work_model) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     assert all(part for part in parts)
     found = shares([plan for part in parts for plan in part])
@@ -96,24 +98,24 @@ def test_every_target_is_learned_on_one_rank(ids, ranks, micro_tokens, share, is
 
 def test_a_step_is_cut_finer_to_fill_the_ranks() -> None:
     documents = [document([number, *range(10, 19)], number) for number in range(8)]
-    plans = plan_for_ranks(documents, 4, costs=Costs(), micro_tokens=1000)
+    plans = plan_for_ranks(documents, 4, work_model=WorkModel(), micro_tokens=1000)
     assert [plan.tokens for plan in plans] == [18, 18, 18, 18]
     assert len(plan_step(documents, micro_tokens=1000)) == 1
 
 
 def test_the_square_of_attention_counts() -> None:
     long, short = document(list(range(41)), 0), document([50, 51, 52], 1)
-    costs = Costs(token=1.0, pair=1.0)
+    work_model = WorkModel(token=1.0, pair=1.0)
     plans = plan_step([long, short], micro_tokens=40)
-    assert [costs.of(plan) for plan in plans] == [40 + 40 * 41 / 2, 2 + 3]
+    assert [work_model.of(plan) for plan in plans] == [40 + 40 * 41 / 2, 2 + 3]
 
 
 def test_a_rank_without_work_runs_the_smallest_without_weight() -> None:
     documents = [document([1, 2, 3, 4], 0), document([5, 6], 1)]
-    costs = Costs()
+    work_model = WorkModel()
     plans = plan_step(documents, micro_tokens=3)
     assert len(plans) == 2
-    filler = dealt_to(plans, 2, ranks=3, costs=costs)[0]
+    filler = assigned_to(plans, 2, ranks=3, work_model=work_model)[0]
     assert filler.tokens == min(plan.tokens for plan in plans)
     assert filler.weight.sum() == 0
     assert len(filler.shares.weight) == 0

@@ -20,8 +20,8 @@ COMMON = [
 KINDS = {
     "copied": [],
     "spread": ["device.shard=full"],
-    "divided": ["device.tensor=2"],
-    "shared": ["device.context=2"],
+    "divided": ["device.tensor_parallel=2"],
+    "shared": ["device.context_parallel=2"],
 }
 PRELUDE = """
 import sys

@@ -15,7 +15,7 @@ from tunesmith.distributed.rendezvous import (
     ANNOUNCED,
     announced_attempt,
     find_attempt,
-    meeting,
+    rendezvous,
 )
 
 PATIENCE = timedelta(seconds=30)
@@ -79,12 +79,12 @@ def test_keys_of_an_attempt_are_its_own(store: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with meeting(0, timeout=PATIENCE) as first:
+    with rendezvous(0, timeout=PATIENCE) as first:
         first.store.set("address", "old")
-        with meeting(1, timeout=PATIENCE) as other:
+        with rendezvous(1, timeout=PATIENCE) as other:
             assert other.store.get("address") == b"old"
             assert other.first
-    with meeting(0, timeout=PATIENCE) as second, meeting(1, timeout=PATIENCE) as other:
+    with rendezvous(0, timeout=PATIENCE) as second, rendezvous(1, timeout=PATIENCE) as other:
         assert not other.store.check(["address"])
         assert not second.first
         assert not other.first

@@ -14,9 +14,9 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
-from tunesmith.build.parallelize import join_ranks
+from tunesmith.build.parallelize import make_groups
 from tunesmith.config.read import read_recipe
-from tunesmith.distributed.peer_check import can_go_back
+from tunesmith.distributed.peer_check import can_retry
 from tunesmith.distributed.world import World
 
 OPTIONS = [
@@ -81,7 +81,11 @@ def torn(
 
 
 WHOLE = torn("nowhere")
-CONTEXT, SHARD, TENSOR = ["device.context=2"], ["device.shard=full"], ["device.tensor=2"]
+CONTEXT, SHARD, TENSOR = (
+    ["device.context_parallel=2"],
+    ["device.shard=full"],
+    ["device.tensor_parallel=2"],
+)
 Case = tuple[int, list[str], str]
 FAST: dict[str, Case] = {
     "sequence": (2, [*CONTEXT, *NOISY], torn("backward")),
@@ -210,13 +214,14 @@ def test_an_evaluation_is_done_again(name: str, tmp_path: Path) -> None:
 
 def test_ranks_of_gpus_do_not_meet_before_what_is_queued() -> None:
     """Each meeting on the host would wait for all that is queued."""
-    assert can_go_back(2, "cpu")
-    assert not can_go_back(2, "cuda")
-    assert not can_go_back(65, "cpu")
+    assert can_retry(2, "cpu")
+    assert not can_retry(2, "cuda")
+    assert not can_retry(65, "cpu")
     recipe = read_recipe(
-        None, ["model.name=m", "data.train=rows.jsonl", "device.context=2", "device.ranks=2"]
+        None,
+        ["model.name=m", "data.train=rows.jsonl", "device.context_parallel=2", "device.ranks=2"],
     )
-    met = [join_ranks(recipe, _Grouped(0, 2), kind).context for kind in ("cpu", "cuda")]
+    met = [make_groups(recipe, _Grouped(0, 2), kind).cp for kind in ("cpu", "cuda")]
     assert met == ["group", "nobody"]
 
 

@@ -32,7 +32,7 @@ import json, os
 from pathlib import Path
 from tunesmith.train import build
 from tunesmith.build.summary import quantized_share
-share = build.share_model
+share = build.parallelize
 
 def noted(recipe, model, *args, **options):
     packed = [p.nbytes for p in model.parameters() if type(p).__name__ == "Params4bit"]
@@ -45,7 +45,7 @@ def noted(recipe, model, *args, **options):
     (Path({place!r}) / ("rank-" + os.environ["RANK"])).write_text(json.dumps(seen))
     return found
 
-build.share_model = noted
+build.parallelize = noted
 """
 
 

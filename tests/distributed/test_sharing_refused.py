@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tunesmith.build.parallelize import check_sharing
+from tunesmith.build.parallelize import check_parallelism
 from tunesmith.config.read import read_recipe
 from tunesmith.distributed import spawn
-from tunesmith.distributed.env import launched, speaks
+from tunesmith.distributed.env import is_main_process, launched_world_size
 from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
 
@@ -19,7 +19,7 @@ TWO = World(0, 2, 0, 2)
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_ranks_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in started.items():
         monkeypatch.setenv(name, value)
     assert spawn.ranks_to_start("auto", 2) == 1
-    assert launched() == 2
-    assert not speaks()
+    assert launched_world_size() == 2
+    assert not is_main_process()
 
 
 def test_a_call_from_python_is_one_rank(llama_folder, chats) -> None:

@@ -20,14 +20,14 @@ from torch import Tensor
 from gang import assert_same_learning, losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build import tensor_parallel as assembled
-from tunesmith.build.parallelize import check_sharing
-from tunesmith.build.tensor_parallel import division_of
+from tunesmith.build.parallelize import check_parallelism
+from tunesmith.build.tensor_parallel import tp_plan_of
 from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.distributed.tensor_parallel import Division, divide
-from tunesmith.distributed.tensor_parallel_ops import Split
+from tunesmith.distributed.tensor_parallel import TPPlan, apply_tensor_parallel
+from tunesmith.distributed.tensor_parallel_ops import TensorParallel
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.estimate import forecast
@@ -35,7 +35,7 @@ from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.microbatches import own_part
+from tunesmith.train.microbatches import local_part
 from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 
@@ -101,7 +101,9 @@ def on_ranks(count: int, act: Callable[[World], Any], monkeypatch: pytest.Monkey
 
     def run(place: int) -> None:
         try:
-            found[place] = act(Played(place, count, split=Split(count, place, sums.of(place))))
+            found[place] = act(
+                Played(place, count, tp=TensorParallel(count, place, sums.of(place)))
+            )
         except BaseException as error:
             sums.barrier.abort()
             found[place] = error
@@ -133,12 +135,12 @@ def gradients_of(model: CausalLM, plan: MicrobatchPlan) -> tuple[float, dict[str
     return float(output.loss_sum.detach()), {n: p.grad for n, p in model.named_parameters()}
 
 
-def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, Division]:
+def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, TPPlan]:
     """A copy of the model with this rank's part of its layers."""
     copied = copy.deepcopy(model)
-    division = division_of(copied, ranks)
-    copied.before_head = divide(division, ranks.split).enter
-    return copied, division
+    plan = tp_plan_of(copied, ranks)
+    copied.before_head = apply_tensor_parallel(plan, ranks.tp).copy_to
+    return copied, plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,9 +155,9 @@ def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.Mo
     loss, wanted = gradients_of(copy.deepcopy(model), plan)
 
     def run(ranks: World) -> tuple[float, dict[str, Tensor], dict[str, int | None], set[str]]:
-        mine, division = divided(model, ranks)
-        places, termed = division.places(mine), division.terms(mine)
-        return *gradients_of(mine, own_part(plan, ranks.split)), places, termed
+        mine, plan = divided(model, ranks)
+        places, termed = plan.shard_dims(mine), plan.partial_grad_names(mine)
+        return *gradients_of(mine, local_part(plan, ranks.tp)), places, termed
 
     ranks = on_ranks(2, run, monkeypatch)
     assert sum(rank[0] for rank in ranks) == pytest.approx(loss, rel=1e-5)
@@ -179,7 +181,7 @@ def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.Mo
 def test_parts_have_every_target_once_and_count_tokens_once() -> None:
     plan = whole_plan()
     for count in (2, 3, 40):
-        parts = [own_part(plan, Split(count, place)) for place in range(count)]
+        parts = [local_part(plan, TensorParallel(count, place)) for place in range(count)]
         assert sum(part.counted for part in parts) == plan.tokens
         assert all(part.tokens == plan.tokens for part in parts)
         for key in ("source", "target", "weight"):
@@ -191,30 +193,30 @@ def test_parts_have_every_target_once_and_count_tokens_once() -> None:
 
 
 def test_ranks_of_a_copy_work_on_one_micro_batch_and_draw_alike() -> None:
-    ranks = [World(n, 4, n, 4, split=Split(2, n % 2)) for n in range(4)]
-    assert [r.groups for r in ranks] == [2] * 4
-    assert [r.own_group for r in ranks] == [0, 0, 1, 1]
-    assert [r.drawing for r in ranks] == [0, 0, 1, 1]
-    assert [World(n, 4, n, 4).drawing for n in range(4)] == [0, 1, 2, 3]
+    ranks = [World(n, 4, n, 4, tp=TensorParallel(2, n % 2)) for n in range(4)]
+    assert [r.dp_size for r in ranks] == [2] * 4
+    assert [r.dp_rank for r in ranks] == [0, 0, 1, 1]
+    assert [r.rng_rank for r in ranks] == [0, 0, 1, 1]
+    assert [World(n, 4, n, 4).rng_rank for n in range(4)] == [0, 1, 2, 3]
 
 
 # --- what is refused
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_sharing(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
 
 
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["device.context=2"], "device.context"),
+        (["device.context_parallel=2"], "device.context_parallel"),
         (["device.shard=full"], "device.shard"),
         (["adapter=dora"], "adapter.kind"),
         (["adapter=lora", "model.quantization=nf4"], "model.quantization"),
         (["optim=muon"], "optim.name"),
         (["optim=adamw_8bit"], "optim.name"),
-        (["device.attention=isolated"], "device.attention"),
+        (["device.attention=unpacked"], "device.attention"),
         (["objective.scheduled_sampling=0.1"], "objective.scheduled_sampling"),
         (["eval.samples=2", "data.eval=2%"], "eval.samples"),
     ],
@@ -222,18 +224,18 @@ def check(ranks: World, *overrides: str) -> None:
 def test_what_needs_whole_layers_names_its_key(overrides: list[str], key: str) -> None:
     check(World(0, 2, 0, 2), *[o for o in overrides if "quantization" not in o])
     with pytest.raises(RecipeError) as caught:
-        check(World(0, 2, 0, 2), "device.tensor=2", *overrides)
+        check(World(0, 2, 0, 2), "device.tensor_parallel=2", *overrides)
     assert caught.value.where == key
-    assert "device.tensor=1" in (caught.value.hint or "")
+    assert "device.tensor_parallel=1" in (caught.value.hint or "")
 
 
 def test_ranks_that_make_no_whole_copies() -> None:
-    check(World(0, 6, 0, 6), "device.tensor=3")
+    check(World(0, 6, 0, 6), "device.tensor_parallel=3")
     with pytest.raises(RecipeError, match="6 ranks can't be divided into groups of 4") as caught:
-        check(World(0, 6, 0, 6), "device.tensor=4")
-    assert caught.value.hint == "device.tensor=3, or a multiple of 4 ranks"
+        check(World(0, 6, 0, 6), "device.tensor_parallel=4")
+    assert caught.value.hint == "device.tensor_parallel=3, or a multiple of 4 ranks"
     with pytest.raises(RecipeError, match="nobody to divide the layers with"):
-        check(World(), "device.tensor=2")
+        check(World(), "device.tensor_parallel=2")
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,8 @@ def test_ranks_that_make_no_whole_copies() -> None:
 def test_a_model_that_cannot_be_divided(family: str, count: int, said: str) -> None:
     model = wrap_causal_lm(tiny_model(family, num_hidden_layers=1))
     with pytest.raises(ModelError, match=said) as caught:
-        division_of(model, World(0, count, 0, count, split=Split(count, 0)))
-    assert caught.value.where == "device.tensor"
+        tp_plan_of(model, World(0, count, 0, count, tp=TensorParallel(count, 0)))
+    assert caught.value.where == "device.tensor_parallel"
     assert caught.value.hint
 
 
@@ -258,25 +260,25 @@ def test_an_adapter_that_is_more_than_two_matrices() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
     add_adapter(model, AdapterSpec(kind="dora", rank=4))
     with pytest.raises(ModelError, match="only plain linear maps"):
-        division_of(model, World(0, 2, 0, 2, split=Split(2, 0)))
+        tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
     model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
-    model.isolate()
+    model.run_unpacked()
     with pytest.raises(ModelError, match="one path at a time"):
-        division_of(model, World(0, 2, 0, 2, split=Split(2, 0)))
+        tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
 
 
 @pytest.mark.parametrize("wrong", ["", "termed", "rows", "forward"])
 def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [wrap_causal_lm(tiny_model("qwen3", num_hidden_layers=2)) for _ in range(2)]
 
-    def cut(model: CausalLM, division: Division, ranks: World, _device: Any) -> Any:
-        seams = divide(division, ranks.split)
+    def cut(model: CausalLM, plan: TPPlan, ranks: World, _device: Any) -> Any:
+        region = apply_tensor_parallel(plan, ranks.tp)
         if wrong == "rows":
-            del division.rows[-1].forward
-        return SimpleNamespace(seams=seams, forget=seams.forget)
+            del plan.rowwise[-1].forward
+        return SimpleNamespace(region=region, forget=region.clear)
 
     monkeypatch.setattr(assembled, "divide_model", cut)
 
@@ -290,7 +292,7 @@ def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPat
             del plan["layers.*.self_attn.q_proj"]
         config.base_model_tp_plan = plan
         try:
-            assembled.divide_over(model, ranks, torch.device("cpu"))
+            assembled.tensor_parallelize_checked(model, ranks, torch.device("cpu"))
         except ModelError as error:
             return str(error)
         return "taken"
@@ -302,7 +304,7 @@ def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_plan_of_a_run_says_what_it_leaves_out(llama_folder: Path, chats: Path) -> None:
     recipe = {"model": str(llama_folder), "data": {"train": [str(chats)]}}
-    options = ["device.kind=cpu", "train.steps=2", "batch.documents=1", "device.tensor=2"]
+    options = ["device.kind=cpu", "train.steps=2", "batch.documents=1", "device.tensor_parallel=2"]
     found = forecast(read_recipe(recipe, [*options, "device.ranks=2"]))
     assert any("a rank has 1/2 of each" in warning for warning in found.warnings)
     with pytest.raises(RecipeError, match="3 ranks can't be divided"):
@@ -314,7 +316,7 @@ def test_a_plan_of_a_run_says_what_it_leaves_out(llama_folder: Path, chats: Path
 STEPS = 4
 COMMON = [f"train.steps={STEPS}", "model.dtype=float32", "optim.lr=0.003", "eval.every=2"]
 COMMON += ["device.micro_tokens=96", "batch.documents=5"]
-TENSOR = ["device.tensor=2"]
+TENSOR = ["device.tensor_parallel=2"]
 FAST = {
     "llama": (2, "llama", []),
     "qwen3": (4, "qwen3", ["optim=sgd", "optim.lr=0.05"]),
@@ -350,9 +352,9 @@ Trainer._one_step = seeded
 """
 """Lets a process alone draw in each step what the first of several copies draws."""
 ELSEWHERE = {
-    "alone": (1, ["device.tensor=1"]),
-    "copies": (4, ["device.tensor=2"]),
-    "in shards": (2, ["device.tensor=1", "device.shard=full"]),
+    "alone": (1, ["device.tensor_parallel=1"]),
+    "copies": (4, ["device.tensor_parallel=2"]),
+    "in shards": (2, ["device.tensor_parallel=1", "device.shard=full"]),
 }
 
 

@@ -37,7 +37,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-load, share = build.load_for_ranks, build.share_model
+load, share = build.load_for_ranks, build.parallelize
 seen = {{"peak": 0}}
 ended = threading.Event()
 
@@ -61,7 +61,7 @@ def sharing(*args, **options):
     (Path({place!r}) / name).write_text(json.dumps(seen))
     return found
 
-build.load_for_ranks, build.share_model = loading, sharing
+build.load_for_ranks, build.parallelize = loading, sharing
 """
 
 
@@ -170,8 +170,8 @@ def test_parts_put_together_are_the_model(family: str, dtype: torch.dtype, tmp_p
     source = resolve_model(str(folder))
     trial = deferred_load.trial_model(source, dtype=dtype)
     assert trial is not None
-    model = deferred_load.unread_model(
-        source, deferred_load.Traits("sdpa", isolated=False), dtype=dtype
+    model = deferred_load.deferred_model(
+        source, deferred_load.Traits("sdpa", unpacked=False), dtype=dtype
     )
     assert deferred_load.mismatch(model, trial) is None
     wanted = load_causal_lm(source, dtype=dtype)
@@ -201,8 +201,8 @@ def test_experts_that_are_fused_on_the_way_in_are_told(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", "mixtral", num_hidden_layers=4)))
     trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = deferred_load.unread_model(
-        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    model = deferred_load.deferred_model(
+        source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
     assert "not in its files" in (deferred_load.mismatch(model, trial) or "")
 
@@ -211,15 +211,15 @@ def test_weights_that_are_changed_on_the_way_in_are_told(tmp_path: Path) -> None
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=4)))
     trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = deferred_load.unread_model(
-        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    model = deferred_load.deferred_model(
+        source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
     layer = trial.decoder.layers[0]
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] += 1
     assert "up_proj.weight is changed" in (deferred_load.mismatch(model, trial) or "")
-    model = deferred_load.unread_model(
-        source, deferred_load.Traits("sdpa", isolated=False), dtype=torch.float32
+    model = deferred_load.deferred_model(
+        source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] -= 1
@@ -254,7 +254,7 @@ def test_what_needs_the_whole_model_is_named(overrides, reason: str, tmp_path: P
 def test_a_model_without_two_layers_alike_is_loaded_whole(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=1)))
     recipe = read_recipe({"model": "M", "data": "D.jsonl"}, ["model.dtype=float32"])
-    assert "no two" in str(deferred_model._unread(recipe, source, World(), CPU))
+    assert "no two" in str(deferred_model._deferred(recipe, source, World(), CPU))
 
 
 def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
     recipe = read_recipe(
         {"model": str(folder), "data": "D.jsonl"}, ["model.dtype=float32", "device.shard=full"]
     )
-    found = deferred_model._unread(recipe, resolve_model(str(folder)), World(), CPU)
-    assert isinstance(found, deferred_model.Loaded)
+    found = deferred_model._deferred(recipe, resolve_model(str(folder)), World(), CPU)
+    assert isinstance(found, deferred_model.LoadedModel)
     with pytest.raises(Exception, match="NaN"):
         deferred_model.test_loaded(found, World(), max_length=32)

@@ -109,7 +109,7 @@ def run(family: str, rows: list[Document], total: float, **layout):
     model.load_state_dict(reference.state_dict())
     causal_lm = CausalLM(model, logits=read_logit_transform(model.config), native_attention="eager")
     if layout.get("isolated"):
-        causal_lm.isolate()
+        causal_lm.run_unpacked()
     # a chunk smaller than the targets of a micro-batch, and one that does not divide them
     head = functools.partial(head_loss, objective=nll, chunk_bytes=4 * 448 * 7)
     loss = 0.0

@@ -13,11 +13,21 @@ from torch import Tensor
 from attention_oracle import visible
 from tunesmith.model.attention import parity as module
 from tunesmith.model.attention.dispatch import _plain
-from tunesmith.model.attention.parity import Asked, Fused, agrees, branched_layout, flat_layout
+from tunesmith.model.attention.parity import (
+    AttentionFeatures,
+    Fused,
+    agrees,
+    branched_layout,
+    flat_layout,
+)
 
 CPU = torch.device("cpu")
-ALL = [Asked(w, b, c, s) for w, b, c, s in product((False, True), repeat=4) if not (w and b)]
-TREATED = {"locality": "window", "softcap": "softcap", "sinks": "sinks"}
+ALL = [
+    AttentionFeatures(w, b, c, s)
+    for w, b, c, s in product((False, True), repeat=4)
+    if not (w and b)
+]
+TREATED = {"window": "window", "softcap": "softcap", "sinks": "sinks"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +37,18 @@ def _afresh() -> Iterator[None]:
     module._agrees.cache_clear()
 
 
-NOTHING = Asked()
+NOTHING = AttentionFeatures()
 
 
-def tried(attend: Any, asked: Asked = NOTHING, dtype: torch.dtype = torch.float32) -> bool:
+def tried(
+    attend: Any, asked: AttentionFeatures = NOTHING, dtype: torch.dtype = torch.float32
+) -> bool:
     fused = Fused("the kernel", attend, branches=True, instead="another is")
     return agrees(fused, _plain, asked, device=CPU, dtype=dtype)
 
 
 @pytest.mark.parametrize("asked", ALL)
-def test_the_same_attention_agrees(asked: Asked) -> None:
+def test_the_same_attention_agrees(asked: AttentionFeatures) -> None:
     def same(*tensors: Tensor, **options: Any) -> Tensor:
         return _plain(*tensors, **options)
 
@@ -56,17 +68,17 @@ def test_a_kernel_that_ignores_what_is_asked_is_found(ignored: str) -> None:
 
     assert tried(fully)
     with pytest.warns(UserWarning, match="the kernel is not used on cpu: it differs by"):
-        assert not tried(fully, Asked(**{TREATED[ignored]: True}))
+        assert not tried(fully, AttentionFeatures(**{TREATED[ignored]: True}))
 
 
 def test_a_window_that_is_off_by_one_is_found() -> None:
-    def wider(*tensors: Tensor, locality: Any, **options: Any) -> Tensor:
-        near = locality and module.Locality(locality.size + 1, chunked=locality.chunked)
-        return _plain(*tensors, locality=near, **options)
+    def wider(*tensors: Tensor, window: Any, **options: Any) -> Tensor:
+        near = window and module.AttentionWindow(window.size + 1, chunked=window.chunked)
+        return _plain(*tensors, window=near, **options)
 
     assert tried(wider)
     with pytest.warns(UserWarning, match="it differs by"):
-        assert not tried(wider, Asked(window=True))
+        assert not tried(wider, AttentionFeatures(window=True))
 
 
 def test_a_wrong_gradient_is_found() -> None:
@@ -93,7 +105,7 @@ def test_a_kernel_that_fails_is_left_out_and_told_of_once(recwarn: Any) -> None:
 
     fused = Fused("the kernel", broken, branches=True, instead="another is")
     for _ in range(3):
-        assert not agrees(fused, _plain, Asked(), device=CPU, dtype=torch.float32)
+        assert not agrees(fused, _plain, AttentionFeatures(), device=CPU, dtype=torch.float32)
     assert [str(one.message) for one in recwarn] == [
         "the kernel is not used on cpu: no image for this chip; another is"
     ]
@@ -137,15 +149,15 @@ def test_the_layouts_of_trials_are_what_they_say() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", ALL)
-def test_flex_attention_is_used_on_a_gpu(asked: Asked, dtype: torch.dtype) -> None:
+def test_flex_attention_is_used_on_a_gpu(asked: AttentionFeatures, dtype: torch.dtype) -> None:
     from tunesmith.model.attention.flex import FLEX
 
     assert agrees(FLEX, _plain, asked, device=torch.device("cuda", 0), dtype=dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("asked", [Asked(), Asked(window=True)])
-def test_varlen_attention_is_used_on_a_gpu(asked: Asked) -> None:
+@pytest.mark.parametrize("asked", [AttentionFeatures(), AttentionFeatures(window=True)])
+def test_varlen_attention_is_used_on_a_gpu(asked: AttentionFeatures) -> None:
     from tunesmith.model.attention.varlen import VARLEN
 
     device = torch.device("cuda", 0)

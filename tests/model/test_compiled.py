@@ -208,7 +208,7 @@ RUNS = {
     "recomputed": ["device.gradient_checkpointing=layers"],
     "held to its base": ["objective.kl=0.1"],
     "lora": ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.1"],
-    "one path at a time": ["device.attention=isolated"],
+    "one path at a time": ["device.attention=unpacked"],
 }
 
 
@@ -264,7 +264,7 @@ def test_layers_that_differ_stay_as_they_are(
 
     ("device.gradient_checkpointing=selective", "device.gradient_checkpointing"),
     ("device.shard=full", "device.shard"),
-    ("device.tensor=2", "device.tensor"),
+    ("device.tensor_parallel=2", "device.tensor_parallel"),
     ("device.activation_offload=true", "device.activation_offload"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(

@@ -29,7 +29,7 @@ def test_products_are_exact_sums_rounded_once(no_units, bias: bool) -> None:
     module = linear(bias)
     holder = nn.Sequential(module)
     module.weight.grad_dtype = torch.float32
-    assert bf16_upcast.widen_linear_maps(holder) == 1
+    assert bf16_upcast.upcast_linear_layers(holder) == 1
     x = torch.randn(2, 5, 48, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(2, 5, 32, dtype=torch.bfloat16)
     out = holder(x)
@@ -54,25 +54,25 @@ def test_other_precisions_and_kinds_are_left_alone(no_units) -> None:
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Special(4, 4).to(torch.bfloat16))
-    assert bf16_upcast.widen_linear_maps(model) == 0
+    assert bf16_upcast.upcast_linear_layers(model) == 0
     module = linear(False)
     holder = nn.Sequential(module)
-    bf16_upcast.widen_linear_maps(holder)
+    bf16_upcast.upcast_linear_layers(holder)
     x = torch.randn(3, 48)
     assert torch.equal(module.float()(x), nn.functional.linear(x, module.weight))
 
 
 def test_hardware_with_units_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16_upcast, "cpu_bfloat16", lambda: "AMX")
-    assert bf16_upcast.widen_linear_maps(nn.Sequential(linear(False))) == 0
-    assert not bf16_upcast.is_slow(torch.zeros(1, dtype=torch.bfloat16))
+    assert bf16_upcast.upcast_linear_layers(nn.Sequential(linear(False))) == 0
+    assert not bf16_upcast.needs_upcast(torch.zeros(1, dtype=torch.bfloat16))
 
 
 def test_a_loaded_model_is_wide_and_says_so(no_units, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16")
     assert any("multiplied in float32" in note for note in causal_lm.notes)
-    assert any(type(module) is bf16_upcast.WideLinear for module in causal_lm.modules())
+    assert any(type(module) is bf16_upcast.UpcastLinear for module in causal_lm.modules())
     plain = load_causal_lm(resolve_model(str(folder)), dtype="float32")
     assert not any("multiplied in float32" in note for note in plain.notes)
 

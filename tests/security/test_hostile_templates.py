@@ -18,7 +18,7 @@ from tunesmith.data.templates import timeout as clocks
 from tunesmith.data.templates.fast_render import compile_template
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.timeout import Clock, TooSlow
+from tunesmith.data.templates.timeout import TimeLimit, TooSlow
 from tunesmith.errors import TunesmithError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -256,14 +256,14 @@ def test_long_row_is_no_bomb() -> None:
 
 
 def test_clock_spares_who_is_in_time_and_waits_for_nobody() -> None:
-    clock = Clock(seconds=30)
+    clock = TimeLimit(seconds=30)
     for _ in range(1000):
         assert clock.enter() == [0]
         clock.leave()
     assert clock.entry == [0]
 
 
-def forever(clock: Clock) -> None:
+def forever(clock: TimeLimit) -> None:
     clock.enter()
     try:
         while True:
@@ -273,7 +273,7 @@ def forever(clock: Clock) -> None:
 
 
 def test_clock_ends_a_thread_that_is_not_the_main_one() -> None:
-    clock, found = Clock(seconds=0.2), []
+    clock, found = TimeLimit(seconds=0.2), []
 
     def work() -> None:
         try:
@@ -288,7 +288,7 @@ def test_clock_ends_a_thread_that_is_not_the_main_one() -> None:
 
 
 def test_clock_counts_work_not_waiting() -> None:
-    clock = Clock(seconds=0.2)
+    clock = TimeLimit(seconds=0.2)
     clock.enter()
     time.sleep(1.0)
     clock.leave()
@@ -297,7 +297,7 @@ def test_clock_counts_work_not_waiting() -> None:
 def test_clock_watches_again_after_it_has_rested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "_LOOKS", 0.01)
     monkeypatch.setattr(clocks, "_IDLE", 1)
-    clock = Clock(seconds=0.05)
+    clock = TimeLimit(seconds=0.05)
     for _ in range(3):
         time.sleep(0.2)
         with pytest.raises(TooSlow):

@@ -13,9 +13,9 @@ from gang import records
 from tiny import chat_inputs
 from tunesmith.build.build import build
 from tunesmith.config.schema import Recipe
-from tunesmith.train import figures, trainer
+from tunesmith.train import step, trainer
 from tunesmith.train.loss import StepLoss
-from tunesmith.train.microbatches import Ahead, Planned, own_plans, step_plans
+from tunesmith.train.microbatches import PlannedStep, StepPlanner, local_plans, step_plans
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 STEPS = 4
@@ -36,9 +36,9 @@ def test_the_next_step_is_planned_after_the_last_micro_batch_and_before_the_read
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    plan, call, read = Ahead._plan, StepLoss.__call__, figures.to_host
+    plan, call, read = StepPlanner._plan, StepLoss.__call__, step.to_host
 
-    def planned(self: Ahead, number: int) -> Planned:
+    def planned(self: StepPlanner, number: int) -> PlannedStep:
         events.append(f"plan {number}")
         return plan(self, number)
 
@@ -51,9 +51,9 @@ def test_the_next_step_is_planned_after_the_last_micro_batch_and_before_the_read
         events.append("read")
         return read(tensors)
 
-    monkeypatch.setattr(Ahead, "_plan", planned)
+    monkeypatch.setattr(StepPlanner, "_plan", planned)
     monkeypatch.setattr(StepLoss, "__call__", called)
-    monkeypatch.setattr(figures, "to_host", told)
+    monkeypatch.setattr(step, "to_host", told)
     run(tmp_path)
     wanted = ["plan 0"]
     for number in range(1, STEPS):
@@ -64,14 +64,14 @@ def test_the_next_step_is_planned_after_the_last_micro_batch_and_before_the_read
 def test_what_fails_ahead_fails_in_its_own_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Ahead._plan
+    plan = StepPlanner._plan
 
-    def planned(self: Ahead, number: int) -> Planned:
+    def planned(self: StepPlanner, number: int) -> PlannedStep:
         if number == 2:
             raise OSError("the data is gone")
         return plan(self, number)
 
-    monkeypatch.setattr(Ahead, "_plan", planned)
+    monkeypatch.setattr(StepPlanner, "_plan", planned)
     with pytest.raises(OSError, match="the data is gone"):
         run(tmp_path)
     assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2]
@@ -86,15 +86,21 @@ def test_a_plan_for_other_micro_tokens_is_not_used(tmp_path: Path) -> None:
         })
     )  # fmt: skip
     own = trainer.Trainer(job, tmp_path, [])
-    own._ahead.step(0)
-    own._ahead.prepare(1)
-    before = len(own._ahead.step(1).plans)
-    own._ahead.prepare(1)
+    own._planner.step(0)
+    own._planner.prepare(1)
+    before = len(own._planner.step(1).plans)
+    own._planner.prepare(1)
     job.micro_tokens = 64
     documents, plans = own.planned(1)
-    fresh = step_plans(documents, job.ranks, costs=job.costs, micro_tokens=64, share=job.share)
+    fresh = step_plans(
+        documents,
+        job.world,
+        work_model=job.work,
+        micro_tokens=64,
+        share_prefixes=job.share_prefixes,
+    )
     assert len(plans) == len(fresh) > before
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(plans, fresh, strict=True))
-    mine = own_plans(fresh, job.ranks, costs=job.costs)
-    assert [plan.tokens for plan in own._ahead.step(1).own] == [plan.tokens for plan in mine]
+    mine = local_plans(fresh, job.world, work_model=job.work)
+    assert [plan.tokens for plan in own._planner.step(1).local] == [plan.tokens for plan in mine]
     job.loss.close()

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tunesmith.config.values import parse_duration
-from tunesmith.train.triggers import Due
+from tunesmith.train.triggers import Trigger
 
 
 def epoch_after(step: int) -> float:
@@ -24,17 +24,17 @@ def epoch_after(step: int) -> float:
     ],
 )
 def test_steps_and_epochs(every: object, wanted: list[int]) -> None:
-    due = Due(parse_duration(every), epoch_after)
-    assert [step for step in range(1, 13) if due.after(step)] == wanted
+    due = Trigger(parse_duration(every), epoch_after)
+    assert [step for step in range(1, 13) if due.due(step)] == wanted
 
 
 def test_minutes_are_counted_from_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    due = Due(parse_duration("10 min"), epoch_after, clock=lambda: now[0])
+    due = Trigger(parse_duration("10 min"), epoch_after, clock=lambda: now[0])
     found = []
     for step in range(1, 8):
         now[0] += 250.0
         monkeypatch.setattr(time, "time", lambda: -1e9 * now[0])  # the time of day is not asked
-        if due.after(step):
+        if due.due(step):
             found.append(step)
     assert found == [3, 6]

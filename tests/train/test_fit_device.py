@@ -10,7 +10,7 @@ import torch
 
 from tiny import tiny_folder
 from tunesmith.build import microbatch_size as memory
-from tunesmith.build.microbatch_size import fit_device, measured_cost
+from tunesmith.build.microbatch_size import choose_micro_batch, measured_cost
 from tunesmith.config.read import read_recipe
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.memory.activations import Cost
@@ -30,7 +30,7 @@ def recipe(*changes: str):
 
 
 def fit(model, room: int, *changes: str, longest: int = 300):
-    return fit_device(recipe(*changes), model, CPU, longest=longest, room=room, held=None)
+    return choose_micro_batch(recipe(*changes), model, CPU, longest=longest, room=room, held=None)
 
 
 def test_less_room_recomputes_and_takes_fewer_tokens(model) -> None:

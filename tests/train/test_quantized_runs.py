@@ -102,7 +102,7 @@ def test_layouts_give_the_same_hidden_states(
 ) -> None:
     model = load(bases[family], kind)
     found = self_test(model, max_length=64)
-    assert not found.isolated
+    assert not found.unpacked
     assert found.tolerance < 1e-3
     assert not is_quantized(model.head)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tunesmith.checkpoint import manager
 from tunesmith.checkpoint.folder import find_damage, load_checkpoint
 from tunesmith.checkpoint.snapshot import Snapshot
-from tunesmith.checkpoint.writer_thread import Background, LeftUndoneError, State
+from tunesmith.checkpoint.writer_thread import AbandonedWriteError, BackgroundWriter, WriterState
 from tunesmith.errors import CheckpointError, InterruptedRun, RunError
 from tunesmith.run import resume, train
 from tunesmith.train import trainer as trainer_module
@@ -290,20 +290,20 @@ def test_a_snapshot_stays_as_it_was_and_uses_its_memory_again() -> None:
 
 
 def test_work_beside_hands_over_its_result_or_its_error_once() -> None:
-    work, go = Background(), threading.Event()
-    assert work.state == State.DONE
+    work, go = BackgroundWriter(), threading.Event()
+    assert work.state == WriterState.DONE
     work.start(lambda: go.wait(PATIENCE) and 7)
-    assert work.state == State.BUSY
+    assert work.state == WriterState.BUSY
     go.set()
     assert work.result() == 7
     work.start(lambda: 1 / 0)
     work.join()
-    assert work.state == State.FAILED
+    assert work.state == WriterState.FAILED
     with pytest.raises(ZeroDivisionError):
         work.result()
-    assert work.state == State.DONE
+    assert work.state == WriterState.DONE
     work.abandon()
-    with pytest.raises(LeftUndoneError):
+    with pytest.raises(AbandonedWriteError):
         work.between()
 
 
@@ -312,7 +312,7 @@ def test_work_beside_has_one_thread_that_ends_with_it() -> None:
         return [thread for thread in threading.enumerate() if thread not in before]
 
     before = threading.enumerate()
-    work = Background()
+    work = BackgroundWriter()
     seen = set()
     for _ in range(3):
         work.start(threading.get_ident)
@@ -326,7 +326,7 @@ def test_work_beside_has_one_thread_that_ends_with_it() -> None:
 
 
 def test_work_that_is_done_is_not_held() -> None:
-    work = Background()
+    work = BackgroundWriter()
     held = torch.zeros(1)
     gone = weakref.ref(held)
     work.start(held.sum)

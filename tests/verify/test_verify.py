@@ -348,7 +348,7 @@ def test_a_wrong_weight_of_a_target_fails_p2(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_runs_one_path_at_a_time_is_not_said_to_share(folder: Path) -> None:
-    found = layouts_of(precise(folder, device={"attention": "isolated"}))
+    found = layouts_of(precise(folder, device={"attention": "unpacked"}))
     assert found["tree = flat"].verdict == "not checked"
     assert found["packed = alone"].verdict == "holds"
 
@@ -390,7 +390,7 @@ def test_a_resume_that_forgets_fails_p5(
 ) -> None:
     from tunesmith.build.build import build
     from tunesmith.checkpoint import manager
-    from tunesmith.data.sampling.sampler import StepOrder
+    from tunesmith.data.sampling.sampler import BatchSampler
     from tunesmith.optim import Optimizer
 
     recipe = bounded(recipe_of(folder, adapter={"kind": "lora", "rank": 4, "dropout": 0.1}), BOUNDS)
@@ -415,8 +415,8 @@ def test_a_resume_that_forgets_fails_p5(
         patch.setattr(manager, "restore_rng", lambda state: None)
         assert again().failed  # dropout draws other numbers
     with monkeypatch.context() as patch:
-        indices = StepOrder.step_indices
-        patch.setattr(StepOrder, "step_indices", lambda self, n: indices(self, n)[::-1])
+        indices = BatchSampler.step_indices
+        patch.setattr(BatchSampler, "step_indices", lambda self, n: indices(self, n)[::-1])
         assert again().failed
 
 
@@ -533,7 +533,7 @@ def test_the_command_says_what_fails_and_ends_with_1(
     assert command(["verify", *given, *few]) == 1
     said = capsys.readouterr().out
     assert "packed = alone            fails" in said
-    assert "hint: train with device.attention=isolated" in said
+    assert "hint: train with device.attention=unpacked" in said
     assert "P2 packed = alone" in said.splitlines()[-1]
 
 

@@ -35,20 +35,20 @@ from tunesmith.build.device import (
     seed_everything,
 )
 from tunesmith.build.float8 import check_float8, use_float8
-from tunesmith.build.inputs import Given
+from tunesmith.build.inputs import UserObjects
 from tunesmith.build.kernels import choose_kernels
-from tunesmith.build.microbatch_size import fit_device
+from tunesmith.build.microbatch_size import choose_micro_batch
 from tunesmith.build.model import check_memory
 from tunesmith.build.objective import (
     make_loss,
     noisy_objective,
     objective_line,
-    own_objective,
+    user_objective,
 )
 from tunesmith.build.optimizer import make_optimizer
-from tunesmith.build.parallelize import holders, join_ranks, share_model, spared_bytes
+from tunesmith.build.parallelize import make_groups, parallelize, ranks_per_copy, sharded_savings
 from tunesmith.build.rank_utilization import idle_line
-from tunesmith.build.sampler import pack_prepared, pin, plan_steps
+from tunesmith.build.sampler import pack_prepared, pin_revisions, plan_steps
 from tunesmith.build.sources import prepare_all
 from tunesmith.build.summary import start_lines
 from tunesmith.build.tensor_parallel import tensor_line
@@ -67,19 +67,19 @@ from tunesmith.model.selftest import SelfTest
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import auto_lr, schedule, warmup_steps
 from tunesmith.train.job import Job
-from tunesmith.train.microbatches import model_costs
+from tunesmith.train.microbatches import model_work
 from tunesmith.train.user_objective import COPY, is_own
 
-ALONE = World()
+SINGLE_WORLD = World()
 
 
 def build(
     recipe: Recipe,
     *,
-    given: Given | None = None,
+    objects: UserObjects | None = None,
     folders: Sequence[Path] = (),
     faults_file: Path | None = None,
-    ranks: World = ALONE,
+    world: World = SINGLE_WORLD,
 ) -> Job:
     """Everything a run needs, checked. `folders`: where data is looked for after the current
     folder. All of `ranks` build at the same time.
@@ -87,27 +87,27 @@ def build(
     Raises:
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
-    given = given or Given()
-    device = ranks.device(choose_device(recipe))
-    ranks = join_ranks(recipe, ranks, device.type)
+    objects = objects or UserObjects()
+    device = world.device(choose_device(recipe))
+    world = make_groups(recipe, world, device.type)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
     check_computing(recipe)
     source = (
         None
-        if given.model is not None
+        if objects.model is not None
         else resolve_model(recipe.model.name, revision=recipe.model.revision)
     )
-    check_float8(recipe, ranks, source, device)
-    together = holders(recipe, ranks)
-    size = check_memory(recipe, source, device, free=_room(device, ranks) * together)
-    own = own_objective(recipe, folders)
-    template = open_template(recipe, source, given)
+    check_float8(recipe, world, source, device)
+    together = ranks_per_copy(recipe, world)
+    size = check_memory(recipe, source, device, free=_room(device, world) * together)
+    own = user_objective(recipe, folders)
+    template = open_template(recipe, source, objects)
     max_length = resolve_max_length(recipe, template)
-    train, held_out = data_sources(recipe, given, folders)
-    with preparation(recipe, ranks) as kept:
-        prepared, eval_sets = ranks.in_turn(
+    train, held_out = data_sources(recipe, objects, folders)
+    with preparation(recipe, world) as kept:
+        prepared, eval_sets = world.main_process_first(
             lambda: prepare_all(
                 train,
                 held_out,
@@ -119,40 +119,42 @@ def build(
             )
         )
     packing = pack_prepared(recipe, prepared, max_length=max_length)
-    room = int(ranks.least(_room(device, ranks)))
-    loaded = load_for_ranks(recipe, source, given, template=template, ranks=ranks, device=device)
+    room = int(world.all_reduce_min(_room(device, world)))
+    loaded = load_for_ranks(recipe, source, objects, template=template, world=world, device=device)
     model = loaded.model
     longest = int(longest_paths(prepared.documents).max())
-    if recipe.device.attention == "isolated":
-        model.isolate()
-    tested = test_loaded(loaded, ranks, max_length=longest)
+    if recipe.device.attention == "unpacked":
+        model.run_unpacked()
+    tested = test_loaded(loaded, world, max_length=longest)
     notes = [*prepared.notes, *model.notes, *tested.notes, *use_float8(recipe, model)]
     trained = choose_trained(recipe, model)
     kernels = choose_kernels(recipe, model, device)
-    spared = spared_bytes(size, model, ranks, together=together)
-    fit = fit_device(
+    spared = sharded_savings(size, model, world, together=together)
+    fit = choose_micro_batch(
         recipe,
         model,
         device,
-        longest=-(-longest // ranks.context.count),
+        longest=-(-longest // world.cp.size),
         room=room + spared,
         held=size,
-        probes=ranks.alone,
+        probes=world.is_single,
     )
     steps = plan_steps(recipe, prepared, train, packing)
-    order, total = steps.order, steps.total
+    order, total = steps.sampler, steps.total
     notes += steps.notes
-    resolved = pin(
+    resolved = pin_revisions(
         resolve(recipe, model=model, source=source, trained=trained, max_length=max_length),
         train,
         held_out,
     )
     assert isinstance(resolved.optim.lr, float)
     model.train()
-    costs = model_costs(model)
-    loss = make_loss(recipe, model, order, total_steps=total, own=own, sharers=ranks.sharers)
-    reduce = share_model(recipe, model, ranks, device, base=loss.frozen)
-    compiled = compile_model(recipe, model, ranks, device, tokens=fit.tokens)
+    work_model = model_work(model)
+    loss = make_loss(
+        recipe, model, order, total_steps=total, user_objective=own, group=world.model_parallel
+    )
+    reduce = parallelize(recipe, model, world, device, base=loss.frozen)
+    compiled = compile_model(recipe, model, world, device, tokens=fit.tokens)
     shards = reduce.sharded
     optimizer = make_optimizer(
         resolved,
@@ -160,7 +162,7 @@ def build(
         None if shards is None else shards.parts,
         folder=faults_file and faults_file.parent,
     )
-    optimizer.sharing = shards
+    optimizer.shards = shards
     job = Job(
         recipe=resolved,
         model=model,
@@ -168,7 +170,7 @@ def build(
         template=template,
         prepared=prepared,
         eval_sets=eval_sets,
-        order=order,
+        sampler=order,
         total_steps=total,
         lr=schedule(
             resolved.optim.schedule,
@@ -182,31 +184,34 @@ def build(
         loss=loss,
         device=device,
         micro_tokens=fit.tokens,
-        share=_share(recipe, tested, model),
+        share_prefixes=_share(recipe, tested, model),
         trained_parameters=trained.trained,
         chosen={},
-        own_objective=own,
+        user_objective=own,
         notes=notes,
-        ranks=ranks,
-        reduce=reduce,
-        costs=costs,
+        world=world,
+        grad_sync=reduce,
+        work=work_model,
     )
     job.chosen = {**_chosen(job, tested, fit), **computed_by(kernels, compiled)}
-    said = objective_line(recipe, job.loss, shared=job.share)
-    said += [*adapter_lines(recipe, model, shared=job.share), *computing_lines(kernels, compiled)]
+    said = objective_line(recipe, job.loss, shared=job.share_prefixes)
+    said += [
+        *adapter_lines(recipe, model, shared=job.share_prefixes),
+        *computing_lines(kernels, compiled),
+    ]
     spread = [
-        *tensor_line(ranks, reduce),
-        *context_line(ranks.context.count, ranks.size, longest=longest),
-        *idle_line(job, ranks.groups if ranks.first else 1, together=ranks.sharers.count),
+        *tensor_line(world, reduce),
+        *context_line(world.cp.size, world.size, longest=longest),
+        *idle_line(job, world.dp_size if world.is_main else 1, together=world.model_parallel.size),
     ]
     job.notes = [*spread, *said, *start_lines(job, trained), *notes]
     return job
 
 
-def _room(device: torch.device, ranks: World) -> int:
+def _room(device: torch.device, world: World) -> int:
     """Free bytes for this rank; on a CPU the ranks of a machine share its memory."""
     free = free_memory(device)
-    return free // ranks.local_count if device.type == "cpu" else free
+    return free // world.local_size if device.type == "cpu" else free
 
 
 def resolve(
@@ -262,8 +267,8 @@ def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
         "lr": job.recipe.optim.lr,
         "max_length": job.recipe.data.max_length,
         "micro_tokens": job.micro_tokens,
-        "share_prefixes": job.share,
-        "attention": "isolated" if job.model.isolated else "sdpa",
+        "share_prefixes": job.share_prefixes,
+        "attention": "unpacked" if job.model.unpacked else "sdpa",
         "gradient_checkpointing": fit.checkpointing,
         "memory": fit.reason,
         "activation_offload": job.model.offload,

@@ -9,7 +9,7 @@ import torch
 from tunesmith.build.kernels import check_kernels
 from tunesmith.build.microbatch_size import made_up_batch
 from tunesmith.build.parallelize import decoder_layers
-from tunesmith.checkpoint.rng import rng_kept
+from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.world import World
@@ -40,7 +40,7 @@ def check_computing(recipe: Recipe) -> None:
         ("device.gradient_checkpointing", device.gradient_checkpointing == "selective", "layers",
          "keeps results of operations that a compiled layer no longer has"),
         ("device.shard", device.shard != "none", "none", "gives each rank a part of the weights"),
-        ("device.tensor", device.tensor > 1, "1", "exchanges messages inside of a layer"),
+        ("device.tensor_parallel", device.tensor_parallel > 1, "1", "exchanges messages inside a layer"),
         ("device.activation_offload", device.activation_offload, "false",
          "moves what operations keep"),
         ("model.float8", recipe.model.float8 != "none", "none", "rounds inside of a product"),
@@ -56,7 +56,7 @@ def check_computing(recipe: Recipe) -> None:
 
 
 def compile_model(
-    recipe: Recipe, model: CausalLM, ranks: World, device: torch.device, *, tokens: int
+    recipe: Recipe, model: CausalLM, world: World, device: torch.device, *, tokens: int
 ) -> str | None:
     """Compile the layers if that is asked; what a start says of it.
 
@@ -69,7 +69,7 @@ def compile_model(
     layers = []
     try:
         layers = decoder_layers(model)
-        with rng_kept():
+        with preserved_rng():
             compile_layers(layers, deterministic=recipe.device.deterministic)
             apart = difference(model, layers, made_up_batch(model, tokens, device))
         problem = f"they differ by {apart:.1e} times what rounding explains"
@@ -78,7 +78,7 @@ def compile_model(
             raise
         message = error.message if isinstance(error, ModelError) else str(error)
         apart, problem = float("inf"), (message.splitlines() or [type(error).__name__])[0]
-    (worst,) = ranks.most([apart])
+    (worst,) = world.all_reduce_max([apart])
     if worst <= 1:
         return f"{len(layers)} layers, tried on {tokens:,} tokens"
     restore_layers(model)

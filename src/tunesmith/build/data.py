@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.build.inputs import Given
+from tunesmith.build.inputs import UserObjects
 from tunesmith.build.sources import make_sources, memory_source
 from tunesmith.config.schema import Holdout, Recipe
 from tunesmith.data.cache_folder import default_cache_folder
@@ -21,14 +21,14 @@ from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource
 
 
-def open_template(recipe: Recipe, source: ModelSource | None, given: Given) -> Template:
+def open_template(recipe: Recipe, source: ModelSource | None, objects: UserObjects) -> Template:
     """The tokenizer with the chat template that the recipe asks for."""
     options: dict[str, Any] = {
         "template": recipe.data.template,
         "kwargs": recipe.data.template_kwargs,
     }
-    if given.tokenizer is not None:
-        return wrap_tokenizer(given.tokenizer, **options)
+    if objects.tokenizer is not None:
+        return wrap_tokenizer(objects.tokenizer, **options)
     if source is None:
         raise InputError(
             "a model given as an object needs its tokenizer",
@@ -58,20 +58,20 @@ def resolve_max_length(recipe: Recipe, template: Template) -> int:
 
 
 @contextmanager
-def preparation(recipe: Recipe, ranks: World) -> Iterator[dict[str, Any]]:
+def preparation(recipe: Recipe, world: World) -> Iterator[dict[str, Any]]:
     """Where prepared documents are kept, and how many processes prepare them.
 
     Several ranks without a cache share a folder that is gone afterwards; what a rank has mapped
     stays readable.
     """
-    cache, processes = recipe.device.cache, recipe.device.prepare_processes
+    cache, processes = recipe.device.cache, recipe.device.num_proc
     folder = default_cache_folder() if cache is True else cache
     options: dict[str, Any] = {"processes": None if processes == "auto" else processes}
-    if folder or ranks.alone:
+    if folder or world.is_single:
         yield {**options, "cache": Path(folder).expanduser() if folder else None}
         return
-    own = tempfile.mkdtemp(prefix="tunesmith-") if ranks.first else None
-    shared = Path(ranks.share(own))
+    own = tempfile.mkdtemp(prefix="tunesmith-") if world.is_main else None
+    shared = Path(world.broadcast_object(own))
     try:
         yield {**options, "cache": shared}
     finally:
@@ -79,15 +79,15 @@ def preparation(recipe: Recipe, ranks: World) -> Iterator[dict[str, Any]]:
 
 
 def data_sources(
-    recipe: Recipe, given: Given, folders: Sequence[Path]
+    recipe: Recipe, objects: UserObjects, folders: Sequence[Path]
 ) -> tuple[list[Source], dict[str, list[Source]] | Holdout | None]:
     data = recipe.data
-    if given.rows is not None:
-        train = memory_source(given.rows, data, name="<data>")
+    if objects.rows is not None:
+        train = memory_source(objects.rows, data, name="<data>")
     else:
         train = make_sources(data.train, data, folders=folders)
-    if given.eval_rows is not None:
-        return train, {"eval": memory_source(given.eval_rows, data, name="<eval>")}
+    if objects.eval_rows is not None:
+        return train, {"eval": memory_source(objects.eval_rows, data, name="<eval>")}
     if isinstance(data.eval, dict):
         return train, {
             name: make_sources(s, data, folders=folders) for name, s in data.eval.items()

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.build.inputs import Given
+from tunesmith.build.inputs import UserObjects
 from tunesmith.build.model import load_model
-from tunesmith.checkpoint.rng import rng_kept
+from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.deferred_load import Traits, mismatch, trial_model, unread_model
+from tunesmith.model.deferred_load import Traits, deferred_model, mismatch, trial_model
 from tunesmith.model.ops.dtype import choose_dtype
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 
 
 @dataclass(slots=True)
-class Loaded:
+class LoadedModel:
     """A model, and what is tested of it: itself, or on the first rank its trial."""
 
     model: CausalLM
@@ -33,30 +33,30 @@ class Loaded:
 def load_for_ranks(
     recipe: Recipe,
     source: ModelSource | None,
-    given: Given,
+    objects: UserObjects,
     *,
     template: Template,
-    ranks: World,
+    world: World,
     device: torch.device,
-) -> Loaded:
+) -> LoadedModel:
     """The model, without its weights where it will be spread and its files can be read in parts."""
-    if recipe.device.shard == "none" and ranks.split.count == 1:
-        return Loaded(load_model(recipe, source, given, device, template=template))
+    if recipe.device.shard == "none" and world.tp.size == 1:
+        return LoadedModel(load_model(recipe, source, objects, device, template=template))
     reason = _needs_whole(recipe, source, template)
     if reason is None and source is not None:
-        with rng_kept():
-            found = _unread(recipe, source, ranks, device)
-        if isinstance(found, Loaded):
+        with preserved_rng():
+            found = _deferred(recipe, source, world, device)
+        if isinstance(found, LoadedModel):
             return found
         reason = found
     # One that will be spread comes to a GPU a layer at a time.
     home = torch.device("cpu")
-    model = load_model(recipe, source, given, device, template=template, home=home)
+    model = load_model(recipe, source, objects, device, template=template, home=home)
     model.notes.append(f"each rank loads the whole model before it is given out in parts: {reason}")
-    return Loaded(model)
+    return LoadedModel(model)
 
 
-def test_loaded(loaded: Loaded, ranks: World, *, max_length: int) -> SelfTest:
+def test_loaded(loaded: LoadedModel, world: World, *, max_length: int) -> SelfTest:
     """The self-test of the model; of one without weights on the first rank, by its trial.
 
     Raises:
@@ -67,19 +67,19 @@ def test_loaded(loaded: Loaded, ranks: World, *, max_length: int) -> SelfTest:
         return self_test(model, max_length=max_length)
     found: SelfTest | tuple[str, str | None, str | None] | None = None
     if loaded.trial is not None:
-        if model.isolated:
-            loaded.trial.isolate()
+        if model.unpacked:
+            loaded.trial.run_unpacked()
         try:
             found = self_test(loaded.trial, max_length=max_length)
         except ModelError as error:
             found = (error.message, error.where, error.hint)
-    found = ranks.share(found)
+    found = world.broadcast_object(found)
     if isinstance(found, tuple):
         raise ModelError(found[0], where=found[1], hint=found[2])
     assert found is not None
     loaded.trial = None
-    if found.isolated and not model.isolated:
-        model.isolate()
+    if found.unpacked and not model.unpacked:
+        model.run_unpacked()
     return found
 
 
@@ -88,7 +88,7 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
     adapter = recipe.adapter
     if source is None:
         return "it was given in memory"
-    if recipe.device.tensor > 1:
+    if recipe.device.tensor_parallel > 1:
         return "what its parts compute is held to the whole"
     if recipe.model.quantization != "none":
         return "its base is quantised while it is read"
@@ -101,9 +101,9 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
     return None
 
 
-def _unread(
-    recipe: Recipe, source: ModelSource, ranks: World, device: torch.device
-) -> Loaded | str:
+def _deferred(
+    recipe: Recipe, source: ModelSource, world: World, device: torch.device
+) -> LoadedModel | str:
     """The model without its weights, or why its files can't be read in parts. The first rank finds
     out, with a trial model that no other has.
     """
@@ -111,7 +111,7 @@ def _unread(
     trust = recipe.model.trust_remote_code
     trial: CausalLM | None = None
     traits: Traits | str | None = None
-    if ranks.first:
+    if world.is_main:
         try:
             trial = trial_model(source, dtype=chosen.dtype, trust_remote_code=trust)
         except ModelError as error:  # loading the whole says it on every rank
@@ -119,12 +119,12 @@ def _unread(
         else:
             traits = "no two of its layers are alike"
             if trial is not None:
-                traits = Traits(trial.native_attention, trial.isolated)
-    traits = ranks.share(traits)
+                traits = Traits(trial.native_attention, trial.unpacked)
+    traits = world.broadcast_object(traits)
     if not isinstance(traits, Traits):
         return str(traits)
-    model = unread_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
-    reason = ranks.share(None if trial is None else mismatch(model, trial))
+    model = deferred_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
+    reason = world.broadcast_object(None if trial is None else mismatch(model, trial))
     if reason is not None:
         return reason
     layers = trial.config.get_text_config().num_hidden_layers if trial is not None else 0
@@ -133,4 +133,4 @@ def _unread(
         f"each rank reads its own part of the weights; tested with the first {layers} of "
         f"{model.config.get_text_config().num_hidden_layers} layers"
     )
-    return Loaded(model, trial)
+    return LoadedModel(model, trial)

@@ -17,7 +17,7 @@ ADAPTERS = ("none", "lora", "rslora")
 
 
 def check_float8(
-    recipe: Recipe, ranks: World, source: ModelSource | None, device: torch.device
+    recipe: Recipe, world: World, source: ModelSource | None, device: torch.device
 ) -> None:
     """Refuse what products in float8 are not shown to go with, before anything is loaded.
 
@@ -41,8 +41,8 @@ def check_float8(
          "what it compares with is computed without them", "dft"),
         ("objective.kl", bool(objective.kl), "the base is computed without them", "null"),
         ("device.shard", recipe.device.shard != "none", "parts of weights have other rows", "none"),
-        ("device.tensor", ranks.split.count > 1, "parts of weights have other rows", "1"),
-        ("device.context", ranks.context.count > 1, "that has not been shown", "1"),
+        ("device.tensor_parallel", world.tp.size > 1, "parts of weights have other rows", "1"),
+        ("device.context_parallel", world.cp.size > 1, "that has not been shown", "1"),
     ):  # fmt: skip
         if asked:
             raise RecipeError(

@@ -9,7 +9,7 @@ from tunesmith.build.sources import Rows
 
 
 @dataclass(slots=True)
-class Given:
+class UserObjects:
     """Objects the caller brought instead of naming them in the recipe."""
 
     model: Any = None  # a transformers or peft model

@@ -41,7 +41,7 @@ AMPLE = 4.0
 """On a CPU, where a probe takes seconds, none is made if so many times the formula's bytes fit."""
 
 
-def fit_device(
+def choose_micro_batch(
     recipe: Recipe,
     model: CausalLM,
     device: torch.device,
@@ -150,7 +150,7 @@ def made_up_batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
         ids, -1, 0, index, np.ones(len(index), np.float32), np.zeros(len(index), np.int32)
     )
     document = Document((segment,), Origin("probe", 0))
-    (plan,) = plan_step([document], micro_tokens=tokens, isolated=model.isolated)
+    (plan,) = plan_step([document], micro_tokens=tokens, unpacked=model.unpacked)
     return collate(plan, device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.build.inputs import Given
+from tunesmith.build.inputs import UserObjects
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import RecipeError
@@ -77,7 +77,7 @@ def _rank(recipe: Recipe) -> int | None:
 def load_model(
     recipe: Recipe,
     source: ModelSource | None,
-    given: Given,
+    objects: UserObjects,
     device: torch.device,
     *,
     template: Template,
@@ -86,7 +86,7 @@ def load_model(
     """The model, with rows for the tokens that its template added to the tokenizer; in memory of
     `home` where it will come to `device` in parts.
     """
-    model = _load(recipe, source, given, device, home or device)
+    model = _load(recipe, source, objects, device, home or device)
     padded = recipe.adapter.kind == "none"  # who loads an adapter counts the tokenizer's tokens
     model.notes += add_rows(model, [token.id for token in template.added], padded=padded)
     return model
@@ -95,12 +95,12 @@ def load_model(
 def _load(
     recipe: Recipe,
     source: ModelSource | None,
-    given: Given,
+    objects: UserObjects,
     device: torch.device,
     home: torch.device,
 ) -> CausalLM:
     if source is None:
-        return wrap_causal_lm(given.model.to(home))
+        return wrap_causal_lm(objects.model.to(home))
     dtype = recipe.model.dtype
     return load_causal_lm(
         source,

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.sampling.sampler import StepOrder
-from tunesmith.distributed.model_parallel_group import Sharers
+from tunesmith.data.sampling.sampler import BatchSampler
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.moe_router import Routers
 from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import Objective, named_objective, nll, with_terms
-from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
-from tunesmith.train.old_policy import OuterBatch
-from tunesmith.train.user_objective import OwnObjective, is_own, load_objective
+from tunesmith.train.loss import ReferenceModel, RouterBalance, StepLoss
+from tunesmith.train.old_policy import OldPolicy
+from tunesmith.train.user_objective import UserObjective, is_own, load_objective
 
-ALONE = Sharers()
-OWN_OPTIONS = ("alpha", "eps_low", "eps_high")
+NO_GROUP = ModelParallelGroup()
+OBJECTIVE_OPTIONS = ("alpha", "eps_low", "eps_high")
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva_")
 """Beginnings of adapter initialisations that take something out of the weights they go on."""
 
 
-def own_objective(recipe: Recipe, folders: Sequence[Path]) -> OwnObjective | None:
+def user_objective(recipe: Recipe, folders: Sequence[Path]) -> UserObjective | None:
     """The user's function, where the recipe names one."""
     name = recipe.objective.name
     return load_objective(name, folders) if is_own(name) else None
@@ -38,24 +38,24 @@ def noisy_objective(recipe: Recipe) -> bool:
 def make_loss(
     recipe: Recipe,
     model: CausalLM,
-    order: StepOrder,
+    sampler: BatchSampler,
     *,
     total_steps: int,
-    own: OwnObjective | None,
-    sharers: Sharers = ALONE,
+    user_objective: UserObjective | None,
+    group: ModelParallelGroup = NO_GROUP,
 ) -> StepLoss:
     """The loss of the recipe; `total_steps` of the whole run, `sharers` of each micro-batch."""
     section = recipe.objective
     return StepLoss(
-        objective=_with_terms(recipe, _own_loss(recipe, own)),
+        objective=_with_terms(recipe, _user_loss(recipe, user_objective)),
         steps=total_steps,
         warmup=_with_terms(recipe, nll),
-        base=_base(recipe, model) if section.kl else None,
-        outer=_outer(recipe, order),
+        reference=_reference_model(recipe, model) if section.kl else None,
+        old_policy=_old_policy(recipe, sampler),
         sampling=section.scheduled_sampling,
         noise=EmbeddingNoise(model, section.neftune) if section.neftune else None,
         balance=RouterBalance(Routers(model), section.router_aux) if section.router_aux else None,
-        sharers=sharers,
+        group=group,
     )
 
 
@@ -71,10 +71,10 @@ def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]
         return []
     parts = [f"objective: {section.name}", *(f"{key} {value:g}" for key, value in given.items())]
     text = ", ".join(parts)
-    if loss.base is not None:
+    if loss.reference is not None:
         base = "the model without its adapter"
-        if loss.base.frozen is not None:
-            held = sum(p.numel() * p.element_size() for p in loss.base.frozen.parameters())
+        if loss.reference.frozen is not None:
+            held = sum(p.numel() * p.element_size() for p in loss.reference.frozen.parameters())
             base = f"a frozen copy of the model, {held / 2**30:.2f} GiB"
         text += f"; the base is {base}"
     if noisy_objective(recipe):
@@ -83,11 +83,13 @@ def objective_line(recipe: Recipe, loss: StepLoss, *, shared: bool) -> list[str]
     return [text]
 
 
-def _own_loss(recipe: Recipe, own: OwnObjective | None) -> Objective:
-    if own is not None:
-        return own.function
+def _user_loss(recipe: Recipe, user_objective: UserObjective | None) -> Objective:
+    if user_objective is not None:
+        return user_objective.function
     section = recipe.objective
-    options = {key: value for key in OWN_OPTIONS if (value := getattr(section, key)) is not None}
+    options = {
+        key: value for key in OBJECTIVE_OPTIONS if (value := getattr(section, key)) is not None
+    }
     return named_objective(section.name, smoothing=section.label_smoothing or 0.0, **options)
 
 
@@ -96,21 +98,21 @@ def _with_terms(recipe: Recipe, loss: Objective) -> Objective:
     return with_terms(loss, z_weight=section.z_loss, entropy=section.entropy, kl=section.kl or 0.0)
 
 
-def _outer(recipe: Recipe, order: StepOrder) -> OuterBatch | None:
+def _old_policy(recipe: Recipe, sampler: BatchSampler) -> OldPolicy | None:
     section = recipe.objective
     if section.name != "psft":
         return None
     warmup = section.warmup_epochs or 0.0
-    return OuterBatch(
-        first=order.total_steps(warmup) if warmup else 0, steps=section.outer_steps or 8
+    return OldPolicy(
+        first=sampler.total_steps(warmup) if warmup else 0, steps=section.outer_steps or 8
     )
 
 
-def _base(recipe: Recipe, model: CausalLM) -> BaseModel:
+def _reference_model(recipe: Recipe, model: CausalLM) -> ReferenceModel:
     """Without its adapter a model is its base, if the adapter left the weights below it alone."""
     if not hasattr(model.model, "peft_config"):
         frozen = copy.deepcopy(model).eval()
-        return BaseModel(frozen.requires_grad_(False))
+        return ReferenceModel(frozen.requires_grad_(False))
     config = model.model.peft_config[model.model.active_adapter]
     start = "loftq" if model.of_quantized else getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
@@ -120,4 +122,4 @@ def _base(recipe: Recipe, model: CausalLM) -> BaseModel:
             where="objective.kl",
             hint="another initialisation of the adapter, or full fine-tuning",
         )
-    return BaseModel(None)
+    return ReferenceModel(None)

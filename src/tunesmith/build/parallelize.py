@@ -9,30 +9,34 @@ from torch import nn
 
 from tunesmith.build.context_parallel import check_context_recipe, check_exact, check_model
 from tunesmith.build.parity import ELEMENTWISE
-from tunesmith.build.tensor_parallel import check_tensor_recipe, divide_over, divided_share
+from tunesmith.build.tensor_parallel import (
+    check_tensor_recipe,
+    sharded_fraction,
+    tensor_parallelize_checked,
+)
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.grad_sync import Alone, Replicated
-from tunesmith.distributed.peer_check import can_ask, can_go_back
-from tunesmith.distributed.world import Asking, World
+from tunesmith.distributed.grad_sync import DataParallelSync, NoSync
+from tunesmith.distributed.peer_check import can_check, can_retry
+from tunesmith.distributed.world import PeerCheckScope, World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.deferred_load import let_go
+from tunesmith.model.deferred_load import release
 from tunesmith.model.memory.estimate import MemoryEstimate
-from tunesmith.model.ops.bf16_upcast import restore_linear_maps
+from tunesmith.model.ops.bf16_upcast import restore_linear_layers
 
 ADAPTERS = ("none", "lora")
 KEPT = ("none", "nf4", "fp4")
 """How a base may be kept whose packed bytes ranks can hold in parts."""
 
 
-def check_sharing(recipe: Recipe, ranks: World, device: str) -> None:
+def check_parallelism(recipe: Recipe, world: World, device: str) -> None:
     """Refuse what can't be spread over ranks on this kind of device, before anything is loaded.
 
     Raises:
         RecipeError: names the key and what to give instead.
     """
-    check_context_recipe(recipe, ranks)
-    check_tensor_recipe(recipe, ranks)
+    check_context_recipe(recipe, world)
+    check_tensor_recipe(recipe, world)
     if recipe.device.shard == "none":
         if recipe.device.shard_offload:
             raise RecipeError(
@@ -41,49 +45,59 @@ def check_sharing(recipe: Recipe, ranks: World, device: str) -> None:
                 hint="add device.shard=full, or take it away",
             )
         return
-    if ranks.alone:
+    if world.is_single:
         raise RecipeError(
             "one process has nobody to share the model with",
             where="device.shard",
             hint="device.ranks=2 or more, torchrun, or device.shard=none",
         )
-    _check_hybrid(recipe, ranks)
+    _check_hybrid(recipe, world)
     _check_kind(recipe, device)
 
 
 def for_one_process(recipe: Recipe) -> Recipe:
     """The recipe without what only several ranks can do, to look at a run from one process."""
-    alone = {"ranks": 1, "shard": "none", "shard_offload": False, "context": 1, "tensor": 1}
+    alone = {
+        "ranks": 1,
+        "shard": "none",
+        "shard_offload": False,
+        "context_parallel": 1,
+        "tensor_parallel": 1,
+    }
     return recipe.model_copy(update={"device": recipe.device.model_copy(update=alone)})
 
 
-def join_ranks(recipe: Recipe, ranks: World, device: str) -> World:
+def make_groups(recipe: Recipe, world: World, device: str) -> World:
     """The ranks as the recipe groups them, if it can be spread over them.
 
     Raises:
         RecipeError: names the key and what to give instead.
     """
-    check_sharing(recipe, ranks, device)
-    patience, asking = recipe.device.rank_timeout, _asking(recipe, ranks, device)
-    shared = ranks.sharing(recipe.device.context, patience=patience, asking=asking)
-    return shared.splitting(recipe.device.tensor, patience=patience, asking=asking == "group")
+    check_parallelism(recipe, world, device)
+    patience, asking = recipe.device.rank_timeout, _peer_check_scope(recipe, world, device)
+    shared = world.with_context_parallel(
+        recipe.device.context_parallel, timeout_minutes=patience, peer_check=asking
+    )
+    return shared.with_tensor_parallel(
+        recipe.device.tensor_parallel, timeout_minutes=patience, peer_check=asking == "group"
+    )
 
 
-def _asking(recipe: Recipe, ranks: World, device: str) -> Asking:
+def _peer_check_scope(recipe: Recipe, world: World, device: str) -> PeerCheckScope:
     """Who meets before a rank waits for others inside a micro-batch: all where they share layers,
     since a rank that has failed can come to one meeting only.
     """
-    if recipe.device.shard == "none" or ranks.alone:
-        return "group" if can_ask(device) else "nobody"
-    return "all" if can_go_back(ranks.size, device) else "nobody"
+    if recipe.device.shard == "none" or world.is_single:
+        return "group" if can_check(device) else "nobody"
+    return "all" if can_retry(world.size, device) else "nobody"
 
 
-def _check_hybrid(recipe: Recipe, ranks: World) -> None:
-    nodes, rest = divmod(ranks.size, ranks.local_count)
-    if recipe.device.shard == "hybrid" and (nodes < 2 or rest or ranks.local_count < 2):
+def _check_hybrid(recipe: Recipe, world: World) -> None:
+    nodes, rest = divmod(world.size, world.local_size)
+    if recipe.device.shard == "hybrid" and (nodes < 2 or rest or world.local_size < 2):
         raise RecipeError(
             f"hybrid spreads over the ranks of a machine and copies across machines, and these "
-            f"{ranks.size} ranks are {ranks.local_count} a machine",
+            f"{world.size} ranks are {world.local_size} a machine",
             where="device.shard",
             hint="device.shard=full",
         )
@@ -116,46 +130,46 @@ def _check_kind(recipe: Recipe, device: str) -> None:
         )
 
 
-def holders(recipe: Recipe, ranks: World) -> int:
+def ranks_per_copy(recipe: Recipe, world: World) -> int:
     """How many ranks hold one copy of the model together."""
-    if ranks.split.count > 1:
-        return ranks.split.count
-    return {"none": 1, "full": ranks.size, "hybrid": ranks.local_count}[recipe.device.shard]
+    if world.tp.size > 1:
+        return world.tp.size
+    return {"none": 1, "full": world.size, "hybrid": world.local_size}[recipe.device.shard]
 
 
-def spared_bytes(
-    size: MemoryEstimate | None, model: CausalLM, ranks: World, *, together: int
+def sharded_savings(
+    size: MemoryEstimate | None, model: CausalLM, world: World, *, together: int
 ) -> int:
     """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
     if size is None:
         return 0
-    share = divided_share(model, ranks) if ranks.split.count > 1 else 1.0
+    share = sharded_fraction(model, world) if world.tp.size > 1 else 1.0
     return int((size.total - size.total // together) * share)
 
 
-def share_model(
-    recipe: Recipe, model: CausalLM, ranks: World, device: torch.device, *, base: Any = None
-) -> Alone:
+def parallelize(
+    recipe: Recipe, model: CausalLM, world: World, device: torch.device, *, base: Any = None
+) -> NoSync:
     """Let the ranks begin from the same trained weights, and spread the model if that is asked.
 
     `base`: a frozen copy that stays whole on each rank.
     """
-    check_model(model, ranks.context)
-    if ranks.alone:
-        return Alone()
+    check_model(model, world.cp)
+    if world.is_single:
+        return NoSync()
     if model.unread is not None:
-        let_go(model)
+        release(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ranks.copy_from_first([p for p in trained if not p.is_meta])
+    world.broadcast_([p for p in trained if not p.is_meta])
     first = next(model.base.parameters())
-    if ranks.split.count > 1:
+    if world.tp.size > 1:
         if base is not None:
             base.to(device)
-        return divide_over(model, ranks, device)
+        return tensor_parallelize_checked(model, world, device)
     if recipe.device.shard == "none":
-        check_exact(model, ranks, device=device, compute=first.dtype)
-        return Replicated(ranks, trained)
-    from tunesmith.distributed.fsdp import Sharding, shard_model
+        check_exact(model, world, device=device, compute=first.dtype)
+        return DataParallelSync(world, trained)
+    from tunesmith.distributed.fsdp import FSDPOptions, apply_fsdp
 
     packed = recipe.model.quantization != "none"
     if packed:
@@ -163,26 +177,26 @@ def share_model(
 
         make_spreadable(model, device=device, compute=first.dtype)
     if device.type != "cpu":
-        restore_linear_maps(model)
+        restore_linear_layers(model)
         if base is not None:
-            restore_linear_maps(base)
+            restore_linear_layers(base)
             base.to(device)
-    how = Sharding(
+    how = FSDPOptions(
         compute=first.dtype,
         across=recipe.device.shard == "hybrid",
         offload=recipe.device.shard_offload,
     )
     files, model.unread = model.unread, None
-    shards = shard_model(
-        model, decoder_layers(model), ranks, how,
+    shards = apply_fsdp(
+        model, decoder_layers(model), world, how,
         device=device, read=None if files is None else files.read_for,
     )  # fmt: skip
     if packed:
         from tunesmith.model.quantization.fsdp import mark_packed
 
         mark_packed(model)
-    check_exact(model, ranks, device=device, compute=first.dtype)
-    shards.rest()
+    check_exact(model, world, device=device, compute=first.dtype)
+    shards.reshard()
     return shards
 
 

@@ -25,22 +25,22 @@ ROUNDING = {"cpu": 2e-4, "other": 5e-3, "narrow": 8e-2}
 """What rounding may change of a hidden state, relative: float32 on a CPU and elsewhere, 16 bits."""
 
 
-def check_groups(key: str, count: int, ranks: World, *, what: str) -> None:
+def check_groups(key: str, count: int, world: World, *, what: str) -> None:
     """Refuse ranks that are not whole groups of `count`. `what` they do: "share a sequence".
 
     Raises:
         RecipeError: names the key and what to give instead.
     """
-    if ranks.alone:
+    if world.is_single:
         raise RecipeError(
             f"one process has nobody to {what} with",
             where=key,
             hint=f"device.ranks={count} or a multiple of it, torchrun, or {key}=1",
         )
-    if ranks.size % count:
-        fitting = [n for n in range(1, count) if ranks.size % n == 0]
+    if world.size % count:
+        fitting = [n for n in range(1, count) if world.size % n == 0]
         raise RecipeError(
-            f"{ranks.size} ranks can't be divided into groups of {count}",
+            f"{world.size} ranks can't be divided into groups of {count}",
             where=key,
             hint=f"{key}={fitting[-1]}, or a multiple of {count} ranks",
         )
@@ -53,7 +53,7 @@ def rounding_of(compute: torch.dtype, device: torch.device) -> float:
     return ROUNDING["cpu" if device.type == "cpu" else "other"]
 
 
-def apart(found: Tensor, wanted: Tensor, *, narrow: bool) -> float:
+def difference(found: Tensor, wanted: Tensor, *, narrow: bool) -> float:
     """The largest relative difference of a token's hidden states [T, D]; the median where it is
     `narrow`, since in 16 bits rounding can flip an expert of a token.
     """

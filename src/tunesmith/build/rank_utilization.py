@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunesmith.config.schema import Recipe
 from tunesmith.train.job import Job
-from tunesmith.train.microbatches import Costs, idle, plan_for_ranks
+from tunesmith.train.microbatches import WorkModel, idle_fraction_of, plan_for_ranks
 from tunesmith.types import Document
 
 SAMPLED = 4
@@ -47,7 +47,7 @@ def _useful(job: Job, ranks: int) -> int:
 
 
 def _step_documents(job: Job) -> int:
-    return len(job.order.step_indices(0))
+    return len(job.sampler.step_indices(0))
 
 
 def _idle_share(job: Job, ranks: int, times: int) -> float:
@@ -57,18 +57,18 @@ def _idle_share(job: Job, ranks: int, times: int) -> float:
     for group in range(groups):
         numbers = range(group * times, min((group + 1) * times, job.total_steps))
         documents = [d for number in numbers for d in _documents(job, number)]
-        shares.append(_idle_of(job, documents, ranks, job.costs))
+        shares.append(_idle_of(job, documents, ranks, job.work))
     return sum(shares) / len(shares)
 
 
 def _documents(job: Job, step: int) -> list[Document]:
-    return [job.documents[int(number)] for number in job.order.step_indices(step)]
+    return [job.documents[int(number)] for number in job.sampler.step_indices(step)]
 
 
-def _idle_of(job: Job, documents: list[Document], ranks: int, costs: Costs) -> float:
+def _idle_of(job: Job, documents: list[Document], ranks: int, work_model: WorkModel) -> float:
     plans = plan_for_ranks(
-        documents, ranks, costs=costs,
-        micro_tokens=job.micro_tokens * job.ranks.context.count,
-        share=job.share, isolated=job.model.isolated,
+        documents, ranks, work_model=work_model,
+        micro_tokens=job.micro_tokens * job.world.cp.size,
+        share_prefixes=job.share_prefixes, unpacked=job.model.unpacked,
     )  # fmt: skip
-    return idle(plans, ranks=ranks, costs=costs)
+    return idle_fraction_of(plans, ranks=ranks, work_model=work_model)

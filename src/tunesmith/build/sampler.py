@@ -17,7 +17,7 @@ from tunesmith.data.preprocess.document_store import source_numbers, token_count
 from tunesmith.data.preprocess.prepare import Prepared
 from tunesmith.data.sampling.mixture import Portion, mix
 from tunesmith.data.sampling.prefix_groups import PrefixGroups
-from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.select import BUILT_IN
 from tunesmith.errors import DataError, RecipeError
@@ -28,7 +28,7 @@ from tunesmith.types import Document, IntArray
 class Steps:
     """Which documents each step learns from, how many steps there are, and what to say of them."""
 
-    order: StepOrder
+    sampler: BatchSampler
     total: int
     notes: list[str]
 
@@ -86,7 +86,7 @@ def plan_steps(
     lengths = token_counts(prepared.documents)
     sections = _sections(prepared.documents, sources)
     written = recipe.data.train if any(source.path for source in sources) else []
-    order = step_order(
+    order = make_sampler(
         recipe, written, lengths=lengths, sections=sections, documents=prepared.documents
     )
     total = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
@@ -120,14 +120,14 @@ def _sections(documents: Sequence[Document], sources: Sequence[Source]) -> IntAr
     return np.array([section_of[name] for name in names], np.int32)[numbers]
 
 
-def step_order(
+def make_sampler(
     recipe: Recipe,
     written: Sequence[SourceSection],
     *,
     lengths: Sequence[int] | IntArray,
     sections: Sequence[int] | IntArray,
     documents: Sequence[Document] = (),
-) -> StepOrder:
+) -> BatchSampler:
     """The order of documents with `lengths` tokens, each from the source of `written` that
     `sections` numbers; `documents` themselves are looked at to group them by prefix.
 
@@ -154,7 +154,7 @@ def step_order(
         mixture = mix(portions, by=data.mix_by, stop=data.mix_stop, seed=seed, shuffle=shuffle)
     batch = recipe.batch
     whole = batch.packing not in ("none", WRAPPED)
-    return StepOrder(
+    return BatchSampler(
         lengths,
         documents=None if batch.tokens else batch.documents,
         tokens=batch.tokens,
@@ -218,10 +218,10 @@ def plan_line(plan: Mapping[str, Any]) -> str:
 
 
 def packing_record(
-    packing: Packing, documents: Sequence[Document], order: StepOrder
+    packing: Packing, documents: Sequence[Document], sampler: BatchSampler
 ) -> dict[str, Any]:
     """Packs, how full they are, and what was cut, in plain values."""
-    packs = order.packs(0)
+    packs = sampler.packs(0)
     tokens = int(token_counts(documents).sum())
     count = len(documents) if packs is None else len(packs)
     room = max(1, count * packing.capacity)
@@ -253,7 +253,7 @@ def packing_line(record: Mapping[str, Any]) -> str:
     return line
 
 
-def pin(
+def pin_revisions(
     recipe: Recipe,
     sources: Sequence[Source],
     held_out: Mapping[str, Sequence[Source]] | Holdout | None,

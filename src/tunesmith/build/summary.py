@@ -36,8 +36,8 @@ def start_lines(job: Job, trained: AdapterReport) -> list[str]:
         f"steps: {job.total_steps} of {_batch(recipe)}, "
         f"{recipe.optim.name} lr {recipe.optim.lr:g} {recipe.optim.schedule}{_factors(recipe)}",
         f"device: {job.micro_tokens} tokens at a time, "
-        f"prefixes {'shared' if job.share else 'not shared'}, "
-        f"{'one path at a time' if job.model.isolated else 'packed'}; "
+        f"prefixes {'shared' if job.share_prefixes else 'not shared'}, "
+        f"{'one path at a time' if job.model.unpacked else 'packed'}; "
         f"gradient_checkpointing {job.chosen['gradient_checkpointing']}: {job.chosen['memory']}",
     ]
     lines += _loss_line(prepared.ledger)

@@ -13,21 +13,21 @@ from torch import Tensor
 from tunesmith.build.parity import (
     ELEMENTWISE,
     NARROW,
-    apart,
     check_groups,
+    difference,
     probe_plan,
     rounding_of,
     states_only,
 )
 from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
-from tunesmith.distributed.grad_sync import Alone
+from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.oom import is_out_of_memory
-from tunesmith.distributed.tensor_parallel import Divided, Division, divide_model
+from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.bf16_upcast import restore_linear_maps
+from tunesmith.model.ops.bf16_upcast import restore_linear_layers
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 
 ADAPTERS = ("none", "lora", "rslora")
@@ -38,18 +38,23 @@ was missing it would be off by more than half.
 TINY = 1e-30
 
 
-def check_tensor_recipe(recipe: Recipe, ranks: World) -> None:
+def check_tensor_recipe(recipe: Recipe, world: World) -> None:
     """Refuse what can't be divided over so many ranks, before anything is loaded.
 
     Raises:
         RecipeError: names the key and what to give instead.
     """
-    count = recipe.device.tensor
+    count = recipe.device.tensor_parallel
     if count == 1:
         return
-    check_groups(KEY, count, ranks, what="divide the layers")
+    check_groups(KEY, count, world, what="divide the layers")
     for where, wrong, instead, why in (
-        ("device.context", recipe.device.context > 1, "1", "deals sequences to the same ranks"),
+        (
+            "device.context_parallel",
+            recipe.device.context_parallel > 1,
+            "1",
+            "deals sequences to the same ranks",
+        ),
         ("device.shard", recipe.device.shard != "none", "none", "divides the same weights"),
         ("adapter.kind", recipe.adapter.kind not in ADAPTERS, "lora", "needs whole weights"),
         ("model.quantization", recipe.model.quantization != "none", "none", "packs whole weights"),
@@ -59,7 +64,7 @@ def check_tensor_recipe(recipe: Recipe, ranks: World) -> None:
             ELEMENTWISE[0],
             "looks at whole weights",
         ),
-        ("device.attention", recipe.device.attention == "isolated", "auto", "is not divided"),
+        ("device.attention", recipe.device.attention == "unpacked", "auto", "is not divided"),
         (
             "objective.scheduled_sampling",
             recipe.objective.scheduled_sampling > 0,
@@ -76,38 +81,40 @@ def check_tensor_recipe(recipe: Recipe, ranks: World) -> None:
             )
 
 
-def divided_share(model: CausalLM, ranks: World) -> float:
+def sharded_fraction(model: CausalLM, world: World) -> float:
     """The share of the model's parameters of which each rank has a part.
 
     Raises:
         ModelError: it can't be divided.
     """
-    return 0.0 if ranks.split.count == 1 else _plan_of(model, ranks).share(model)
+    return 0.0 if world.tp.size == 1 else _plan_of(model, world).sharded_fraction(model)
 
 
-def _plan_of(model: CausalLM, ranks: World) -> LayerPlan:
-    if model.isolated:
+def _plan_of(model: CausalLM, world: World) -> LayerPlan:
+    if model.unpacked:
         raise ModelError(
             "this model runs one path at a time with its own attention, which is not divided",
             where=KEY,
             hint=f"{KEY}=1",
         )
-    return layer_plan(model, ranks.split.count)
+    return layer_plan(model, world.tp.size)
 
 
-def division_of(model: CausalLM, ranks: World) -> Division:
+def tp_plan_of(model: CausalLM, world: World) -> TPPlan:
     """What of the model is divided.
 
     Raises:
         ModelError: it can't be.
     """
-    plan = _plan_of(model, ranks)
+    plan = _plan_of(model, world)
     embedding = model.base.get_input_embeddings()
-    termed = [*plan.termed, embedding, model.head]  # each rank has its own targets
-    return Division(plan.columns, plan.rows, plan.divided, termed, embedding)
+    termed = [*plan.partial_grad, embedding, model.head]  # each rank has its own targets
+    return TPPlan(plan.colwise, plan.rowwise, plan.sharded, termed, embedding)
 
 
-def divide_over(model: CausalLM, ranks: World, device: torch.device) -> Divided:
+def tensor_parallelize_checked(
+    model: CausalLM, world: World, device: torch.device
+) -> TensorParallelSync:
     """Give each rank its part of the layers, if that computes the same.
 
     Every rank comes with the whole model, of the same weights, in the host's memory.
@@ -116,30 +123,30 @@ def divide_over(model: CausalLM, ranks: World, device: torch.device) -> Divided:
         ModelError: it can't be divided, or differs by more than rounding.
     """
     if device.type != "cpu":
-        restore_linear_maps(model)
-    division = division_of(model, ranks)
-    probes = _probes(model, division)
+        restore_linear_layers(model)
+    plan = tp_plan_of(model, world)
+    probes = _probes(model, plan)
     wanted = _probe(model, probes, terms=1)
-    shards = divide_model(model, division, ranks, device)
-    model.before_head = shards.seams.enter
+    shards = tensor_parallelize(model, plan, world, device)
+    model.before_head = shards.region.copy_to
     try:
-        with ranks.guarded():
-            found = _probe(model, probes, terms=ranks.split.count)
-            apart = _difference(wanted, found, probes, ranks)
+        with world.naming_lost_rank():
+            found = _probe(model, probes, terms=world.tp.size)
+            apart = _difference(wanted, found, probes, world)
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
         raise ModelError(
             f"this model does not run in parts: {error}", where=KEY, hint=f"{KEY}=1"
         ) from error
-    (worst,) = ranks.most([apart])
+    (worst,) = world.all_reduce_max([apart])
     if not worst <= 1:
         raise ModelError(
             f"this model differs in parts, {worst:.1e} times what rounding explains",
             where=KEY,
             hint=f"{KEY}=1",
         )
-    shards.forget()
+    shards.clear()
     return shards
 
 
@@ -147,7 +154,7 @@ def divide_over(model: CausalLM, ranks: World, device: torch.device) -> Divided:
 class _Probed:
     parameter: Tensor
     dimension: int | None
-    termed: bool
+    partial_grad: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,20 +166,20 @@ class _Seen:
     compute: torch.dtype
 
 
-def _probes(model: CausalLM, division: Division) -> list[_Probed]:
+def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
     """What is trained of the decoder's whole parameters but the embedding, and of the divided ones
     the first of either kind: the backward pass to them goes through all trained layers.
     """
-    termed = {id(p) for module in division.termed for p in module.parameters()}
-    spared = {id(p) for p in division.embedding.parameters()}
-    trained = [(p, n) for p, n in division.divided if p.requires_grad]
+    termed = {id(p) for module in plan.partial_grad for p in module.parameters()}
+    spared = {id(p) for p in plan.embedding.parameters()}
+    trained = [(p, n) for p, n in plan.sharded if p.requires_grad]
     first = {n: p for p, n in reversed(trained)}
     whole = [
         p
         for p in model.decoder.parameters()
-        if p.requires_grad and id(p) not in spared and division.dimension(p) is None
+        if p.requires_grad and id(p) not in spared and plan.shard_dim(p) is None
     ]
-    return [_Probed(p, division.dimension(p), id(p) in termed) for p in (*whole, *first.values())]
+    return [_Probed(p, plan.shard_dim(p), id(p) in termed) for p in (*whole, *first.values())]
 
 
 def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
@@ -192,30 +199,30 @@ def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
     return _Seen(hidden.detach(), gradients, model.head.weight.dtype)
 
 
-def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], ranks: World) -> float:
+def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: World) -> float:
     """The largest relative difference of a token's hidden states, or of a gradient; over what
     rounding may change.
     """
-    split, device = ranks.split, found.hidden.device
+    split, device = world.tp, found.hidden.device
     states, narrow = rounding_of(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
-    worst = apart(found.hidden, wanted.hidden, narrow=narrow) / states
+    worst = difference(found.hidden, wanted.hidden, narrow=narrow) / states
     for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
-            one = one.chunk(split.count, probe.dimension)[split.place]
+            one = one.chunk(split.size, probe.dimension)[split.rank]
         one, own = one.to(device).float(), own.float()
-        if probe.termed:
-            own = split.add(own.clone())
+        if probe.partial_grad:
+            own = split.all_reduce(own.clone())
         worst = max(worst, float((own - one).norm() / one.norm().clamp(min=TINY)) / gradients)
     return worst
 
 
-def tensor_line(ranks: World, reduce: Alone) -> list[str]:
+def tensor_line(world: World, grad_sync: NoSync) -> list[str]:
     """How the layers are divided, where they are."""
-    if not isinstance(reduce, Divided):
+    if not isinstance(grad_sync, TensorParallelSync):
         return []
-    count, share = ranks.split.count, reduce.share
-    copies = f", {ranks.groups} copies" if ranks.groups > 1 else ""
+    count, share = world.tp.size, grad_sync.sharded_fraction
+    copies = f", {world.dp_size} copies" if world.dp_size > 1 else ""
     return [
         f"tensor: {count} ranks hold one copy of the layers{copies}; {share:.0%} of the parameters "
         f"are divided, each rank has {1 - share + share / count:.0%} of all"

@@ -12,18 +12,18 @@ from tunesmith.errors import RunError
 from tunesmith.train.job import Job
 
 
-def own_items(job: Job) -> Iterator[tuple[str, Tensor]]:
+def local_items(job: Job) -> Iterator[tuple[str, Tensor]]:
     """What of the optimizer this rank writes: all, its part, or nothing where the first rank writes
     for all.
     """
-    if job.reduce.sharded is None and not job.ranks.first:
+    if job.grad_sync.sharded is None and not job.world.is_main:
         return iter(())
     return job.optimizer.state_items()
 
 
-def own_bytes(job: Job) -> int:
+def local_bytes(job: Job) -> int:
     """Bytes of `own_items`."""
-    writes = job.reduce.sharded is not None or job.ranks.first
+    writes = job.grad_sync.sharded is not None or job.world.is_main
     return job.optimizer.saved_bytes if writes else 0
 
 
@@ -35,15 +35,15 @@ def load_optimizer(job: Job, checkpoint: Path, state: TrainState) -> None:
     """
     parts = checkpoint / PARTS
     try:
-        if job.reduce.sharded is None and not parts.is_dir():
+        if job.grad_sync.sharded is None and not parts.is_dir():
             job.optimizer.load_state_dict(state.optimizer)
             return
         from tunesmith.checkpoint.sharded import load_parts, load_whole
 
         if parts.is_dir():
-            load_parts(parts, job.optimizer, job.reduce.sharded)
+            load_parts(parts, job.optimizer, job.grad_sync.sharded)
         else:
-            load_whole(state.optimizer, job.optimizer, job.reduce.sharded)
+            load_whole(state.optimizer, job.optimizer, job.grad_sync.sharded)
     except (KeyError, ValueError) as error:
         raise RunError(
             f"the checkpoint is of another model: {error}", where=str(checkpoint)

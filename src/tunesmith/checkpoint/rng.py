@@ -38,7 +38,7 @@ def capture_rng() -> RngState:
 
 
 @contextmanager
-def rng_kept() -> Iterator[None]:
+def preserved_rng() -> Iterator[None]:
     """What is drawn inside counts for nothing afterwards."""
     state = capture_rng()
     try:

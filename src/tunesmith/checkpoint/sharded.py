@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from tunesmith.distributed.grad_sync import Parted
+from tunesmith.distributed.grad_sync import ShardedSync
 
 
-class Stateful(Protocol):
+class StatefulOptimizer(Protocol):
     """What is needed of an optimizer."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -36,23 +36,23 @@ class SavedPart:
         shards: where that belongs in the whole.
     """
 
-    def __init__(self, folder: Path, state: Mapping[str, Tensor], shards: Parted) -> None:
+    def __init__(self, folder: Path, state: Mapping[str, Tensor], shards: ShardedSync) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-        self._ranks = shards.ranks
+        self._world = shards.world
         self._planner = _Planner(state)
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
         self._metadata: Any = None
-        first = self._ranks.first
-        places = shards.spread(state, bare=True)
+        first = self._world.is_main
+        places = shards.to_dtensors(state, bare=True)
         self._planner.set_up_planner(places, self._writer.storage_meta(), first)
-        self._writer.set_up_storage_writer(first, rank=self._ranks.rank, use_collectives=True)
+        self._writer.set_up_storage_writer(first, rank=self._world.rank, use_collectives=True)
         own = self._writer.prepare_local_plan(self._planner.create_local_plan())
-        plans = self._collected(own)
+        plans = self._gathered(own)
         if first:
             plans, self._metadata = self._planner.create_global_plan(plans)
             plans = self._writer.prepare_global_plan(plans)
-        self._plan = self._dealt(plans)
+        self._plan = self._scattered(plans)
 
     def write(self) -> list[Any]:
         """Write this rank's file and bring it to the disk; nothing is sent. Returns what `finish`
@@ -76,25 +76,25 @@ class SavedPart:
         """Give the first rank what every rank wrote; returns a function that it calls to complete
         the folder, on any thread. All ranks must come.
         """
-        found = self._collected(results)
-        return partial(self._writer.finish, self._metadata, found) if self._ranks.first else None
+        found = self._gathered(results)
+        return partial(self._writer.finish, self._metadata, found) if self._world.is_main else None
 
-    def _collected(self, own: Any) -> list[Any]:
+    def _gathered(self, own: Any) -> list[Any]:
         """What each rank has, on the first one."""
         import torch.distributed as dist
 
-        found: list[Any] | None = [None] * self._ranks.size if self._ranks.first else None
-        with self._ranks.guarded():
+        found: list[Any] | None = [None] * self._world.size if self._world.is_main else None
+        with self._world.naming_lost_rank():
             dist.gather_object(own, found, dst=0)
         return found or []
 
-    def _dealt(self, each: list[Any]) -> Any:
+    def _scattered(self, each: list[Any]) -> Any:
         """What the first rank has for this one."""
         import torch.distributed as dist
 
         box: list[Any] = [None]
-        with self._ranks.guarded():
-            dist.scatter_object_list(box, each if self._ranks.first else None, src=0)
+        with self._world.naming_lost_rank():
+            dist.scatter_object_list(box, each if self._world.is_main else None, src=0)
         return box[0]
 
 
@@ -111,13 +111,13 @@ class _Planner(DefaultSavePlanner):
 
 
 @torch.no_grad()
-def load_parts(folder: Path, optimizer: Stateful, shards: Parted | None) -> None:
+def load_parts(folder: Path, optimizer: StatefulOptimizer, shards: ShardedSync | None) -> None:
     """Take over the state in `folder`: of this rank's parts, or whole where `shards` is None."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = optimizer.state_dict()
-    given: dict[str, Any] = state if shards is None else shards.spread(state)
+    given: dict[str, Any] = state if shards is None else shards.to_dtensors(state)
     load(given, storage_reader=FileSystemReader(folder), no_dist=shards is None)
     for key, tensor in given.items():
         own = getattr(tensor, "_local_tensor", tensor)
@@ -127,6 +127,8 @@ def load_parts(folder: Path, optimizer: Stateful, shards: Parted | None) -> None
 
 
 @torch.no_grad()
-def load_whole(whole: Mapping[str, Tensor], optimizer: Stateful, shards: Parted | None) -> None:
+def load_whole(
+    whole: Mapping[str, Tensor], optimizer: StatefulOptimizer, shards: ShardedSync | None
+) -> None:
     """Take over a state of whole tensors: this rank's parts of it, or all."""
-    optimizer.load_state_dict(whole if shards is None else shards.parts_of(whole))
+    optimizer.load_state_dict(whole if shards is None else shards.local_parts(whole))

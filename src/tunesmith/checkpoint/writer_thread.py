@@ -13,7 +13,7 @@ GRACE_SECONDS = 2.0
 """How long work that is abandoned may take to notice."""
 
 
-class State(IntEnum):
+class WriterState(IntEnum):
     """Ordered so that the largest of several ranks' is that of all together."""
 
     DONE = 0
@@ -21,11 +21,11 @@ class State(IntEnum):
     FAILED = 2
 
 
-class LeftUndoneError(Exception):
+class AbandonedWriteError(Exception):
     """Work was abandoned by who asked for it."""
 
 
-class _Piece:
+class _Task:
     """Something to do, and what came of it."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -45,7 +45,7 @@ class _Piece:
             self.done.set()
 
 
-class Background:
+class BackgroundWriter:
     """A piece of work under way, or done; nothing at first, which counts as done.
 
     One thread does them all: the memory that a thread takes for its own stays taken when it ends.
@@ -53,23 +53,23 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self._asked: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._asked: SimpleQueue[_Task | None] = SimpleQueue()
         self._thread: Thread | None = None
-        self._piece: _Piece | None = None
+        self._piece: _Task | None = None
         self._left = Event()
 
     @property
-    def state(self) -> State:
+    def state(self) -> WriterState:
         """What has become of the work."""
         if self._piece is None:
-            return State.DONE
+            return WriterState.DONE
         if not self._piece.done.is_set():
-            return State.BUSY
-        return State.DONE if self._piece.error is None else State.FAILED
+            return WriterState.BUSY
+        return WriterState.DONE if self._piece.error is None else WriterState.FAILED
 
     def start(self, work: Callable[[], Any], *, here: bool = False) -> None:
         """Begin with `work`; `here` does it at once and on this thread. The last must be done."""
-        self._piece = _Piece(work)
+        self._piece = _Task(work)
         if here:
             self._piece.do()
             return
@@ -108,7 +108,7 @@ class Background:
             LeftUndoneError: it is not wanted any more.
         """
         if self._left.is_set():
-            raise LeftUndoneError
+            raise AbandonedWriteError
 
     def abandon(self) -> None:
         """Have the work leave off; it is not waited for if it does not notice soon."""
@@ -123,7 +123,7 @@ class Background:
             self._thread = None
 
 
-def _serve(asked: SimpleQueue[_Piece | None]) -> None:
+def _serve(asked: SimpleQueue[_Task | None]) -> None:
     while (piece := asked.get()) is not None:
         piece.do()
         del piece  # nothing of it is held while waiting for the next

@@ -145,8 +145,8 @@ def open_session(recipe: Recipe) -> Session:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model.eval()
-    if recipe.device.attention == "isolated":
-        model.isolate()
+    if recipe.device.attention == "unpacked":
+        model.run_unpacked()
     return Session(recipe, model, template, raw=not template.has_chat_template)
 
 

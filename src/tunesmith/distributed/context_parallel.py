@@ -23,42 +23,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.model_parallel_group import Sharers
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.errors import ModelError
 from tunesmith.types import Chain, Layout
 
 
 @dataclass(frozen=True, slots=True)
-class Context(Sharers):
+class ContextParallel(ModelParallelGroup):
     """Ranks that share the tokens of a micro-batch. One rank has all tokens. Without a `group` what
     the others would send is as large as what this rank sends them, and is not what they would.
     """
 
-    def spread(self, layout: Layout) -> Layout:
+    def shard(self, layout: Layout) -> Layout:
         """The layout with its tokens dealt to the group: a slice each, of equal length.
 
         At most N - 1 tokens are added at the end, which see only themselves and which nobody sees.
         """
         total = len(layout.position)
-        size = -(-total // self.count)
-        added = np.arange(total, size * self.count, dtype=np.int32)
+        size = -(-total // self.size)
+        added = np.arange(total, size * self.size, dtype=np.int32)
         return replace(
             layout,
             chains=(*layout.chains, *(Chain(n, n + 1, ()) for n in added.tolist())),
             visible_until=np.concatenate([layout.visible_until, added + 1]),
             position=np.concatenate([layout.position, np.zeros_like(added)]),
-            spread=Slice(self, slice(self.place * size, (self.place + 1) * size)),
+            spread=UlyssesShard(self, slice(self.rank * size, (self.rank + 1) * size)),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class UlyssesShard:
     """This rank's tokens of a layout, and how the group meets for attention."""
 
-    context: Context
-    own: slice
+    cp: ContextParallel
+    local: slice
 
-    def by_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def seq_to_heads(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads.
 
         Where N does not divide K, key heads are repeated to the least common multiple of both: it
@@ -67,29 +69,29 @@ class Slice:
         Raises:
             ModelError: N does not divide H.
         """
-        count, groups = self.context.count, key.shape[1]
+        count, groups = self.cp.size, key.shape[1]
         if query.shape[1] % count:
             raise uneven_heads(query.shape[1], count)
         times = math.lcm(groups, count) // groups
         if times > 1:
             key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
         return cast(
-            "tuple[Tensor, Tensor, Tensor]", self._exchange(query, key, value, to_heads=True)
+            "tuple[Tensor, Tensor, Tensor]", self._all_to_all(query, key, value, to_heads=True)
         )
 
-    def by_tokens(self, output: Tensor) -> Tensor:
+    def heads_to_seq(self, output: Tensor) -> Tensor:
         """[1, h, T, D] back to [1, H, t, D]."""
-        return self._exchange(output, to_heads=False)[0]
+        return self._all_to_all(output, to_heads=False)[0]
 
-    def own_heads(self, values: Tensor) -> Tensor:
+    def local_heads(self, values: Tensor) -> Tensor:
         """Of a value for each head those of this rank's heads, [H] to [h]."""
-        size = len(values) // self.context.count
-        return values[self.context.place * size : (self.context.place + 1) * size]
+        size = len(values) // self.cp.size
+        return values[self.cp.rank * size : (self.cp.rank + 1) * size]
 
-    def _exchange(self, *tensors: Tensor, to_heads: bool) -> tuple[Tensor, ...]:
+    def _all_to_all(self, *tensors: Tensor, to_heads: bool) -> tuple[Tensor, ...]:
         return cast(
             "tuple[Tensor, ...]",
-            _Exchange.apply(self.context, to_heads, *tensors),  # pyright: ignore[reportUnknownMemberType]
+            _AllToAll.apply(self.cp, to_heads, *tensors),  # pyright: ignore[reportUnknownMemberType]
         )
 
 
@@ -98,37 +100,39 @@ def uneven_heads(heads: int, count: int) -> ModelError:
     fitting = [n for n in range(2, heads + 1) if heads % n == 0 and n <= count]
     return ModelError(
         f"{heads} attention heads can't be dealt to {count} ranks",
-        where="device.context",
-        hint=f"device.context={max(fitting, default=1)}",
+        where="device.context_parallel",
+        hint=f"device.context_parallel={max(fitting, default=1)}",
     )
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """Slices of tokens for slices of heads, or back; the gradients go the other way."""
 
     @staticmethod
-    def forward(ctx: Any, context: Context, to_heads: bool, *tensors: Tensor):
-        ctx.context, ctx.to_heads = context, to_heads
-        return exchange(context, tensors, to_heads=to_heads)
+    def forward(ctx: Any, cp: ContextParallel, to_heads: bool, *tensors: Tensor):
+        ctx.context, ctx.to_heads = cp, to_heads
+        return all_to_all(cp, tensors, to_heads=to_heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *exchange(ctx.context, grads, to_heads=not ctx.to_heads))
+        return (None, None, *all_to_all(ctx.context, grads, to_heads=not ctx.to_heads))
 
 
-def exchange(context: Context, tensors: Sequence[Tensor], *, to_heads: bool) -> tuple[Tensor, ...]:
+def all_to_all(
+    cp: ContextParallel, tensors: Sequence[Tensor], *, to_heads: bool
+) -> tuple[Tensor, ...]:
     """Every tensor [1, H, t, D] as [1, h, T, D], or the other way round, in one message."""
     import torch.distributed as dist
 
-    count = context.count
-    parts = [_by_receiver(tensor, count, to_heads=to_heads) for tensor in tensors]
+    count = cp.size
+    parts = [_chunks_by_rank(tensor, count, to_heads=to_heads) for tensor in tensors]
     sent = torch.cat([part.reshape(count, -1) for part in parts], 1)
     received = torch.empty_like(sent)
-    if context.group is None:
+    if cp.group is None:
         received.copy_(sent)
     else:
-        context.ask()
-        dist.all_to_all_single(received, sent, group=context.group)
+        cp.check_peers()
+        dist.all_to_all_single(received, sent, group=cp.group)
     sizes = [part[0].numel() for part in parts]
     found: list[Tensor] = []
     for tensor, part, got in zip(tensors, parts, received.split(sizes, 1), strict=True):
@@ -139,7 +143,7 @@ def exchange(context: Context, tensors: Sequence[Tensor], *, to_heads: bool) -> 
     return tuple(found)
 
 
-def _by_receiver(tensor: Tensor, count: int, *, to_heads: bool) -> Tensor:
+def _chunks_by_rank(tensor: Tensor, count: int, *, to_heads: bool) -> Tensor:
     """[N, h, t, D]: what goes to each rank."""
     _, heads, tokens, width = tensor.shape
     if to_heads:

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 
-def launched(environment: Mapping[str, str] | None = None) -> int:
+def launched_world_size(environment: Mapping[str, str] | None = None) -> int:
     """How many ranks this process was started as one of, 1 if it was started by itself."""
     found = os.environ if environment is None else environment
     if "RANK" not in found or "MASTER_ADDR" not in found:
@@ -17,9 +17,9 @@ def launched(environment: Mapping[str, str] | None = None) -> int:
     return int(found.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the first rank, or alone: the one whose output is shown."""
-    return launched() == 1 or os.environ["RANK"] == "0"
+    return launched_world_size() == 1 or os.environ["RANK"] == "0"
 
 
 def restarted(environment: Mapping[str, str] | None = None) -> bool:
@@ -40,7 +40,7 @@ def shared_store() -> Any:
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
-def ask_in_time(act: Callable[[], object], seconds: float) -> Thread:
+def call_with_timeout(act: Callable[[], object], seconds: float) -> Thread:
     """Do `act` with that store, and wait so long at most: its machine may be gone. The thread goes
     on if it takes longer.
     """

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from tunesmith.distributed.grad_sync import Parted
-from tunesmith.distributed.oom import OutOfMemoryTogether, all_or_none
-from tunesmith.distributed.peer_check import ask_all, ask_before, can_go_back
+from tunesmith.distributed.grad_sync import ShardedSync
+from tunesmith.distributed.oom import CollectiveOOM, all_ranks_or_none
+from tunesmith.distributed.peer_check import can_retry, check_all_peers, check_before_collectives
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.types import LossOutput
@@ -33,7 +33,7 @@ Read = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Sharding:
+class FSDPOptions:
     """How a model is spread."""
 
     compute: torch.dtype  # what it computes in
@@ -41,15 +41,15 @@ class Sharding:
     offload: bool = False  # shards rest in the host's memory
 
 
-def shard_model(
+def apply_fsdp(
     root: nn.Module,
     layers: Sequence[nn.Module],
-    ranks: World,
-    how: Sharding,
+    world: World,
+    how: FSDPOptions,
     *,
     device: torch.device,
     read: Read | None = None,
-) -> Sharded:
+) -> FSDPSync:
     """Spread `root` in place; `layers` are the modules inside it that are gathered one at a time.
 
     Every rank must come with the same weights. Those that are trained become float32 first, a
@@ -70,10 +70,10 @@ def shard_model(
 
     _show_tensors_of(LossOutput)
     if how.across:
-        shape = (ranks.size // ranks.local_count, ranks.local_count)
+        shape = (world.size // world.local_size, world.local_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
     else:
-        mesh = init_device_mesh(device.type, (ranks.size,), mesh_dim_names=(SHARD,))
+        mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=(SHARD,))
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=how.compute, reduce_dtype=torch.float32),
@@ -83,25 +83,25 @@ def shard_model(
     }
     dtypes = {name: parameter.dtype for name, parameter in root.named_parameters()}
     for layer in layers:
-        _widen_trained(layer)
+        _upcast_trained(layer)
         fully_shard(layer, **options)
-    _widen_trained(root)
+    _upcast_trained(root)
     fully_shard(root, **options)
-    asks = can_go_back(ranks.size, device.type)
+    asks = can_retry(world.size, device.type)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if asks:
-                ask_before(module)
+                check_before_collectives(module)
     if read is not None:
-        _fill(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
-        _refuse_broken(root, ranks)
-    return Sharded(ranks, root, mesh[SHARD], dtypes, asks=asks)
+        _materialize(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
+        _check_restartable(root, world)
+    return FSDPSync(world, root, mesh[SHARD], dtypes, asks=asks)
 
 
 @torch.no_grad()
-def _fill(
+def _materialize(
     root: nn.Module, home: torch.device, dtypes: Mapping[str, torch.dtype], *, read: Read
 ) -> None:
     """Give the parts of this rank memory, and what belongs in it."""
@@ -121,25 +121,29 @@ def _fill(
 
 
 @torch.no_grad()
-def _refuse_broken(root: nn.Module, ranks: World) -> None:
+def _check_restartable(root: nn.Module, world: World) -> None:
     parameters: list[Any] = list(root.parameters())
     broken = not all(bool(p.to_local().isfinite().all()) for p in parameters)
-    if ranks.most([broken])[0]:
+    if world.all_reduce_max([broken])[0]:
         raise ModelError(
             "its weights hold what is not a number (NaN) or infinite",
             hint="the files may be damaged: get the model again",
         )
 
 
-def _widen_trained(module: nn.Module) -> None:
+def _upcast_trained(module: nn.Module) -> None:
     for parameter in module.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32 and not _spread(parameter):
+        if (
+            parameter.requires_grad
+            and parameter.dtype != torch.float32
+            and not _is_sharded_tensor(parameter)
+        ):
             parameter.grad_dtype = None
             parameter.data = parameter.data.float()
             parameter.grad_dtype = torch.float32
 
 
-def _spread(tensor: Tensor) -> bool:
+def _is_sharded_tensor(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -151,7 +155,7 @@ def _show_tensors_of(kind: type) -> None:
         _pytree.register_dataclass(kind)
 
 
-class Sharded(Parted):
+class FSDPSync(ShardedSync):
     """Every rank has a part of each weight, and the optimizer works on that part alone.
 
     `parts` are the trained parameters of this rank by name: plain float32 tensors that share the
@@ -160,7 +164,7 @@ class Sharded(Parted):
 
     def __init__(
         self,
-        ranks: World,
+        world: World,
         root: nn.Module,
         mesh: Any,
         dtypes: Mapping[str, torch.dtype],
@@ -173,14 +177,14 @@ class Sharded(Parted):
             for name, parameter in whole.items()
             if parameter.requires_grad
         }
-        super().__init__(ranks, whole, parts)
+        super().__init__(world, whole, parts)
         self._asks = asks
         self._root: Any = root
         self._mesh = mesh
         self._dtypes = dtypes
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
+    def all_ranks_or_none(self) -> Iterator[None]:
         """Ranks wait for each other in every layer; where they don't ask before, one that has
         failed can't be followed.
         """
@@ -188,26 +192,26 @@ class Sharded(Parted):
             yield
             return
         try:
-            with all_or_none(self._ranks, ask_all):
+            with all_ranks_or_none(self._world, check_all_peers):
                 yield
-        except OutOfMemoryTogether:
-            self._leave_pass()
+        except CollectiveOOM:
+            self._abort_pass()
             raise
 
-    def _leave_pass(self) -> None:
+    def _abort_pass(self) -> None:
         """Forget a forward or backward that was left in the middle, and what is gathered."""
         for parameter in self._root.parameters():
             parameter.grad = None  # of a layer that is gathered now, not yet added up
         if self._root._get_fsdp_state()._is_root:  # else there was no pass yet
             self._root.reset_iter_state()
-        self.drop_gradients()
+        self.discard_gradients()
 
-    def begin(self, *, last: bool) -> None:
+    def begin_microbatch(self, *, last: bool) -> None:
         """Between micro-batches the root's own weights stay gathered, and nothing else."""
         self._root.set_reshard_after_backward(last, recurse=False)
 
     @torch.no_grad()
-    def add_gradients(self) -> None:
+    def sync_gradients(self) -> None:
         """Hand the gradients, which FSDP has added up, to the parts."""
         self._root.reshard()
         for name, part in self.parts.items():
@@ -215,26 +219,26 @@ class Sharded(Parted):
             part.grad = None if grad is None else grad.to_local()
             self._whole[name].grad = None
 
-    def rest(self) -> None:
+    def reshard(self) -> None:
         """Give back what a pass outside of a step has gathered."""
         self._root.reshard()
 
-    def drop_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         """Forget gradients that no step has taken."""
         for name in self.parts:
             self._whole[name].grad = None
 
-    def norm(self, own: Tensor) -> Tensor:
+    def grad_norm(self, own: Tensor) -> Tensor:
         """The norm of all parts' gradients, from that of this rank's."""
         import torch.distributed as dist
 
         square = own.double().square().to(self._mesh.device_type)
-        with self._ranks.guarded():
+        with self._world.naming_lost_rank():
             dist.all_reduce(square, group=self._mesh.get_group())
         return square.sqrt().float()
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def gather_model(self) -> None:
         """Give the first rank the whole model, in its own precision and the host's memory, no
         longer sharded; the model of the others is of no more use.
         """
@@ -246,12 +250,12 @@ class Sharded(Parted):
                 module.reshard()
         made: dict[int, nn.Parameter] = {}
         for name, parameter in self._whole.items():
-            with self._ranks.guarded():
+            with self._world.naming_lost_rank():
                 full = parameter.full_tensor()
-            if self._ranks.first:
+            if self._world.is_main:
                 full = full.to("cpu", self._dtypes[name])
                 made[id(parameter)] = nn.Parameter(full, parameter.requires_grad)
-        if self._ranks.first:
+        if self._world.is_main:
             _unwrap(self._root, made)
 
 

@@ -15,81 +15,85 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.distributed.oom import all_or_none
+from tunesmith.distributed.oom import all_ranks_or_none
 from tunesmith.distributed.world import World
 
 BUCKET = 1 << 24
 """Elements that are sent at a time: 64 MiB of float32."""
 
 
-class Alone:
+class NoSync:
     """One process: its sums are the step's."""
 
     @property
-    def sharded(self) -> Parted | None:
+    def sharded(self) -> ShardedSync | None:
         """Itself where each rank has a part of the weights."""
         return None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank's numbers stand for those that all ranks have."""
         return True
 
-    def all_or_none(self) -> AbstractContextManager[None]:
+    def all_ranks_or_none(self) -> AbstractContextManager[None]:
         """Where micro-batches run that all ranks must finish for a step to be taken."""
         return nullcontext()
 
-    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The values as they are."""
         return values
 
-    def begin(self, *, last: bool) -> None:
+    def begin_microbatch(self, *, last: bool) -> None:
         """Nothing is to be done before a micro-batch."""
 
-    def add_gradients(self) -> None:
+    def sync_gradients(self) -> None:
         """The gradients are whole."""
 
 
-class Replicated(Alone):
+class DataParallelSync(NoSync):
     """Every rank has all weights; gradients are added once a step, in float32.
 
     A parameter without a gradient sends zeros, since another rank may have one.
     """
 
-    def __init__(self, ranks: World, parameters: Sequence[Tensor]) -> None:
-        self._ranks = ranks
+    def __init__(self, world: World, parameters: Sequence[Tensor]) -> None:
+        self._world = world
         self._parameters = [p for p in parameters if p.requires_grad]
 
     @property
-    def first(self) -> bool:
-        return self._ranks.first
+    def is_main(self) -> bool:
+        return self._world.is_main
 
-    def all_or_none(self) -> AbstractContextManager[None]:
+    def all_ranks_or_none(self) -> AbstractContextManager[None]:
         """Only ranks that work on a micro-batch together wait for each other inside; where they
         don't ask before, one that has failed can't be followed.
         """
-        sharers = self._ranks.sharers
-        if sharers.count == 1:
-            return all_or_none(self._ranks)
-        return nullcontext() if sharers.asked is None else all_or_none(self._ranks, sharers.ask)
+        group = self._world.model_parallel
+        if group.size == 1:
+            return all_ranks_or_none(self._world)
+        return (
+            nullcontext()
+            if group.check_group is None
+            else all_ranks_or_none(self._world, group.check_peers)
+        )
 
-    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the ranks."""
-        return self._ranks.add(values)
+        return self._world.all_reduce_sum(values)
 
     @torch.no_grad()
-    def add_gradients(self) -> None:
+    def sync_gradients(self) -> None:
         """Every rank has the same gradients afterwards, to the bit."""
-        self.add_up(self._parameters)
+        self.all_reduce_gradients(self._parameters)
 
     @torch.no_grad()
-    def add_up(self, parameters: Sequence[Tensor], *, group: Any = None) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[Tensor], *, group: Any = None) -> None:
         """Sums of the parameters' gradients over all ranks, or those of a group."""
         import torch.distributed as dist
 
         for bucket in buckets(parameters):
             flat = torch.cat([_flat_gradient(p) for p in bucket])
-            with self._ranks.guarded():
+            with self._world.naming_lost_rank():
                 dist.all_reduce(flat, group=group)
             start = 0
             for parameter in bucket:
@@ -128,7 +132,7 @@ def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield held
 
 
-class Parted(Replicated):
+class ShardedSync(DataParallelSync):
     """Ranks of which each has a part of some weights, and whose optimizer works on that alone.
 
     Args:
@@ -137,35 +141,35 @@ class Parted(Replicated):
         parts: the trained parameters of this rank by name, plain tensors.
     """
 
-    def __init__(self, ranks: World, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
-        super().__init__(ranks, [])
+    def __init__(self, world: World, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
+        super().__init__(world, [])
         self._whole = whole
         self.parts = parts
 
     @property
-    def sharded(self) -> Parted:
+    def sharded(self) -> ShardedSync:
         """Itself."""
         return self
 
     @property
-    def ranks(self) -> World:
+    def world(self) -> World:
         """Those that hold the parts."""
-        return self._ranks
+        return self._world
 
-    def norm(self, own: Tensor) -> Tensor:
+    def grad_norm(self, own: Tensor) -> Tensor:
         """The norm of all parts' gradients, from that of this rank's."""
         raise NotImplementedError
 
-    def drop_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         """Forget gradients that have not reached the parts."""
 
-    def gather(self) -> None:
+    def gather_model(self) -> None:
         """Give the first rank the whole model, in its own precision and the host's memory; the
         model of the others is of no more use.
         """
         raise NotImplementedError
 
-    def spread(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
+    def to_dtensors(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
         """An optimizer's state over the parts as tensors that know their place in the whole.
 
         Keys are KIND.NAME; they share the memory of what is given, or `bare` have none.
@@ -188,7 +192,7 @@ class Parted(Replicated):
             )
         return found
 
-    def parts_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def local_parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of an optimizer's state; keys are KIND.NAME."""
         from torch.distributed.tensor import distribute_tensor
 

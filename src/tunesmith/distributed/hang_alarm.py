@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from threading import Thread
 
-from tunesmith.distributed.env import ask_in_time, shared_key, shared_store
+from tunesmith.distributed.env import call_with_timeout, shared_key, shared_store
 
 HUNG = "hung"
 _SECONDS = 4.0
 """How long the store may take to answer; its machine may be gone."""
 
 
-class Alarm:
+class HangAlarm:
     """Between the ranks of a run, by way of their store."""
 
     def __init__(self, rank: int) -> None:
@@ -21,12 +21,12 @@ class Alarm:
 
     def ring(self) -> None:
         """Tell the others."""
-        ask_in_time(lambda: shared_store().set(shared_key(HUNG), str(self._rank)), _SECONDS)
+        call_with_timeout(lambda: shared_store().set(shared_key(HUNG), str(self._rank)), _SECONDS)
 
     def heard(self) -> int | None:
         """The rank that rang, None if none did or the store doesn't answer."""
         if self._asking is None or not self._asking.is_alive():
-            self._asking = ask_in_time(self._look, _SECONDS)
+            self._asking = call_with_timeout(self._look, _SECONDS)
         return self._heard
 
     def _look(self) -> None:

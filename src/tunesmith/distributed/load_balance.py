@@ -11,7 +11,7 @@ IDLE = -1
 """A rank that has no micro-batch of its own in a round."""
 
 
-def deal(work: Sequence[float], ranks: int) -> list[Round]:
+def assign(work: Sequence[float], ranks: int) -> list[Round]:
     """Rounds in which every rank has one micro-batch, each micro-batch in one of them.
 
     Micro-batches go by falling work, a round at a time, the largest of a round to the rank that
@@ -41,7 +41,7 @@ def loads(rounds: Sequence[Round], work: Sequence[float]) -> list[float]:
     return [sum(work[r[rank]] for r in rounds if r[rank] != IDLE) for rank in range(ranks)]
 
 
-def idle_share(rounds: Sequence[Round], work: Sequence[float]) -> float:
+def idle_fraction(rounds: Sequence[Round], work: Sequence[float]) -> float:
     """The share of all ranks' time in which they wait, if each round takes as long as its largest
     micro-batch.
     """

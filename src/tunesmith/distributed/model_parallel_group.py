@@ -7,34 +7,34 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.distributed.peer_check import ask
+from tunesmith.distributed.peer_check import check_peers
 
 
 @dataclass(frozen=True, slots=True)
-class Sharers:
+class ModelParallelGroup:
     """A group of `count` ranks of which this one is number `place`. Without a `group` the others
     are only played: nothing is sent.
     """
 
-    count: int = 1
-    place: int = 0
+    size: int = 1
+    rank: int = 0
     group: Any = None
-    asked: Any = None  # who meets before each exchange, see `asking`; None where nobody does
+    check_group: Any = None  # who meets before each exchange, see `asking`; None where nobody does
 
-    def add(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sums over the group."""
         import torch.distributed as dist
 
         if self.group is not None:
-            self.ask()
+            self.check_peers()
             dist.all_reduce(values, group=self.group)
         return values
 
-    def ask(self, *, failed: bool = False) -> None:
+    def check_peers(self, *, failed: bool = False) -> None:
         """Hear whether all who will exchange are still at it, or say that this rank is not.
 
         Raises:
             MemoryElsewhereError: memory ran out on another rank.
         """
-        if self.asked is not None:
-            ask(self.asked, failed=failed)
+        if self.check_group is not None:
+            check_peers(self.check_group, failed=failed)

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import torch
 
-from tunesmith.distributed.peer_check import MemoryElsewhereError
+from tunesmith.distributed.peer_check import PeerOutOfMemoryError
 from tunesmith.distributed.world import World
 
 _SAID = ("can't allocate memory", "out of memory", "alloc_failed")
 """How torch's allocators and libraries say it where they have no exception of its own."""
 
 
-class OutOfMemoryTogether(MemoryError):
+class CollectiveOOM(MemoryError):
     """Memory ran out on `ranks`, and every rank of the group knows."""
 
     def __init__(self, said: str, ranks: tuple[int, ...]) -> None:
@@ -31,22 +31,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _SAID)
 
 
-class Ask(Protocol):
+class PeerCheck(Protocol):
     """`asking.ask` with those that exchange something inside."""
 
     def __call__(self, *, failed: bool = False) -> None: ...
 
 
 @contextmanager
-def all_or_none(ranks: World, ask: Ask | None = None) -> Iterator[None]:
+def all_ranks_or_none(world: World, ask: PeerCheck | None = None) -> Iterator[None]:
     """Where memory runs out inside on any rank, all raise the same error at the end.
 
     Where ranks wait for each other inside, they `ask` before they do.
 
     Raises:
-        OutOfMemoryTogether: as said; on a process alone the error itself.
+        CollectiveOOM: as said; on a process alone the error itself.
     """
-    if ranks.alone:
+    if world.is_single:
         yield
         return
     said: str | None = None
@@ -58,13 +58,13 @@ def all_or_none(ranks: World, ask: Ask | None = None) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        heard = isinstance(error, MemoryElsewhereError)
+        heard = isinstance(error, PeerOutOfMemoryError)
         said = str(error)
     # Out here the error is gone, and with it the tensors that its frames held.
     own = said is not None and not heard
     if own and ask is not None:
         ask(failed=True)
-    failed = ranks.most([float(own and rank == ranks.rank) for rank in range(ranks.size)])
+    failed = world.all_reduce_max([float(own and rank == world.rank) for rank in range(world.size)])
     if any(failed):
         where = tuple(rank for rank, one in enumerate(failed) if one)
-        raise OutOfMemoryTogether(said or f"out of memory on rank {where[0]}", where)
+        raise CollectiveOOM(said or f"out of memory on rank {where[0]}", where)

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 64
+MAX_RANKS = 64
 """Ranks that may ask each other before each layer: gloo's message to all takes a hop for each, and
 must not take longer than the layer.
 """
 
 
-class MemoryElsewhereError(MemoryError):
+class PeerOutOfMemoryError(MemoryError):
     """Memory ran out on another rank, for which this one would have waited."""
 
 
-def ask(group: Any, *, failed: bool = False) -> None:
+def check_peers(group: Any, *, failed: bool = False) -> None:
     """Meet the ranks of `group`, each of which must come as often as the others.
 
     It is a message of 4 bytes in the host's memory, by gloo.
@@ -36,17 +36,17 @@ def ask(group: Any, *, failed: bool = False) -> None:
     said = torch.tensor([float(failed)], device="cpu")
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
     if not failed and bool(said):
-        raise MemoryElsewhereError("out of memory on another rank")
+        raise PeerOutOfMemoryError("out of memory on another rank")
 
 
-def ask_all(*, failed: bool = False) -> None:
+def check_all_peers(*, failed: bool = False) -> None:
     """The same with all ranks of the run."""
     import torch.distributed as dist
 
-    ask(dist.group.WORLD, failed=failed)
+    check_peers(dist.group.WORLD, failed=failed)
 
 
-def can_ask(device: str) -> bool:
+def can_check(device: str) -> bool:
     """Whether ranks on such a device may meet before each exchange inside a pass.
 
     On a CPU they wait for each other there in any case. A GPU's exchanges are queued ahead of it,
@@ -55,27 +55,27 @@ def can_ask(device: str) -> bool:
     return device == "cpu"
 
 
-def can_go_back(count: int, device: str) -> bool:
+def can_retry(count: int, device: str) -> bool:
     """Whether so many ranks that share layers can drop a step together when memory runs out on one.
 
     FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    return can_ask(device) and count <= MOST and hasattr(FSDPModule, "reset_iter_state")
+    return can_check(device) and count <= MAX_RANKS and hasattr(FSDPModule, "reset_iter_state")
 
 
-def ask_before(module: Any) -> None:
+def check_before_collectives(module: Any) -> None:
     """Have all ranks ask each other before this module of FSDP's gathers weights or adds up
     gradients.
     """
     group = module._get_fsdp_state()._fsdp_param_group
     if group is not None:
-        module.set_custom_all_gather(Asked(group._all_gather_comm))
-        module.set_custom_reduce_scatter(Asked(group._reduce_scatter_comm))
+        module.set_custom_all_gather(CheckedCollective(group._all_gather_comm))
+        module.set_custom_reduce_scatter(CheckedCollective(group._reduce_scatter_comm))
 
 
-class Asked:
+class CheckedCollective:
     """A collective of FSDP's, before which all ranks meet; it has its memory by then."""
 
     def __init__(self, collective: Any) -> None:
@@ -86,5 +86,5 @@ class Asked:
         return self._collective.allocate(*size, **options)
 
     def __call__(self, *tensors: Any, **options: Any) -> Any:
-        ask_all()
+        check_all_peers()
         return self._collective(*tensors, **options)

@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tunesmith.distributed.env import ask_in_time, launched, shared_key, shared_store
+from tunesmith.distributed.env import (
+    call_with_timeout,
+    launched_world_size,
+    shared_key,
+    shared_store,
+)
 from tunesmith.distributed.hang_alarm import HUNG
 from tunesmith.errors import RunError, TunesmithError, first_line
 
@@ -28,7 +33,7 @@ class LostRankError(RunError):
 
 def lost_rank(rank: int, count: int, store: Any, error: Exception) -> LostRankError:
     """The error of a rank that could not reach another one."""
-    living = _answer(lambda: _living(rank, count, store))
+    living = _store_answer(lambda: _living(rank, count, store))
     gone = [r for r in range(count) if r not in (living or ())]
     names = ", ".join(str(r) for r in gone[:8])
     if living is None:
@@ -54,10 +59,10 @@ def _living(rank: int, count: int, store: Any) -> tuple[int, ...]:
     return living
 
 
-def _answer(ask: Callable[[], T]) -> T | None:
+def _store_answer(ask: Callable[[], T]) -> T | None:
     """What `ask` finds in the store, None if the store doesn't answer: its machine may be gone."""
     found: list[T] = []
-    ask_in_time(lambda: found.append(ask()), 2 * SECONDS)
+    call_with_timeout(lambda: found.append(ask()), 2 * SECONDS)
     return found[0] if found else None
 
 
@@ -65,7 +70,7 @@ def is_told_here(error: TunesmithError) -> bool:
     """Whether this process is the one to show the error: a message that all ranks have is shown
     once, and the loss of a rank only where that rank had no message of its own.
     """
-    if launched() == 1:
+    if launched_world_size() == 1:
         return True
     import torch.distributed as dist
 
@@ -75,7 +80,7 @@ def is_told_here(error: TunesmithError) -> bool:
     lost = isinstance(error, LostRankError)
     told = None
     if not (isinstance(error, LostRankError) and error.living is None):
-        told = _answer(lambda: _is_told(error, rank, shared_store()))
+        told = _store_answer(lambda: _is_told(error, rank, shared_store()))
     if told is None:
         return not lost or os.environ.get("LOCAL_RANK", "0") == "0"
     return told
@@ -99,7 +104,7 @@ def _is_told(error: TunesmithError, rank: int, store: Any) -> bool:
     return True
 
 
-def leave_if_lost(error: TunesmithError, code: int) -> int:
+def exit_if_lost(error: TunesmithError, code: int) -> int:
     """The exit code; after the loss of a rank this process ends here and now, since its group
     can't be taken down without the lost one.
     """

@@ -30,7 +30,7 @@ _PAUSE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """`store` is for a process group; `first` is false if this job has started ranks before."""
 
     store: Any
@@ -38,7 +38,7 @@ class Meeting:
 
 
 @contextmanager
-def meeting(rank: int, *, timeout: timedelta) -> Iterator[Meeting]:
+def rendezvous(rank: int, *, timeout: timedelta) -> Iterator[Rendezvous]:
     """Where to make the process group of this attempt, inside the `with`.
 
     Raises:
@@ -48,18 +48,18 @@ def meeting(rank: int, *, timeout: timedelta) -> Iterator[Meeting]:
 
     store: Any = next(iter(rendezvous("env://", timeout=timeout)))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        yield Meeting(store, first=not restarted())  # the first rank's own, and as old as it
+        yield Rendezvous(store, first=not restarted())  # the first rank's own, and as old as it
     elif rank == 0:
         with announced_attempt(store) as name:
-            yield _meeting(store, name)
+            yield _rendezvous(store, name)
     else:
-        yield _meeting(store, find_attempt(store, os.environ["MASTER_ADDR"], timeout))
+        yield _rendezvous(store, find_attempt(store, os.environ["MASTER_ADDR"], timeout))
 
 
-def _meeting(store: Any, name: str) -> Meeting:
+def _rendezvous(store: Any, name: str) -> Rendezvous:
     from torch.distributed.distributed_c10d import PrefixStore
 
-    return Meeting(PrefixStore(name, store), first=name.startswith("1-"))
+    return Rendezvous(PrefixStore(name, store), first=name.startswith("1-"))
 
 
 @contextmanager

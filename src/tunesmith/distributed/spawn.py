@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from tunesmith.distributed.env import launched
+from tunesmith.distributed.env import launched_world_size
 from tunesmith.errors import RecipeError, RunError
 
 
@@ -22,7 +22,11 @@ def ranks_to_start(kind: str, asked: int | str) -> int:
     Raises:
         RecipeError: there are fewer GPUs than that, or the kind of device is for one process.
     """
-    if launched() > 1 or asked == 1 or (asked == "auto" and kind not in ("auto", "cuda")):
+    if (
+        launched_world_size() > 1
+        or asked == 1
+        or (asked == "auto" and kind not in ("auto", "cuda"))
+    ):
         return 1
     if kind in ("mps", "xpu"):
         raise RecipeError(

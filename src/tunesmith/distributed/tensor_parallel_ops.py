@@ -18,70 +18,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.model_parallel_group import Sharers
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Split(Sharers):
+class TensorParallel(ModelParallelGroup):
     """Ranks with one copy of the layers together, of which this one has part `place`."""
 
-    alike: Any = None  # the ranks with the same part of other copies
+    dp_group: Any = None  # the ranks with the same part of other copies
 
 
-class Seams:
+class TPRegion:
     """Where the divided and the whole part of a model meet, on each rank alike."""
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, tp: TensorParallel) -> None:
+        self.split = tp
         self._last: tuple[Tensor, Tensor, bool] | None = None
 
-    def enter(self, whole: Tensor) -> Tensor:
+    def copy_to(self, whole: Tensor) -> Tensor:
         """What each rank goes on with in its own way; the gradients of all are added up. Maps that
         begin with the same tensor one after the other share that sum.
         """
         graded = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not whole or self._last[2] != graded:
-            entered: Tensor = _Enter.apply(whole, self.split)  # pyright: ignore
+            entered: Tensor = _CopyTo.apply(whole, self.split)  # pyright: ignore
             self._last = whole, entered, graded
         return self._last[1]
 
-    def leave(self, term: Tensor) -> Tensor:
+    def reduce_from(self, term: Tensor) -> Tensor:
         """The sum of every rank's term; each of them gets the whole gradient."""
-        return _Leave.apply(term, self.split)  # pyright: ignore
+        return _ReduceFrom.apply(term, self.split)  # pyright: ignore
 
-    def only_first(self, whole: Tensor) -> Tensor:
+    def grad_on_first(self, whole: Tensor) -> Tensor:
         """What all ranks compute alike, its gradient on the first of them alone: sums over all
         ranks count it once.
         """
-        return whole if self.split.place == 0 else _Stop.apply(whole)  # pyright: ignore
+        return whole if self.split.rank == 0 else _StopGradient.apply(whole)  # pyright: ignore
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Hold no activation any longer."""
         self._last = None
 
 
-class _Enter(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, split: Split) -> Tensor:
-        ctx.split = split
+    def forward(ctx: Any, whole: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.split = tp
         return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum(ctx.split, grads[0]), None
+        return _all_reduce_copy(ctx.split, grads[0]), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, term: Tensor, split: Split) -> Tensor:
-        return _sum(split, term)
+    def forward(ctx: Any, term: Tensor, tp: TensorParallel) -> Tensor:
+        return _all_reduce_copy(tp, term)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
 
 
-class _Stop(torch.autograd.Function):
+class _StopGradient(torch.autograd.Function):
     """Zeros and not nothing: the backward pass must reach what ranks wait for each other in."""
 
     @staticmethod
@@ -93,6 +93,6 @@ class _Stop(torch.autograd.Function):
         return torch.zeros_like(grads[0])
 
 
-def _sum(split: Split, own: Tensor) -> Tensor:
+def _all_reduce_copy(tp: TensorParallel, own: Tensor) -> Tensor:
     """In a tensor of its own: whoever gave `own` may keep it."""
-    return split.add(own.clone(memory_format=torch.contiguous_format))
+    return tp.all_reduce(own.clone(memory_format=torch.contiguous_format))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.build.sampler import pack_prepared, step_order
+from tunesmith.build.sampler import make_sampler, pack_prepared
 from tunesmith.build.sources import choose_held_out, make_sources
 from tunesmith.config.schema import Holdout, Recipe
 from tunesmith.data.formats.detect import detect_format, to_example
@@ -20,7 +20,7 @@ from tunesmith.data.preprocess.ledger import Ledger
 from tunesmith.data.preprocess.prepare import Prepared, PreparedRow, iter_prepared
 from tunesmith.data.rendering.render import render_example
 from tunesmith.data.row_errors import Fault, RowError
-from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
@@ -125,7 +125,7 @@ def _within(case: Case, example: Example, template: Template, recipe: Recipe, li
     return replace(case, rendered=kept, over_long=True)
 
 
-def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[StepOrder | None, Sequence[Document]]:
+def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[BatchSampler | None, Sequence[Document]]:
     """The order of the steps over what is trained on, None where nothing is, and the documents
     (with `batch.packing` pieces of them) that it numbers.
 
@@ -150,7 +150,7 @@ def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[StepOrder | None, Sequen
     prepared = Prepared(documents, ledger, {}, "", [])
     pack_prepared(recipe, prepared)
     names, numbers = source_numbers(prepared.documents)
-    order = step_order(
+    order = make_sampler(
         recipe,
         recipe.data.train,
         lengths=token_counts(prepared.documents),
@@ -190,7 +190,7 @@ def model_folder(recipe: Recipe) -> Path:
     return resolve_model(recipe.model.name, revision=recipe.model.revision, weights=False).folder
 
 
-def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> Setup:
+def read_setup(recipe: Recipe, template: Template, sampler: BatchSampler | None) -> Setup:
     """What the recipe and its model's files say, as far as checks ask.
 
     Raises:
@@ -206,8 +206,8 @@ def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> S
     inner = config.get("text_config") or config
     size = inner.get("vocab_size") or config.get("vocab_size")
     steps = None
-    if order is not None:
-        steps = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
+    if sampler is not None:
+        steps = recipe.train.steps or sampler.total_steps(recipe.train.epochs or 3)
     return Setup(
         template=template,
         max_length=template.context_length if data.max_length == "auto" else data.max_length,

@@ -16,11 +16,11 @@ from tunesmith.build.rank_utilization import idle_line
 from tunesmith.build.summary import FEW_STEPS
 from tunesmith.build.tensor_parallel import check_tensor_recipe
 from tunesmith.checkpoint.manager import SPARED
-from tunesmith.checkpoint.optimizer import own_bytes
+from tunesmith.checkpoint.optimizer import local_bytes
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
 from tunesmith.data.preprocess.document_store import longest_paths
-from tunesmith.distributed.context_parallel import Context
+from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import World
 from tunesmith.errors import RunError
@@ -78,8 +78,8 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     ranks = ranks_to_start(recipe.device.kind, recipe.device.ranks)
     device = torch.device("cuda" if _on_cuda(recipe) else "cpu")
     free = free_memory(device)
-    context = recipe.device.context
-    together = context * recipe.device.tensor
+    context = recipe.device.context_parallel
+    together = context * recipe.device.tensor_parallel
     job = _one_of(recipe, ranks, folders)
     longest = int(longest_paths(job.documents).max())
     work = count_work(job)
@@ -129,13 +129,13 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     Raises:
         RecipeError: so many ranks on this machine can't share.
     """
-    context = recipe.device.context
+    context = recipe.device.context_parallel
     # alone, it is for ranks of other machines
-    count = ranks if ranks > 1 else context * recipe.device.tensor
+    count = ranks if ranks > 1 else context * recipe.device.tensor_parallel
     for check in (check_context_recipe, check_tensor_recipe):
         check(recipe, World(0, count, 0, count))
-    played = World(context=Context(context))
-    return build(for_one_process(recipe), folders=folders, ranks=played)
+    played = World(cp=ContextParallel(context))
+    return build(for_one_process(recipe), folders=folders, world=played)
 
 
 def copy_beside(job: Job, *, peak: int, free: int) -> int:
@@ -145,7 +145,7 @@ def copy_beside(job: Job, *, peak: int, free: int) -> int:
     asked = job.recipe.checkpoint.background
     if asked is False or job.device.type != "cpu":
         return 0
-    copied = own_bytes(job)
+    copied = local_bytes(job)
     return copied if asked is True or peak + SPARED * copied <= free else 0
 
 
@@ -167,8 +167,8 @@ def memory_parts(job: Job, *, peak: int, activations: int, working: int) -> dict
         "activations": activations,
         "head and working memory": working,
     }
-    if job.loss.base is not None and job.loss.base.frozen is not None:
-        parts["base model"] = tensor_bytes(job.loss.base.frozen.parameters())
+    if job.loss.reference is not None and job.loss.reference.frozen is not None:
+        parts["base model"] = tensor_bytes(job.loss.reference.frozen.parameters())
     parts["process and allocator"] = max(0, peak - sum(parts.values()))
     return parts
 
@@ -184,7 +184,7 @@ def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:
     return tokens * evaluations(
         job.recipe.eval.every,
         steps=job.total_steps,
-        epochs=job.order.epoch_after(job.total_steps - 1),
+        epochs=job.sampler.epoch_after(job.total_steps - 1),
         seconds=steps_seconds,
     )
 
@@ -227,12 +227,13 @@ def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) 
 
 
 def _whole_layers(recipe: Recipe) -> list[str]:
-    count = recipe.device.tensor
+    count = recipe.device.tensor_parallel
     if count == 1:
         return []
     return [
-        f"memory and time are of one process with whole layers; with device.tensor={count} a rank "
-        f"has 1/{count} of each, and the whole embedding and head"
+        "memory and time are of one process with whole layers; with "
+        f"device.tensor_parallel={count} a rank has 1/{count} of each, and the whole embedding and "
+        "head"
     ]
 
 

@@ -16,7 +16,7 @@ from tunesmith.metrics.records import peak_memory
 from tunesmith.model.memory.allocator import footprint
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.job import Job
-from tunesmith.train.microbatches import own_part
+from tunesmith.train.microbatches import local_part
 from tunesmith.train.step import StepResult, train_step
 
 TIMED_STEPS, SECONDS, EVAL_DOCUMENTS = 4, 60.0, 16
@@ -67,20 +67,20 @@ def probe(job: Job, work: Work) -> Measured:
 def run_longest(job: Job) -> None:
     """A pass over the longest document, thrown away, as a run begins."""
     longest = job.documents[int(longest_paths(job.documents).argmax())]
-    plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
-    for plan in own_parts(job, plans[:1]):
+    plans = plan_step([longest], micro_tokens=job.micro_tokens, unpacked=job.model.unpacked)
+    for plan in local_parts(job, plans[:1]):
         job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
     job.optimizer.zero_grad()
 
 
-def own_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPlan]:
+def local_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPlan]:
     """What one rank has of the micro-batches, where ranks are to share them: the one of each with
     most targets.
     """
-    context = job.ranks.context
+    context = job.world.cp
     return [
         max(
-            (own_part(plan, replace(context, place=place)) for place in range(context.count)),
+            (local_part(plan, replace(context, place=place)) for place in range(context.size)),
             key=lambda part: len(part.source),
         )
         for plan in plans
@@ -99,7 +99,7 @@ def take_step(job: Job, step: int, *, lr: float = 0.0) -> StepResult:
     plans = planned(job, step)
     job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
     return train_step(
-        job.model, job.optimizer, own_parts(job, plans), job.loss,
+        job.model, job.optimizer, local_parts(job, plans), job.loss,
         documents=len(documents_of(job, step)), lr=lr,
         max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
     )  # fmt: skip
@@ -113,9 +113,9 @@ def _time_evaluation(job: Job) -> float:
     )]  # fmt: skip
     started = time.monotonic()
     evaluate(
-        job.model, documents, micro_tokens=job.micro_tokens, device=job.device, ranks=job.ranks
+        job.model, documents, micro_tokens=job.micro_tokens, device=job.device, world=job.world
     )
-    tokens = sum(document.tokens for document in documents) / job.ranks.context.count
+    tokens = sum(document.tokens for document in documents) / job.world.cp.size
     return (time.monotonic() - started) / tokens
 
 
@@ -124,7 +124,7 @@ def activation_bytes_of(job: Job, work: Work) -> tuple[int, int]:
     gradients are there.
     """
     whole = max(planned(job, work.largest_step), key=lambda plan: plan.tokens)
-    (plan,) = own_parts(job, [whole])
+    (plan,) = local_parts(job, [whole])
     batch = collate(plan, job.device)
     with footprint(job.device) as forward:
         hidden = job.model.hidden(batch)

@@ -9,7 +9,7 @@ from tunesmith.build.sources import is_mixture
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.data.preprocess.document_store import token_counts
 from tunesmith.data.sampling.prefix_groups import PrefixGroups
-from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.train.job import Job
 from tunesmith.train.path_hash import path_ends
 from tunesmith.types import Document
@@ -35,22 +35,22 @@ class Work:
 
 
 def planned(
-    job: Job, step: int, *, share: bool | None = None, order: StepOrder | None = None
+    job: Job, step: int, *, share_prefixes: bool | None = None, sampler: BatchSampler | None = None
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step, as the trainer cuts it; in another order than the job's, if one
     is given.
     """
     return plan_step(
-        documents_of(job, step, order=order),
-        micro_tokens=job.micro_tokens * job.ranks.context.count,
-        share=job.share if share is None else share,
-        isolated=job.model.isolated,
+        documents_of(job, step, sampler=sampler),
+        micro_tokens=job.micro_tokens * job.world.cp.size,
+        share_prefixes=job.share_prefixes if share_prefixes is None else share_prefixes,
+        unpacked=job.model.unpacked,
     )
 
 
-def documents_of(job: Job, step: int, *, order: StepOrder | None = None) -> list[Document]:
+def documents_of(job: Job, step: int, *, sampler: BatchSampler | None = None) -> list[Document]:
     """The documents of a step, counted from 0."""
-    return [job.documents[int(number)] for number in (order or job.order).step_indices(step)]
+    return [job.documents[int(number)] for number in (sampler or job.sampler).step_indices(step)]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -78,24 +78,24 @@ def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
             largest, largest_step = most_here, step
     other = _grouped_order(job)
     if other is not None:
-        sums["grouped"] = sum(plan.tokens for n in steps for plan in planned(job, n, order=other))
+        sums["grouped"] = sum(plan.tokens for n in steps for plan in planned(job, n, sampler=other))
     scaled = {name: value * job.total_steps // len(steps) for name, value in sums.items()}
     return Work(job.total_steps, len(steps), largest_step=largest_step, largest=largest, **scaled)
 
 
-def _grouped_order(job: Job) -> StepOrder | None:
+def _grouped_order(job: Job) -> BatchSampler | None:
     """The job's order as batch.group_by_prefix would make it; None where it is that already, or
     excluded, or of no use.
     """
     recipe = job.recipe
     batch = recipe.batch
     excluded = batch.packing != "none" or not recipe.data.shuffle or is_mixture(recipe.data.train)
-    if batch.group_by_prefix or excluded or not job.share or job.model.isolated:
+    if batch.group_by_prefix or excluded or not job.share_prefixes or job.model.unpacked:
         return None
     groups = PrefixGroups(job.documents)
     if not groups.grouped:
         return None
-    return StepOrder(
+    return BatchSampler(
         token_counts(job.documents),
         documents=None if batch.tokens else batch.documents,
         tokens=batch.tokens,

@@ -30,7 +30,7 @@ class Traits:
     """What the trial found of the model that is built without weights."""
 
     native_attention: str
-    isolated: bool
+    unpacked: bool
 
 
 class WeightFiles:
@@ -87,7 +87,7 @@ def trial_model(
         )
 
 
-def unread_model(
+def deferred_model(
     source: ModelSource, traits: Traits, *, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> CausalLM:
     """The whole model, its weights placeholders on the CPU that take no memory."""
@@ -98,7 +98,7 @@ def unread_model(
     model = _without_weights(config, dtype, trust_remote_code)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    _exchange(model, _placeholder, of=model.parameters())
+    _replace_parameters(model, _placeholder, of=model.parameters())
     causal_lm = CausalLM(
         model.eval(),
         logits=read_logit_transform(config.get_text_config()),
@@ -106,7 +106,7 @@ def unread_model(
     )
     causal_lm.unread = WeightFiles(source.folder)
     causal_lm.unread.waiting = list(model.parameters())
-    finish(causal_lm, notes, traits.isolated)
+    finish(causal_lm, notes, traits.unpacked)
     return causal_lm
 
 
@@ -141,17 +141,19 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return not bits or torch.equal(*bits)
 
 
-def let_go(causal_lm: CausalLM) -> None:
+def release(causal_lm: CausalLM) -> None:
     """Make the placeholders tensors without any memory, which can be spread; they stay tied and
     trainable as they are.
     """
     waiting = causal_lm.unread.waiting
-    _exchange(causal_lm, lambda p: torch.empty_like(p, device="meta").contiguous(), of=waiting)
+    _replace_parameters(
+        causal_lm, lambda p: torch.empty_like(p, device="meta").contiguous(), of=waiting
+    )
     causal_lm.unread.waiting = []
 
 
 @torch.no_grad()
-def _exchange(
+def _replace_parameters(
     root: nn.Module, make: Callable[[nn.Parameter], Tensor], *, of: Iterable[nn.Parameter]
 ) -> None:
     """Put what `make` gives in place of these parameters."""

@@ -18,7 +18,7 @@ from tunesmith.model.kernels import restore_modules
 from tunesmith.model.kernels.float8 import restore_products
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logit_transform import read_logit_transform
-from tunesmith.model.ops.bf16_upcast import restore_linear_maps, widen_linear_maps
+from tunesmith.model.ops.bf16_upcast import restore_linear_layers, upcast_linear_layers
 from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
 from tunesmith.model.source import (
@@ -92,7 +92,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
         )
     with nullcontext() if quantization is None else freed_at_once():
-        model, native, isolated = _from_pretrained(source, config, options)
+        model, native, unpacked = _from_pretrained(source, config, options)
     if quantization is None:
         model = model.to(torch.device(device))
     base = model
@@ -113,7 +113,7 @@ def load_causal_lm(
         from tunesmith.model.quantization.load import finish_loading
 
         notes.append(finish_loading(causal_lm, quantization))
-    finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, unpacked)
     causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
     return causal_lm
 
@@ -133,17 +133,17 @@ def wrap_causal_lm(model: Any) -> CausalLM:
     notes += _silence_modules(base)
     native = base.config._attn_implementation or "eager"
     attention.register()
-    isolated = False
+    unpacked = False
     try:
         base.set_attn_implementation(attention.NAME)
     except (ValueError, KeyError, ImportError):
-        isolated = True
+        unpacked = True
     if base.config._attn_implementation != attention.NAME:
-        isolated = True
+        unpacked = True
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
     )
-    finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, unpacked)
     return causal_lm
 
 
@@ -162,7 +162,7 @@ def settings_kept(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        restore_linear_maps(model)
+        restore_linear_layers(model)
         restore_modules(model)
         restore_layers(model)
         restore_products(model)
@@ -171,14 +171,14 @@ def settings_kept(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
+def finish(causal_lm: CausalLM, notes: list[str], unpacked: bool) -> None:
     """What every model is given once it is loaded."""
     causal_lm.notes = notes
     causal_lm.base.config.use_cache = False
-    if widen_linear_maps(causal_lm):
+    if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
-    if isolated:
-        causal_lm.isolated = True
+    if unpacked:
+        causal_lm.unpacked = True
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"
         )

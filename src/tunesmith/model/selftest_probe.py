@@ -15,7 +15,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.attention.dispatch import NAME
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.lm_head import head_inputs
-from tunesmith.types import Batch, Chain, Layout, Shares
+from tunesmith.types import Batch, Chain, Layout, TargetOwners
 
 _LARGEST_WINDOW = 512
 _SOME_LOGITS = 8192
@@ -25,7 +25,7 @@ _BEYOND = 13  # tokens a path goes beyond the window
 
 @contextmanager
 def native(causal_lm: CausalLM) -> Iterator[None]:
-    if causal_lm.isolated:
+    if causal_lm.unpacked:
         yield
         return
     causal_lm.base.set_attn_implementation(causal_lm.native_attention)
@@ -179,7 +179,7 @@ class Probe:
     def noisy(self) -> bool:
         ids = self.documents[0]
         chain = (Chain(0, len(ids), ()),)
-        layout = None if self.causal_lm.isolated else _layout(chain, torch.arange(len(ids)))
+        layout = None if self.causal_lm.unpacked else _layout(chain, torch.arange(len(ids)))
         batch = self._batch(ids, torch.arange(len(ids)), layout)
         calm = self.causal_lm.hidden(batch)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -225,7 +225,7 @@ class Probe:
             source=none,
             target=none,
             weight=none.float(),
-            shares=Shares(nobody, nobody, np.empty(0, np.float32)),
+            owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
         )
 
     def _compare(self, found: Tensor, expected: Tensor) -> float:

@@ -11,27 +11,27 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.bf16_upcast import WideLinear
+from tunesmith.model.ops.bf16_upcast import UpcastLinear
 
-COLUMNS, ROWS, TERMED = "colwise", "rowwise", "replicated_with_grad_allreduce"
+COLWISE, ROWWISE, PARTIAL_GRAD = "colwise", "rowwise", "replicated_with_grad_allreduce"
 """Names in transformers' plans: maps whose outputs are dealt, maps whose inputs are, and modules
 between them, whole, which see this rank's heads only.
 """
-KEY = "device.tensor"
+KEY = "device.tensor_parallel"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Modules of the decoder's layers by what is done with them; all others stay whole."""
 
-    columns: Sequence[nn.Module]  # linear maps, inside a low-rank adapter or not
-    rows: Sequence[nn.Module]
-    termed: Sequence[nn.Module]
-    divided: Sequence[tuple[Tensor, int]]  # and along which dimension
+    colwise: Sequence[nn.Module]  # linear maps, inside a low-rank adapter or not
+    rowwise: Sequence[nn.Module]
+    partial_grad: Sequence[nn.Module]
+    sharded: Sequence[tuple[Tensor, int]]  # and along which dimension
 
-    def share(self, model: nn.Module) -> float:
+    def sharded_fraction(self, model: nn.Module) -> float:
         """Of the model's parameters those that are divided."""
-        divided = sum(parameter.numel() for parameter, _ in self.divided)
+        divided = sum(parameter.numel() for parameter, _ in self.sharded)
         return divided / sum(p.numel() for p in model.parameters())
 
 
@@ -45,13 +45,13 @@ def layer_plan(model: CausalLM, count: int) -> LayerPlan:
     """
     config = model.config.get_text_config()
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    found: dict[str, list[Any]] = {COLUMNS: [], ROWS: [], TERMED: []}
+    found: dict[str, list[Any]] = {COLWISE: [], ROWWISE: [], PARTIAL_GRAD: []}
     members = dict(model.decoder.named_modules()) | dict(model.decoder.named_parameters())
     for name, member in members.items():
         style = plan.get(re.sub(r"\d+", "*", name))
         if style is None or "*" not in re.sub(r"\d+", "*", name):
             continue
-        if style not in found or (style != TERMED and not _can_divide(member)):
+        if style not in found or (style != PARTIAL_GRAD and not _can_shard(member)):
             raise ModelError(
                 f"transformers' plan for {config.model_type} has {name} as {style}, and only "
                 "plain linear maps in pairs are divided here",
@@ -59,7 +59,7 @@ def layer_plan(model: CausalLM, count: int) -> LayerPlan:
                 hint=f"{KEY}=1; device.shard=full spares the weights' memory",
             )
         found[style].append(member)
-    if not found[COLUMNS] or not found[ROWS]:
+    if not found[COLWISE] or not found[ROWWISE]:
         raise ModelError(
             f"transformers has no plan that divides the layers of {config.model_type}",
             where=KEY,
@@ -86,14 +86,14 @@ def _low_rank(module: Any, matrix: str) -> list[nn.Linear]:
     return list(getattr(module, matrix, {}).values())
 
 
-def _can_divide(module: Any) -> bool:
+def _can_shard(module: Any) -> bool:
     """A plain linear map, alone or with additions of low rank that have nothing else to them."""
-    if type(_linear(module)) not in (nn.Linear, WideLinear):
+    if type(_linear(module)) not in (nn.Linear, UpcastLinear):
         return False
     if not hasattr(module, "base_layer"):
         return True
     maps = (*_low_rank(module, "lora_A"), *_low_rank(module, "lora_B"))
-    plain = all(type(m) in (nn.Linear, WideLinear) and m.bias is None for m in maps)
+    plain = all(type(m) in (nn.Linear, UpcastLinear) and m.bias is None for m in maps)
     return bool(maps) and plain and not getattr(module, "lora_variant", None)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 
-def join(upper: Tensor, low: Tensor, *, out: Tensor) -> Tensor:
+def join_master(upper: Tensor, low: Tensor, *, out: Tensor) -> Tensor:
     """float32 `out` [n] from its bfloat16 part and the int16 remainder of its rounding."""
     bits = out.view(torch.int32)
     bits.copy_(upper.view(torch.int16)).bitwise_left_shift_(16).add_(low)
     return out
 
 
-def split_(master: Tensor, *, upper: Tensor, low: Tensor) -> None:
+def split_master_(master: Tensor, *, upper: Tensor, low: Tensor) -> None:
     """Inverse of `join`: writes `upper` bfloat16 and `low` int16 and destroys `master`; all [n].
 
     The remainder bits - (upper << 16) lies in [-32768, 32767] just because halves are rounded away

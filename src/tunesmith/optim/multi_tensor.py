@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.optim.master_weights import join, split_
+from tunesmith.optim.master_weights import join_master, split_master_
 
 SMALL = 1 << 20
 """Elements above which a parameter is updated by itself."""
@@ -27,7 +27,7 @@ class Member(Protocol):
     """A parameter and what is kept of it; `optim.base.Slot`."""
 
     parameter: Tensor
-    rest: Tensor | None
+    low_bits: Tensor | None
     decay: bool
     lr_factor: float
     state: dict[str, Tensor]
@@ -37,14 +37,14 @@ class Member(Protocol):
 
 
 @dataclass(slots=True)
-class Bundle:
+class TensorGroup:
     """Members on one device that are updated alike. Where a rule needs whole parameters they are of
     one shape, and a stack to it; else their elements are one row.
     """
 
     members: Sequence[Member]
     stacked: bool
-    rest: Tensor | None
+    low_bits: Tensor | None
     state: dict[str, Tensor]
 
     @property
@@ -68,23 +68,23 @@ class Bundle:
         grad = torch.cat([_flat_gradient(member) for member in self.members]).float()
         if grad_scale != 1.0:
             grad.mul_(grad_scale)
-        if self.rest is None:
+        if self.low_bits is None:
             back = torch.cat(parts)
             rule(back, grad)
-        elif self.rest.dtype == torch.int16:
+        elif self.low_bits.dtype == torch.int16:
             back = torch.cat(parts)
-            master = join(back, self.rest, out=torch.empty_like(grad))
+            master = join_master(back, self.low_bits, out=torch.empty_like(grad))
             rule(master, grad)
-            split_(master, upper=back, low=self.rest)
+            split_master_(master, upper=back, low=self.low_bits)
         else:
-            back = self.rest
+            back = self.low_bits
             rule(back, grad)
         torch._foreach_copy_(parts, list(back.split(sizes)))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def bundled(
+def grouped(
     members: Iterable[Member], *, stacks: Callable[[Member], bool]
-) -> tuple[list[Bundle], list[Any]]:
+) -> tuple[list[TensorGroup], list[Any]]:
     """The members in bundles, and those that are too large or have none to go with; `stacks` says
     whether the rule needs a member's parameter whole.
     """
@@ -95,18 +95,18 @@ def bundled(
             alike.setdefault(_kind(member, stacks(member)), []).append(member)
         else:
             alone.append(member)
-    bundles: list[Bundle] = []
+    bundles: list[TensorGroup] = []
     for group in alike.values():
         for part in _parts(group):
             if len(part) == 1:
                 alone += part
             else:
-                bundles.append(_joined(part, stacked=stacks(part[0])))
+                bundles.append(_group(part, stacked=stacks(part[0])))
     return bundles, alone
 
 
 def _kind(member: Member, stacked: bool) -> tuple[Any, ...]:
-    parameter, rest = member.parameter, member.rest
+    parameter, rest = member.parameter, member.low_bits
     return (
         parameter.device,
         parameter.dtype,
@@ -132,24 +132,24 @@ def _parts(members: Sequence[Member]) -> Iterable[list[Member]]:
 
 
 @torch.no_grad()
-def _joined(members: Sequence[Member], *, stacked: bool) -> Bundle:
+def _group(members: Sequence[Member], *, stacked: bool) -> TensorGroup:
     first = members[0]
     rest = None
-    if first.rest is not None:
-        rest, views = _end_to_end([m.rest for m in members if m.rest is not None])
+    if first.low_bits is not None:
+        rest, views = _flatten([m.low_bits for m in members if m.low_bits is not None])
         for member, view in zip(members, views, strict=True):
-            member.rest = view
+            member.low_bits = view
     state: dict[str, Tensor] = {}
     for name, tensor in first.state.items():
-        whole, views = _end_to_end([member.state[name] for member in members])
+        whole, views = _flatten([member.state[name] for member in members])
         for member, view in zip(members, views, strict=True):
             member.state[name] = view
         flat = not stacked or tensor.shape == (first.flat.numel(),)
         state[name] = whole if flat else whole.view(len(members), *tensor.shape)
-    return Bundle(members, stacked, rest, state)
+    return TensorGroup(members, stacked, rest, state)
 
 
-def _end_to_end(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _flatten(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One flat tensor of their values, and views of it in their shapes."""
     whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
     parts = whole.split([tensor.numel() for tensor in tensors])

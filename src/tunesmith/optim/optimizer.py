@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.clipping import grad_norm
-from tunesmith.optim.master_weights import join, split_
-from tunesmith.optim.multi_tensor import Bundle, bundled
+from tunesmith.optim.master_weights import join_master, split_master_
+from tunesmith.optim.multi_tensor import TensorGroup, grouped
 from tunesmith.optim.paging import Pages
-from tunesmith.optim.param_state import Slot, joint_slot, master_of, new_slot, set_master, shaped
+from tunesmith.optim.param_state import (
+    ParamState,
+    group_state,
+    master_of,
+    new_param_state,
+    set_master,
+    shaped,
+)
 from tunesmith.optim.weight_decay import no_decay
 
 CPU_CHUNK = 1 << 15
@@ -29,14 +36,14 @@ buffers count.
 """
 
 
-class Sharing(Protocol):
+class ShardedParameters(Protocol):
     """What an optimizer needs where its parameters are parts of weights that several ranks hold."""
 
-    def norm(self, own: Tensor) -> Tensor:
+    def grad_norm(self, own: Tensor) -> Tensor:
         """The norm of the gradients of all ranks."""
         ...
 
-    def drop_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         """Forget gradients that have not reached the parts."""
         ...
 
@@ -70,24 +77,31 @@ class Optimizer:
         self.weight_decay = weight_decay
         self.pages = pages
         self.steps = 0
-        self.sharing: Sharing | None = None
+        self.shards: ShardedParameters | None = None
         self._scratch: dict[torch.device, Tensor] = {}
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, ParamState] = {}
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 spared = no_decay(name, parameter) if undecayed is None else name in undecayed
-                slot = new_slot(parameter, decay=not spared)
+                slot = new_param_state(parameter, decay=not spared)
                 slot.lr_factor = (lr_factors or {}).get(name, 1.0)
                 slot.state = self.new_state(name, slot)
                 self._slots[name] = slot
-        self._bundles, self._alone = self._bundled(bundles)
+        self._bundles, self._alone = self._grouped(bundles)
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """What the rule keeps of this parameter between steps; tensors of its size are flat."""
         raise NotImplementedError
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """Update `master` [n] and the state's `span` in place from `grad` [n], both float32.
 
@@ -96,23 +110,23 @@ class Optimizer:
         """
         raise NotImplementedError
 
-    def zeros(self, slot: Slot) -> Tensor:
+    def zeros(self, param: ParamState) -> Tensor:
         """A float32 tensor of zeros [n], as long as the parameter, where state rests."""
         if self.pages is not None:
-            return self.pages.zeros(slot.flat)
-        return torch.zeros_like(slot.flat, dtype=torch.float32)
+            return self.pages.zeros(param.flat)
+        return torch.zeros_like(param.flat, dtype=torch.float32)
 
-    def whole(self, slot: Slot) -> bool:
+    def whole(self, param: ParamState) -> bool:
         """Whether the rule needs the parameter at once instead of in chunks."""
         return False
 
-    def joins(self, slot: Slot) -> bool:
+    def can_group(self, param: ParamState) -> bool:
         """Whether the rule does to several parameters end to end what it does to each."""
         return True
 
-    def decay(self, slot: Slot) -> float:
+    def decay(self, param: ParamState) -> float:
         """The share of lr by which this parameter shrinks."""
-        return self.weight_decay if slot.decay else 0.0
+        return self.weight_decay if param.decay else 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +141,7 @@ class Optimizer:
     @property
     def held_bytes(self) -> int:
         """Bytes of what is kept between steps, parameters, gradients and what is paged left out."""
-        kept = (t for slot in self._slots.values() for t in (slot.rest, *slot.state.values()))
+        kept = (t for slot in self._slots.values() for t in (slot.low_bits, *slot.state.values()))
         return sum(t.numel() * t.element_size() for t in kept if t is not None) - self.paged_bytes
 
     @property
@@ -151,8 +165,8 @@ class Optimizer:
         saves writing them once more.
         """
         norm = grad_norm(self.parameters)
-        if self.sharing is not None:
-            norm = self.sharing.norm(norm)
+        if self.shards is not None:
+            norm = self.shards.grad_norm(norm)
         return norm
 
     @torch.no_grad()
@@ -165,7 +179,7 @@ class Optimizer:
         counters = {one: torch.full((), float(self.steps), device=one) for one in devices}
         for bundle, slot in self._bundles:
             rule = functools.partial(
-                self._joint_rule, slot, lr=lr * slot.lr_factor, counter=counters[bundle.device]
+                self._group_rule, slot, lr=lr * slot.lr_factor, counter=counters[bundle.device]
             )
             bundle.update(rule, grad_scale=grad_scale)
         for slot in self._alone:
@@ -179,8 +193,8 @@ class Optimizer:
         """Give the gradients' memory to the next forward pass, which runs before there are any."""
         for slot in self._slots.values():
             slot.parameter.grad = None
-        if self.sharing is not None:
-            self.sharing.drop_gradients()
+        if self.shards is not None:
+            self.shards.discard_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as float32 tensors `master.NAME`, what the rule keeps as `KIND.NAME`, and
@@ -227,28 +241,30 @@ class Optimizer:
                 tensor.copy_(state[f"{kind}.{name}"].reshape(tensor.shape))
             set_master(slot, state[f"master.{name}"].reshape(-1))
 
-    def _bundled(self, asked: bool | None) -> tuple[list[tuple[Bundle, Slot]], list[Slot]]:
+    def _grouped(
+        self, asked: bool | None
+    ) -> tuple[list[tuple[TensorGroup, ParamState]], list[ParamState]]:
         """Bundles with what stands for their members, and the slots in none."""
-        joined: list[Slot] = []
-        alone: list[Slot] = []
+        joined: list[ParamState] = []
+        alone: list[ParamState] = []
         for slot in self._slots.values():
             wanted = slot.parameter.device.type != "cpu" if asked is None else asked
-            free = self.pages is None and self.joins(slot)
+            free = self.pages is None and self.can_group(slot)
             (joined if wanted and free else alone).append(slot)
-        bundles, rest = bundled(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
-        return [(bundle, joint_slot(bundle)) for bundle in bundles], alone + rest
+        bundles, rest = grouped(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
+        return [(bundle, group_state(bundle)) for bundle in bundles], alone + rest
 
-    def _joint_rule(
-        self, slot: Slot, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor
+    def _group_rule(
+        self, param: ParamState, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor
     ) -> None:
         span = slice(0, master.numel())
-        self.rule(slot, span, master=master, grad=grad, lr=lr, counter=counter)
+        self.rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
 
-    def _update(self, slot: Slot, *, lr: float, grad_scale: float, counter: Tensor) -> None:
-        grad = slot.parameter.grad
+    def _update(self, param: ParamState, *, lr: float, grad_scale: float, counter: Tensor) -> None:
+        grad = param.parameter.grad
         flat_grad = None if grad is None else grad.detach().reshape(-1)
-        parameter = slot.flat
-        whole = self.whole(slot)
+        parameter = param.flat
+        whole = self.whole(param)
         for span in [slice(0, parameter.numel())] if whole else _spans(parameter):
             master, scratch_grad = self._buffers(parameter.device, span.stop - span.start)
             if flat_grad is None:
@@ -257,24 +273,24 @@ class Optimizer:
                 scratch_grad = flat_grad[span]
             else:
                 scratch_grad.copy_(flat_grad[span]).mul_(grad_scale)
-            if slot.rest is None:
+            if param.low_bits is None:
                 master = parameter[span]
-            elif slot.rest.dtype == torch.int16:
-                join(parameter[span], slot.rest[span], out=master)
+            elif param.low_bits.dtype == torch.int16:
+                join_master(parameter[span], param.low_bits[span], out=master)
             else:
-                master = slot.rest[span]
+                master = param.low_bits[span]
             self.rule(
-                slot,
+                param,
                 span,
                 master=master,
                 grad=scratch_grad,
-                lr=lr * slot.lr_factor,
+                lr=lr * param.lr_factor,
                 counter=counter,
             )
-            if slot.rest is None:
+            if param.low_bits is None:
                 continue
-            if slot.rest.dtype == torch.int16:
-                split_(master, upper=parameter[span], low=slot.rest[span])
+            if param.low_bits.dtype == torch.int16:
+                split_master_(master, upper=parameter[span], low=param.low_bits[span])
             else:
                 parameter[span].copy_(master)
 

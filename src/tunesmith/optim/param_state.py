@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunesmith.optim.master_weights import join, split_
-from tunesmith.optim.multi_tensor import Bundle
+from tunesmith.optim.master_weights import join_master, split_master_
+from tunesmith.optim.multi_tensor import TensorGroup
 
 
 @dataclass(slots=True)
-class Slot:
+class ParamState:
     """A parameter and its state, flat [n]; the float32 master has one of three forms."""
 
     parameter: Tensor
     # int16 remainder of a bfloat16 parameter; None for a float32 one; else the float32 master
-    rest: Tensor | None
+    low_bits: Tensor | None
     decay: bool
     lr_factor: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -30,7 +30,7 @@ class Slot:
 
 
 @torch.no_grad()
-def new_slot(parameter: Tensor, *, decay: bool) -> Slot:
+def new_param_state(parameter: Tensor, *, decay: bool) -> ParamState:
     """A slot without state; the parameter lies in one piece afterwards."""
     if not parameter.is_contiguous():
         parameter.data = parameter.data.contiguous()
@@ -40,16 +40,16 @@ def new_slot(parameter: Tensor, *, decay: bool) -> Slot:
         rest = torch.zeros_like(flat, dtype=torch.int16)
     elif flat.dtype != torch.float32:
         rest = flat.to(torch.float32)
-    return Slot(parameter, rest, decay)
+    return ParamState(parameter, rest, decay)
 
 
-def joint_slot(bundle: Bundle) -> Slot:
+def group_state(group: TensorGroup) -> ParamState:
     """What a rule sees of a bundle; the parameter has a shape only."""
-    first = bundle.members[0]
-    shape = torch.empty(bundle.shape, dtype=first.parameter.dtype, device="meta")
-    return Slot(
-        shape, bundle.rest, first.decay, first.lr_factor, bundle.state,
-        stack=len(bundle.members) if bundle.stacked else 1,
+    first = group.members[0]
+    shape = torch.empty(group.shape, dtype=first.parameter.dtype, device="meta")
+    return ParamState(
+        shape, group.low_bits, first.decay, first.lr_factor, group.state,
+        stack=len(group.members) if group.stacked else 1,
     )  # fmt: skip
 
 
@@ -58,23 +58,25 @@ def shaped(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor.view(parameter.shape) if tensor.shape == (parameter.numel(),) else tensor
 
 
-def master_of(slot: Slot) -> Tensor:
+def master_of(param: ParamState) -> Tensor:
     """The float32 master [n]: the live tensor, or a copy where it is in two halves."""
-    if slot.rest is None:
-        return slot.flat
-    if slot.rest.dtype != torch.int16:
-        return slot.rest
-    return join(slot.flat, slot.rest, out=torch.empty_like(slot.flat, dtype=torch.float32))
+    if param.low_bits is None:
+        return param.flat
+    if param.low_bits.dtype != torch.int16:
+        return param.low_bits
+    return join_master(
+        param.flat, param.low_bits, out=torch.empty_like(param.flat, dtype=torch.float32)
+    )
 
 
-def set_master(slot: Slot, master: Tensor) -> None:
+def set_master(param: ParamState, master: Tensor) -> None:
     """Take over a master [n], and with it the parameter's value."""
-    flat = slot.flat
-    if slot.rest is None:
+    flat = param.flat
+    if param.low_bits is None:
         flat.copy_(master)
-    elif slot.rest.dtype != torch.int16:
-        slot.rest.copy_(master)
-        flat.copy_(slot.rest)
+    elif param.low_bits.dtype != torch.int16:
+        param.low_bits.copy_(master)
+        flat.copy_(param.low_bits)
     else:
         copy = master.to(device=flat.device, dtype=torch.float32, copy=True)
-        split_(copy, upper=flat, low=slot.rest)
+        split_master_(copy, upper=flat, low=param.low_bits)

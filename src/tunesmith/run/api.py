@@ -19,7 +19,7 @@ from tunesmith.storage.atomic import read_json
 from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run
 
 if TYPE_CHECKING:
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
 
 
 Data = str | PathLike[str] | Sequence[str] | Iterable[Mapping[str, Any]]
@@ -52,9 +52,9 @@ def train(
         RunError: the run failed; its checkpoints stay.
         InterruptedRun: a signal stopped it after it saved.
     """
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
 
-    given = Given(tokenizer=tokenizer)
+    given = UserObjects(tokenizer=tokenizer)
     changes: list[str | Override] = list(overrides)
     if isinstance(model, Mapping):
         sections["model"], model = model, None
@@ -75,7 +75,7 @@ def train(
         out=out,
         resume=resume,
         overwrite=overwrite,
-        given=given,
+        objects=given,
         recipe_file=recipe,
         progress=progress,
     )
@@ -87,22 +87,22 @@ def train_recipe(
     out: str | PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    given: Given | None = None,
+    objects: UserObjects | None = None,
     recipe_file: RecipeSource = None,
     progress: bool = True,
 ) -> Run:
     """What `train` does once the recipe has been read; data is also looked for beside
     `recipe_file`.
     """
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
     from tunesmith.model.load import settings_kept
 
-    ranks = _connect(asked)
+    world = _connect(asked)
     path = None if out is None else Path(out)
-    if ranks.restarted:  # by torchrun: what there is of the run is its own
+    if world.restarted:  # by torchrun: what there is of the run is its own
         resume, overwrite, path = True, False, path or launched_run(launch_id())
     folder = _open(
-        ranks,
+        world,
         lambda: open_run(
             path,
             model_name=asked.model.name,
@@ -110,14 +110,14 @@ def train_recipe(
             overwrite=overwrite,
         ),
     )
-    given = given or Given()
-    with folder, settings_kept(given.model):
+    objects = objects or UserObjects()
+    with folder, settings_kept(objects.model):
         if folder.resumed:
             from tunesmith.run.resume_checks import same_recipe
 
             same_recipe(folder.path, asked)
         beside = _recipe_folders(recipe_file)
-        return conduct(folder, asked, given, ranks=ranks, beside=beside, progress=progress)
+        return conduct(folder, asked, objects, world=world, beside=beside, progress=progress)
 
 
 def _connect(asked: Recipe) -> World:
@@ -126,22 +126,24 @@ def _connect(asked: Recipe) -> World:
     Raises:
         RecipeError: more than one is asked for, and this process was started alone.
     """
-    ranks = connect(asked.device.kind, patience=asked.device.rank_timeout)
-    if ranks.alone and asked.device.ranks not in ("auto", 1):
+    world = connect(asked.device.kind, timeout_minutes=asked.device.rank_timeout)
+    if world.is_single and asked.device.ranks not in ("auto", 1):
         raise RecipeError(
             f"a call from Python runs on one rank, not on {asked.device.ranks}",
             where="device.ranks",
             hint="`tunesmith train` and `resume` start as many, and torchrun for a script",
         )
-    return ranks
+    return world
 
 
-def _open(ranks: World, open_first: Callable[[], RunFolder]) -> RunFolder:
+def _open(world: World, open_first: Callable[[], RunFolder]) -> RunFolder:
     """The run's folder; the first rank alone makes and holds it."""
-    if ranks.alone:
+    if world.is_single:
         return open_first()
-    folder = open_first() if ranks.first else None
-    path, resumed = ranks.share(None if folder is None else (str(folder.path), folder.resumed))
+    folder = open_first() if world.is_main else None
+    path, resumed = world.broadcast_object(
+        None if folder is None else (str(folder.path), folder.resumed)
+    )
     return folder or RunFolder(Path(path), resumed=resumed, lock=None)
 
 
@@ -159,16 +161,16 @@ def resume(
         InputError: not a run, another process trains in it, or an override changes what is learned.
         RunError, InterruptedRun: as `train`.
     """
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
 
     path = Path(run)
     asked = _resumed(path, overrides)
-    ranks = _connect(asked)
-    with _open(ranks, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
+    world = _connect(asked)
+    with _open(world, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
         beside = _recipe_folders(path)
         return conduct(
-            folder, asked, Given(),
-            ranks=ranks, beside=beside, changed_data=changed_data, progress=progress,
+            folder, asked, UserObjects(),
+            world=world, beside=beside, changed_data=changed_data, progress=progress,
         )  # fmt: skip
 
 

@@ -15,16 +15,16 @@ from tunesmith.storage.lock import LOCK
 from tunesmith.storage.run_files import run_files
 
 if TYPE_CHECKING:
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
     from tunesmith.train.job import Job
 
 
-def files_read(asked: Recipe, given: Given, job: Job, beside: Sequence[Path]) -> list[Path]:
+def files_read(asked: Recipe, objects: UserObjects, job: Job, beside: Sequence[Path]) -> list[Path]:
     """Files and folders that the run reads."""
     from tunesmith.build.sources import make_sources
 
-    sections = [] if given.rows is not None else list(asked.data.train)
-    if given.eval_rows is None and isinstance(asked.data.eval, Mapping):
+    sections = [] if objects.rows is not None else list(asked.data.train)
+    if objects.eval_rows is None and isinstance(asked.data.eval, Mapping):
         sections += [section for group in asked.data.eval.values() for section in group]
     sources = make_sources(sections, asked.data, folders=beside)
     paths = [source.path for source in sources if source.path is not None]
@@ -46,7 +46,7 @@ def write_start(path: Path, asked: Recipe, job: Job) -> None:
     files = run_files(path)
     machine = {
         **machine_record(),
-        "world_size": job.ranks.size,
+        "world_size": job.world.size,
         "launch": launch_id(),
         "folder": str(Path.cwd()),
         "asked": to_plain(asked),
@@ -58,8 +58,8 @@ def write_start(path: Path, asked: Recipe, job: Job) -> None:
         "rendered_row": job.prepared.sample_text,
     }
     job.prepared.ledger.save(files["ledger"])
-    if job.own_objective is not None:
-        machine["objective"] = job.own_objective.sha256
-        job.own_objective.keep(path)
+    if job.user_objective is not None:
+        machine["objective"] = job.user_objective.sha256
+        job.user_objective.keep(path)
     write_json(files["machine"], machine)
     write_text(files["recipe"], to_yaml(job.recipe))

@@ -17,7 +17,7 @@ from tunesmith.metrics.console import announce
 from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.storage.run_files import run_files
 from tunesmith.train.job import Job
-from tunesmith.train.oom_retry import take_over, take_word
+from tunesmith.train.oom_retry import adopt_micro_tokens, read_hint
 from tunesmith.train.trainer import Trainer
 from tunesmith.train.user_objective import check_same
 
@@ -77,14 +77,14 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
         {"the chat template": job.template.sha256},
         hint="put it back, or start anew: tunesmith train RUN/recipe.yaml --out NEW",
     )
-    check_same(machine.get("objective"), job.own_objective)
+    check_same(machine.get("objective"), job.user_objective)
     data = dict(job.prepared.content_hashes)
     held_out = {held.name: held.content_hash for held in job.eval_sets}
     if not changed_data:
         check_unchanged(machine["data"], data)
         check_unchanged(machine["eval"], held_out)
-    elif (data, held_out) != (machine["data"], machine["eval"]) and job.ranks.first:
-        if job.loss.outer is not None:
+    elif (data, held_out) != (machine["data"], machine["eval"]) and job.world.is_main:
+        if job.loss.old_policy is not None:
             raise DataError(
                 "psft compares with what the model made of the rows before, so they can't change",
                 where=str(path),
@@ -103,13 +103,13 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
     lines: list[str] = []
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         lines.append("resume: there is no checkpoint yet, so the run begins again")
-        lines += take_word(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
+        lines += read_hint(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
     else:
         found = newest_checkpoint(path)
         meta = load_checkpoint(found.path).meta
         lines += found.warnings
-        take_over(trainer.job, meta)
-        lines += take_word(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
+        adopt_micro_tokens(trainer.job, meta)
+        lines += read_hint(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
         now = trainer.meta()
         unlike = changed(meta, now)
         if meta.get("micro_tokens") != now["micro_tokens"]:

@@ -17,7 +17,7 @@ from tunesmith.storage.run_files import run_files
 from tunesmith.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from tunesmith.build.inputs import Given
+    from tunesmith.build.inputs import UserObjects
     from tunesmith.train.job import Job
 
 
@@ -36,9 +36,9 @@ class Run:
 def conduct(
     folder: RunFolder,
     asked: Recipe,
-    given: Given,
+    objects: UserObjects,
     *,
-    ranks: World,
+    world: World,
     beside: Sequence[Path],
     changed_data: bool = False,
     progress: bool,
@@ -52,21 +52,21 @@ def conduct(
     path = folder.path
     faults = path.with_name(f"{path.name}-faults.jsonl")
     try:
-        job = build(asked, given=given, folders=beside, faults_file=faults, ranks=ranks)
-        if not folder.resumed and ranks.first:
-            folder.clear(files_read(asked, given, job, beside))
+        job = build(asked, objects=objects, folders=beside, faults_file=faults, world=world)
+        if not folder.resumed and world.is_main:
+            folder.clear(files_read(asked, objects, job, beside))
     except BaseException:
-        if not folder.resumed and ranks.first:
+        if not folder.resumed and world.is_main:
             remove_unused(path)
         raise
-    progress = progress and ranks.first
+    progress = progress and world.is_main
     if progress:
         announce([f"run: {path}", *folder.notes, *job.notes])
     if folder.resumed:
         from tunesmith.run.resume_checks import check_data
 
         check_data(path, job, changed_data=changed_data)
-    elif ranks.first:
+    elif world.is_main:
         write_start(path, asked, job)
     try:
         return _train_and_export(folder, job, progress=progress)
@@ -83,16 +83,16 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     from tunesmith.train.trainer import Trainer
 
     path, files = folder.path, run_files(folder.path)
-    if job.ranks.first:
+    if job.world.is_main:
         clean_checkpoints(path)
-    job.ranks.meet()
+    job.world.barrier()
     trainer = Trainer(job, path, [])
     if folder.resumed:
         restore(trainer, path, progress=progress)
     kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
     sinks: list[Any] = []
     samples = None
-    if job.ranks.first:
+    if job.world.is_main:
         sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
         samples = sampler(job, files["samples"], after_step=kept)
     trainer.sinks, trainer.on_eval = sinks, samples
@@ -106,15 +106,15 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     for sink in sinks:
         sink.close()
     take_best(trainer)
-    if job.reduce.sharded is not None:
-        job.reduce.sharded.gather()
+    if job.grad_sync.sharded is not None:
+        job.grad_sync.sharded.gather_model()
     metrics: Mapping[str, float] = {}
-    if job.ranks.first:
+    if job.world.is_main:
         with writing_result(path):
-            trainer.rows.write(files["rows"], job.documents, job.order.epoch_of)
+            trainer.rows.write(files["rows"], job.documents, job.sampler.epoch_of)
             metrics = write_result(path, job)
-    job.ranks.wait()
-    metrics = job.ranks.share(metrics)
+    job.world.store_barrier()
+    metrics = job.world.broadcast_object(metrics)
     return Run(
         path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
     )

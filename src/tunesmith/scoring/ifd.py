@@ -24,7 +24,7 @@ _VARIANTS = ({}, {"enable_thinking": False}, {"enable_thinking": True})
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class AnswerOnly:
     """A row's answers, each a root of its own behind its opening; `unpredicted`: the (position,
     token) of targets of the row itself that have no counterpart here.
     """
@@ -47,9 +47,9 @@ def answer_headers(template: Template) -> list[list[int]]:
     return sorted((list(ids) for ids in found), key=lambda ids: -len(ids))
 
 
-def answers_alone(
+def answers_without_prompt(
     document: Document, headers: list[list[int]], *, bos_id: int | None
-) -> Alone | None:
+) -> AnswerOnly | None:
     """The answers of a document without their prompts; None where one has no prompt to leave out,
     or its targets are not whole answers.
 
@@ -77,7 +77,7 @@ def answers_alone(
             roots.append(_alone(opening, ids, weight, (number, skipped)))
     if not roots:
         return None
-    return Alone(Document(tuple(roots), document.origin), frozenset(unpredicted))
+    return AnswerOnly(Document(tuple(roots), document.origin), frozenset(unpredicted))
 
 
 def _answer(document: Document, number: int) -> tuple[int, int, IntArray, np.ndarray] | None:

@@ -161,11 +161,11 @@ def apply_rules(selection: Selection, rules: Sequence[Rule]) -> Selection:
     pool = selection.pool
     for rule in rules:
         outcome = rule.apply(_remaining(pool, kept))
-        out = kept[~outcome.kept]
+        out = kept[~outcome.stateful]
         rows = list(zip(pool.source[out].tolist(), pool.row[out].tolist(), strict=True))
         tokens = int(pool.numbers["target_tokens"][out].sum())
         steps.append(Step(rule.text, rows, tokens, outcome.missing, outcome.bounds))
-        kept = kept[outcome.kept]
+        kept = kept[outcome.stateful]
     return Selection(pool, kept, steps)
 
 

@@ -10,16 +10,16 @@ import torch
 
 from tunesmith.config.schema import Recipe
 from tunesmith.data.preprocess.prepare import Prepared
-from tunesmith.data.sampling.sampler import StepOrder
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.data.templates.template import Template
-from tunesmith.distributed.grad_sync import Alone
+from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
 from tunesmith.train.loss import StepLoss
-from tunesmith.train.microbatches import Costs
-from tunesmith.train.user_objective import OwnObjective
+from tunesmith.train.microbatches import WorkModel
+from tunesmith.train.user_objective import UserObjective
 from tunesmith.types import Document
 
 
@@ -42,20 +42,20 @@ class Job:
     template: Template
     prepared: Prepared
     eval_sets: Sequence[EvalSet]
-    order: StepOrder
+    sampler: BatchSampler
     total_steps: int
     lr: Callable[[int], float]
     optimizer: Optimizer
     loss: StepLoss
     device: torch.device
     micro_tokens: int
-    share: bool
+    share_prefixes: bool
     trained_parameters: int
     chosen: dict[str, Any]  # what `auto` became, for machine.json
-    own_objective: OwnObjective | None = None
-    ranks: World = field(default_factory=World)
-    reduce: Alone = field(default_factory=Alone)
-    costs: Costs = field(default_factory=Costs)
+    user_objective: UserObjective | None = None
+    world: World = field(default_factory=World)
+    grad_sync: NoSync = field(default_factory=NoSync)
+    work: WorkModel = field(default_factory=WorkModel)
     notes: list[str] = field(default_factory=list)  # for the start-up lines
 
     @property

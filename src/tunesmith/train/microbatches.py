@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.data.microbatch.planner import MicrobatchPlan, Part, plan_step
-from tunesmith.distributed.context_parallel import Context
-from tunesmith.distributed.load_balance import IDLE, deal, idle_share
-from tunesmith.distributed.model_parallel_group import Sharers
+from tunesmith.distributed.context_parallel import ContextParallel
+from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.distributed.world import World
-from tunesmith.types import Document, IntArray, Shares
+from tunesmith.types import Document, IntArray, TargetOwners
 
 if TYPE_CHECKING:
     from tunesmith.train.job import Job
@@ -32,7 +32,7 @@ TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class WorkModel:
     """Work of one token, of one token that sees another, and of one target; in any unit."""
 
     token: float = 1.0
@@ -49,7 +49,7 @@ class Costs:
         return self.token * plan.tokens + self.pair * pairs + self.target * len(plan.source)
 
 
-def model_costs(model: Any) -> Costs:
+def model_work(model: Any) -> WorkModel:
     """Multiplications of a forward pass through a CausalLM; sliding windows count as whole."""
     config = model.config.get_text_config()
     embeddings = {id(p) for p in (model.base.get_input_embeddings().weight, model.head.weight)}
@@ -57,7 +57,7 @@ def model_costs(model: Any) -> Costs:
     heads = getattr(config, "num_attention_heads", 1)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     head = sum(p.numel() for p in model.head.parameters())
-    return Costs(
+    return WorkModel(
         token=float(inside), pair=2.0 * config.num_hidden_layers * width, target=float(head)
     )
 
@@ -66,10 +66,10 @@ def plan_for_ranks(
     documents: Sequence[Document],
     ranks: int,
     *,
-    costs: Costs,
+    work_model: WorkModel,
     micro_tokens: int,
-    share: bool = True,
-    isolated: bool = False,
+    share_prefixes: bool = True,
+    unpacked: bool = False,
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step, cut so that several ranks finish early; for one rank those of
     `plan_step`.
@@ -80,12 +80,14 @@ def plan_for_ranks(
     """
 
     def cut(tokens: int) -> list[MicrobatchPlan]:
-        return plan_step(documents, micro_tokens=tokens, share=share, isolated=isolated)
+        return plan_step(
+            documents, micro_tokens=tokens, share_prefixes=share_prefixes, unpacked=unpacked
+        )
 
     best = cut(micro_tokens)
-    if ranks == 1 or isolated or not best:
+    if ranks == 1 or unpacked or not best:
         return best
-    least = _time(best, ranks, costs)
+    least = _time(best, ranks, work_model)
     wanted = -(-len(best) // ranks) * ranks
     size = sum(plan.tokens for plan in best) / wanted
     for number in range(TRIES):
@@ -93,79 +95,79 @@ def plan_for_ranks(
         if tokens >= micro_tokens:
             break
         plans = cut(tokens)
-        time = _time(plans, ranks, costs)
+        time = _time(plans, ranks, work_model)
         if time < least:
             best, least = plans, time
     return best
 
 
-def _time(plans: Sequence[MicrobatchPlan], ranks: int, costs: Costs) -> float:
-    work = [costs.of(plan) for plan in plans]
-    rounds = deal(work, ranks)
+def _time(plans: Sequence[MicrobatchPlan], ranks: int, work_model: WorkModel) -> float:
+    work = [work_model.of(plan) for plan in plans]
+    rounds = assign(work, ranks)
     return sum(max(work[n] for n in dealt if n != IDLE) for dealt in rounds)
 
 
-def dealt_to(
-    plans: Sequence[MicrobatchPlan], rank: int, *, ranks: int, costs: Costs
+def assigned_to(
+    plans: Sequence[MicrobatchPlan], rank: int, *, ranks: int, work_model: WorkModel
 ) -> list[MicrobatchPlan]:
     """The micro-batches of one rank, as many as any other's; where it has none of its own it runs
     the smallest one without weight.
     """
     if ranks == 1:
         return list(plans)
-    work = [costs.of(plan) for plan in plans]
-    filler = weightless(plans[int(np.argmin(work))])
-    return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in deal(work, ranks)]
+    work = [work_model.of(plan) for plan in plans]
+    filler = zero_weight(plans[int(np.argmin(work))])
+    return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in assign(work, ranks)]
 
 
 def step_plans(
     documents: Sequence[Document],
-    ranks: World,
+    world: World,
     *,
-    costs: Costs,
+    work_model: WorkModel,
     micro_tokens: int,
-    share: bool = True,
-    isolated: bool = False,
+    share_prefixes: bool = True,
+    unpacked: bool = False,
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step for all ranks, each of `micro_tokens` for every rank that shares
     it.
     """
     return plan_for_ranks(
         documents,
-        ranks.groups,
-        costs=costs,
-        micro_tokens=micro_tokens * ranks.context.count,
-        share=share,
-        isolated=isolated,
+        world.dp_size,
+        work_model=work_model,
+        micro_tokens=micro_tokens * world.cp.size,
+        share_prefixes=share_prefixes,
+        unpacked=unpacked,
     )
 
 
-def own_plans(
-    plans: Sequence[MicrobatchPlan], ranks: World, *, costs: Costs
+def local_plans(
+    plans: Sequence[MicrobatchPlan], world: World, *, work_model: WorkModel
 ) -> list[MicrobatchPlan]:
     """What this rank runs of the micro-batches of a step."""
-    dealt = dealt_to(plans, ranks.own_group, ranks=ranks.groups, costs=costs)
-    return [own_part(plan, ranks.sharers) for plan in dealt]
+    dealt = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
+    return [local_part(plan, world.model_parallel) for plan in dealt]
 
 
-def own_part(plan: MicrobatchPlan, sharers: Sharers) -> MicrobatchPlan:
+def local_part(plan: MicrobatchPlan, group: ModelParallelGroup) -> MicrobatchPlan:
     """What this rank does of a micro-batch that several work on together. The parts of all of them
     have every target once.
     """
-    if sharers.count == 1:
+    if group.size == 1:
         return plan
-    if isinstance(sharers, Context):
-        return _own_slice(plan, sharers)
-    return _own_targets(plan, sharers)
+    if isinstance(group, ContextParallel):
+        return _local_shard(plan, group)
+    return _local_targets(plan, group)
 
 
-def _own_slice(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
+def _local_shard(plan: MicrobatchPlan, cp: ContextParallel) -> MicrobatchPlan:
     """A slice of the tokens, with the targets of its sources.
 
     A target's id goes with its source, so nothing is looked for beyond a slice's end.
     """
-    layout = context.spread(plan.layout)
-    own = layout.own
+    layout = cp.shard(plan.layout)
+    own = layout.local
     ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")[own]
     kept = np.flatnonzero((plan.source >= own.start) & (plan.source < own.stop)).astype(np.int32)
     part = Part(plan, kept, tokens=len(ids))
@@ -174,11 +176,11 @@ def _own_slice(plan: MicrobatchPlan, context: Context) -> MicrobatchPlan:
     )
 
 
-def _own_targets(plan: MicrobatchPlan, split: Sharers) -> MicrobatchPlan:
+def _local_targets(plan: MicrobatchPlan, split: ModelParallelGroup) -> MicrobatchPlan:
     """All tokens, with a share of the targets."""
-    size = -(-len(plan.source) // split.count)
-    kept = np.arange(len(plan.source), dtype=np.int32)[split.place * size :][:size]
-    part = Part(plan, kept, tokens=plan.tokens if split.place == 0 else 0)
+    size = -(-len(plan.source) // split.size)
+    kept = np.arange(len(plan.source), dtype=np.int32)[split.rank * size :][:size]
+    part = Part(plan, kept, tokens=plan.tokens if split.rank == 0 else 0)
     return replace(plan, part=part, **_targets_of(plan, kept, start=0))
 
 
@@ -191,7 +193,7 @@ def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str
         "source": plan.source[kept] - start,
         "target": plan.target[kept],
         "weight": plan.weight[kept],
-        "shares": Shares(
+        "shares": TargetOwners(
             number[plan.shares.target[shares]],
             plan.shares.document[shares],
             plan.shares.weight[shares],
@@ -199,36 +201,38 @@ def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str
     }
 
 
-def idle(plans: Sequence[MicrobatchPlan], *, ranks: int, costs: Costs) -> float:
+def idle_fraction_of(
+    plans: Sequence[MicrobatchPlan], *, ranks: int, work_model: WorkModel
+) -> float:
     """The share of all ranks' time that such a step leaves idle."""
-    work = [costs.of(plan) for plan in plans]
-    return idle_share(deal(work, ranks), work)
+    work = [work_model.of(plan) for plan in plans]
+    return idle_fraction(assign(work, ranks), work)
 
 
-def weightless(plan: MicrobatchPlan) -> MicrobatchPlan:
+def zero_weight(plan: MicrobatchPlan) -> MicrobatchPlan:
     """The micro-batch with no weight on its targets, and nobody's: its gradient is zero."""
     none = np.empty(0, np.int32)
-    shares = Shares(none, none, np.empty(0, np.float32))
+    shares = TargetOwners(none, none, np.empty(0, np.float32))
     return replace(plan, weight=np.zeros_like(plan.weight), shares=shares)
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedStep:
     """A step's documents and micro-batches."""
 
     documents: list[Document]
     plans: list[MicrobatchPlan]  # of all ranks
-    own: list[MicrobatchPlan]  # what this rank runs of them
+    local: list[MicrobatchPlan]  # what this rank runs of them
 
 
-class Ahead:
+class StepPlanner:
     """Plans the steps of `job`, counted from 0. Keeps this one and the next."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._made: dict[tuple[int, int], Planned] = {}
+        self._made: dict[tuple[int, int], PlannedStep] = {}
 
-    def step(self, number: int) -> Planned:
+    def step(self, number: int) -> PlannedStep:
         """The micro-batches of a step, planned now unless they are there."""
         key = (number, self._job.micro_tokens)
         if key not in self._made:
@@ -243,11 +247,12 @@ class Ahead:
             with suppress(Exception):
                 self._made[number, self._job.micro_tokens] = self._plan(number)
 
-    def _plan(self, number: int) -> Planned:
+    def _plan(self, number: int) -> PlannedStep:
         job = self._job
-        documents = [job.documents[int(i)] for i in job.order.step_indices(number)]
+        documents = [job.documents[int(i)] for i in job.sampler.step_indices(number)]
         plans = step_plans(
-            documents, job.ranks, costs=job.costs,
-            micro_tokens=job.micro_tokens, share=job.share, isolated=job.model.isolated,
+            documents, job.world, work_model=job.work,
+            micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
+            unpacked=job.model.unpacked,
         )  # fmt: skip
-        return Planned(documents, plans, own_plans(plans, job.ranks, costs=job.costs))
+        return PlannedStep(documents, plans, local_plans(plans, job.world, work_model=job.work))

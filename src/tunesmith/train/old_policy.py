@@ -18,7 +18,7 @@ from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.train.path_hash import target_keys
 
 
-class OuterBatch:
+class OldPolicy:
     """Log-probabilities by target; empty before step `first`, where psft begins."""
 
     def __init__(self, *, first: int, steps: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from tunesmith.checkpoint.rng import RngState, capture_rng, restore_rng
-from tunesmith.distributed.oom import OutOfMemoryTogether, is_out_of_memory
+from tunesmith.distributed.oom import CollectiveOOM, is_out_of_memory
 from tunesmith.errors import RunError
 from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
@@ -26,14 +26,14 @@ from tunesmith.train.microbatches import step_plans
 from tunesmith.train.signals import AbandonedError
 from tunesmith.types import Document
 
-WORD = "less-memory.json"
+HINT_FILE = "less-memory.json"
 T = TypeVar("T")
 
 Note = Callable[[int, int, Sequence[int]], None]
 """Told `micro_tokens` before and now, and on which of several ranks memory ran out."""
 
 
-def with_less_memory(
+def retry_on_oom(
     attempt: Callable[[], T],
     job: Job,
     *,
@@ -66,11 +66,11 @@ def with_less_memory(
                 raise
             before = job.micro_tokens
             now = smaller(before, largest)
-            ranks = error.ranks if isinstance(error, OutOfMemoryTogether) else None
-            known = job.ranks.alone or ranks is not None
+            ranks = error.ranks if isinstance(error, CollectiveOOM) else None
+            known = job.world.is_single or ranks is not None
             if not known and now is not None:
                 leave(now)
-                raise out_of_memory_on(job.ranks.rank, before, now) from error
+                raise out_of_memory_on(job.world.rank, before, now) from error
             if now is None or job.optimizer.steps != steps:
                 raise out_of_memory(before, largest(before)) from error
         # Out here the error is gone, and with it the tensors that its frames held.
@@ -95,23 +95,23 @@ def largest_microbatch(
     job: Job, documents: Sequence[Document], micro_tokens: int, *, grouped: bool
 ) -> int:
     """Tokens of the largest micro-batch as a step cuts the documents, or an evaluation."""
-    size = micro_tokens * job.ranks.context.count * GROUP_TOKENS
+    size = micro_tokens * job.world.cp.size * GROUP_TOKENS
     groups = [group for _, group in document_groups(documents, size)] if grouped else [documents]
     return max(
         plan.tokens
         for group in groups
         for plan in step_plans(
             group,
-            job.ranks,
-            costs=job.costs,
+            job.world,
+            work_model=job.work,
             micro_tokens=micro_tokens,
-            share=job.share or grouped,
-            isolated=job.model.isolated,
+            share_prefixes=job.share_prefixes or grouped,
+            unpacked=job.model.unpacked,
         )
     )
 
 
-def take_over(job: Job, meta: Mapping[str, Any]) -> None:
+def adopt_micro_tokens(job: Job, meta: Mapping[str, Any]) -> None:
     """Go on with the `micro_tokens` that a run had come down to, unless others are asked for now;
     `meta` is a checkpoint's.
     """
@@ -119,17 +119,17 @@ def take_over(job: Job, meta: Mapping[str, Any]) -> None:
         job.micro_tokens = int(meta["micro_tokens"])
 
 
-def leave_word(folder: Path, *, asked: int, now: int) -> None:
+def write_hint(folder: Path, *, asked: int, now: int) -> None:
     """Note in a run's folder that a start with `asked` should go on with `now`, where the ranks
     can't do that themselves.
     """
     with suppress(RunError):  # a full disk must not hide what happened
-        write_json(folder / WORD, {"asked": asked, "micro_tokens": now})
+        write_json(folder / HINT_FILE, {"asked": asked, "micro_tokens": now})
 
 
-def take_word(job: Job, folder: Path, *, asked: int) -> list[str]:
+def read_hint(job: Job, folder: Path, *, asked: int) -> list[str]:
     """Go on with what ranks that ran out of memory have noted; says so."""
-    word = read_json(folder / WORD) if (folder / WORD).is_file() else None
+    word = read_json(folder / HINT_FILE) if (folder / HINT_FILE).is_file() else None
     if word is None or word["asked"] != asked or word["micro_tokens"] >= job.micro_tokens:
         return []
     job.micro_tokens = int(word["micro_tokens"])

@@ -18,7 +18,7 @@ class AbandonedError(Exception):
     """A step or an evaluation was left in the middle, for a signal's sake."""
 
 
-class Stopping:
+class SignalHandler:
     """The signal that came, if any did."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

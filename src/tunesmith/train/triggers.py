@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tunesmith.config.values import Duration
 
 
-class Due:
+class Trigger:
     """Asked once after each step.
 
     Args:
@@ -30,7 +30,7 @@ class Due:
         self._clock = clock
         self._since = clock()
 
-    def after(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether it is due after `step` steps."""
         if self._every is None:
             return False

@@ -20,7 +20,7 @@ COPY = "objective.py"
 
 
 @dataclass(frozen=True, slots=True)
-class OwnObjective:
+class UserObjective:
     """The function with the file it came from, as it was when it was read."""
 
     function: Objective
@@ -42,7 +42,7 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def load_objective(name: str, folders: Sequence[Path]) -> OwnObjective:
+def load_objective(name: str, folders: Sequence[Path]) -> UserObjective:
     """The function of `path/to/file.py:my_loss`, tried out; `folders` are looked in first, then the
     current one.
 
@@ -75,16 +75,16 @@ def load_objective(name: str, folders: Sequence[Path]) -> OwnObjective:
             hint="it returns the loss of each target by itself: def my_loss(chunk): return "
             "-chunk.logprob",
         )
-    return OwnObjective(function, function_name, contents)
+    return UserObjective(function, function_name, contents)
 
 
-def check_same(digest: str | None, own: OwnObjective | None) -> None:
+def check_same(digest: str | None, user_objective: UserObjective | None) -> None:
     """Refuse to go on with a run whose objective's file is no longer what it was.
 
     Raises:
         DataError: its contents differ.
     """
-    if digest is not None and (own is None or own.sha256 != digest):
+    if digest is not None and (user_objective is None or user_objective.sha256 != digest):
         raise DataError(
             "the file of the objective is not what this run was started with",
             where=WHERE,

@@ -61,7 +61,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _UserRows:
     recipe: Recipe
     bounds: Bounds
     folders: list[Path]
@@ -96,10 +96,10 @@ def verify(
     if run is not None:
         started = read_json(run_files(run)["machine"]).get("folder")
         beside += [run, *([Path(started)] if started else [])]
-    given = _Given(
+    given = _UserRows(
         for_one_process(recipe), bounds or Bounds(), beside, run, ranks, say, recipe.device
     )
-    outcomes, chosen, longest, about = _at_rest(given)
+    outcomes, chosen, longest, about = _untrained(given)
     outcomes += _in_motion(given, chosen, longest)
     order = {promise: number for number, promise in enumerate(("P1", "P2", "P3", "P4", "P5", "P6"))}
     outcomes.sort(key=lambda outcome: order[outcome.promise])
@@ -107,8 +107,8 @@ def verify(
     return Verification(recipe.model.name, data, outcomes, about)
 
 
-def _at_rest(
-    given: _Given,
+def _untrained(
+    given: _UserRows,
 ) -> tuple[list[Outcome], tuple[list[Document], list[Example]], int, dict[str, Any]]:
     """What needs no optimizer step: P1 to P4. Also the documents that were chosen, with their
     examples, and the length that short enough documents have.
@@ -131,7 +131,7 @@ def _at_rest(
 
 
 def _in_motion(
-    given: _Given, chosen: tuple[list[Document], list[Example]], longest: int
+    given: _UserRows, chosen: tuple[list[Document], list[Example]], longest: int
 ) -> list[Outcome]:
     """What needs steps: P5, P6, and several ranks."""
     recipe = shortened(bounded(given.recipe, given.bounds), longest)
@@ -170,7 +170,7 @@ def _in_motion(
     return outcomes
 
 
-def _written(given: _Given, job: Job, place: Path) -> Exported:
+def _written(given: _UserRows, job: Job, place: Path) -> Exported:
     """The run's own model with its weights in the job; or the short run's, written now."""
     run = given.run
     if run is None or not run_files(run)["model"].is_dir():

@@ -43,7 +43,7 @@ def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
         "checkpoint": {"every": Duration(STEPS // 2, "steps"), "keep": 2},
         "eval": {"samples": 0, "every": None},
         "log": {"to": []},
-        "device": {"cache": False, "prepare_processes": 1},
+        "device": {"cache": False, "num_proc": 1},
     }
     if at_rest:
         parts["batch"] |= {"packing": "none", "pack_tokens": None}

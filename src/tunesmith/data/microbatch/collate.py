@@ -19,10 +19,10 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
 
     return Batch(
         input_ids=tensor(plan.ids),
-        position_ids=tensor(plan.layout.position[plan.layout.own]),
+        position_ids=tensor(plan.layout.position[plan.layout.local]),
         layout=plan.layout if plan.packed else None,
         source=tensor(plan.source),
         target=tensor(plan.target),
         weight=to_device(plan.weight, device),
-        shares=plan.shares,
+        owners=plan.shares,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.microbatch.prefix_tree import Node, build_forest
-from tunesmith.types import Chain, Document, FloatArray, IntArray, Layout, Shares
+from tunesmith.types import Chain, Document, FloatArray, IntArray, Layout, TargetOwners
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class MicrobatchPlan:
     source: IntArray  # [N]
     target: IntArray  # [N]
     weight: FloatArray  # [N]
-    shares: Shares  # [M]
+    shares: TargetOwners  # [M]
     part: Part | None = None  # None: the micro-batch is one process's
 
     @property
@@ -67,19 +67,23 @@ class _Bin:
 
 
 def plan_step(
-    documents: Sequence[Document], *, micro_tokens: int, share: bool = True, isolated: bool = False
+    documents: Sequence[Document],
+    *,
+    micro_tokens: int,
+    share_prefixes: bool = True,
+    unpacked: bool = False,
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step, largest first.
 
     A micro-batch holds at most `micro_tokens` tokens, or the longest single path where that is
-    longer. `share` merges equal prefixes; `isolated` gives every path a micro-batch of its own, to
+    longer. `share` merges equal prefixes; `unpacked` gives every path a micro-batch of its own, to
     be run without a layout.
     """
-    if isolated:
-        roots = build_forest(documents, share=False)
+    if unpacked:
+        roots = build_forest(documents, share_prefixes=False)
         plans = [_lay_out([root], set(), packed=False) for root in roots]
         return sorted(plans, key=lambda plan: -plan.tokens)
-    roots = build_forest(documents, share=share)
+    roots = build_forest(documents, share_prefixes=share_prefixes)
     tops = [child for root in roots for child in root.children.values()]
     if not tops:
         return []
@@ -263,11 +267,11 @@ class _Builder:
         source, target, weight, shares = self._targets(mine)
         return MicrobatchPlan(ids, layout, packed, source, target, weight, shares)
 
-    def _targets(self, mine: list[Node]) -> tuple[IntArray, IntArray, FloatArray, Shares]:
+    def _targets(self, mine: list[Node]) -> tuple[IntArray, IntArray, FloatArray, TargetOwners]:
         parts = [(node, targets) for node in mine for targets in node.targets]
         if not parts:
             none, zero = np.empty(0, np.int32), np.empty(0, np.float32)
-            return none, none, zero, Shares(none, none, zero)
+            return none, none, zero, TargetOwners(none, none, zero)
         sources = np.concatenate([t.position - n.start + self.offset[n] for n, t in parts])
         targets = np.concatenate([t.ids for _, t in parts]).astype(np.int64)
         weight = np.concatenate([t.weight for _, t in parts])
@@ -275,7 +279,7 @@ class _Builder:
         pairs, which = _unique_pairs(sources, targets)
         summed = np.bincount(which, weights=weight, minlength=len(pairs)).astype(np.float32)
         source, target = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
-        return source, target, summed, Shares(which.astype(np.int32), document, weight)
+        return source, target, summed, TargetOwners(which.astype(np.int32), document, weight)
 
 
 def _unique_pairs(

@@ -51,14 +51,14 @@ class Node:
         return self.start + len(self.ids)
 
 
-def build_forest(documents: Sequence[Document], *, share: bool) -> list[Node]:
+def build_forest(documents: Sequence[Document], *, share_prefixes: bool) -> list[Node]:
     """Roots of the documents' trees: one virtual (empty) root for all if `share`, else one for each
     single path.
 
     Without sharing, a segment that several paths of a document run through keeps its targets on the
     first of them.
     """
-    if share:
+    if share_prefixes:
         root = new_root()
         for number, document in enumerate(documents):
             _insert(root, document.segments, number)

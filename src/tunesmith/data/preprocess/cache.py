@@ -25,7 +25,7 @@ from uuid import uuid4
 
 import tunesmith.data
 import tunesmith.types
-from tunesmith.data.preprocess.digest_cache import KnownFiles
+from tunesmith.data.preprocess.digest_cache import DigestCache
 from tunesmith.data.preprocess.document_store import TYPES, Columns, map_columns
 from tunesmith.data.sources.sources import Source, canonical_json, content_hash
 from tunesmith.data.templates.template import Template
@@ -63,12 +63,12 @@ def cache_key(
     return hashlib.sha256(canonical_json(key)).hexdigest()[:40], hashes
 
 
-def _known_files(cache: Path) -> KnownFiles:
+def _known_files(cache: Path) -> DigestCache:
     """What a cache folder knows of files, its own and those of the data."""
-    return KnownFiles(cache / "known")
+    return DigestCache(cache / "known")
 
 
-def _hashes(known: KnownFiles, sources: Sequence[Source]) -> dict[str, str]:
+def _hashes(known: DigestCache, sources: Sequence[Source]) -> dict[str, str]:
     return {
         source.name: known.digest(source.path, "sha256", partial(content_hash, source))
         if source.path is not None and source.path.is_file()

@@ -22,7 +22,7 @@ SETTLED = 2.0
 """Seconds since a file's last change, without which the next could bear the same time."""
 
 
-class KnownFiles:
+class DigestCache:
     """Digests of files in a folder of its own, one small file for each."""
 
     def __init__(self, folder: Path) -> None:

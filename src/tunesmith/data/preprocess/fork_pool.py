@@ -35,7 +35,7 @@ def may_fork() -> bool:
     return others == {threading.main_thread().name}
 
 
-class Forked:
+class ForkedWorker:
     """A copy that serves until its input ends; with the methods of `subprocess.Popen` we use."""
 
     def __init__(self, pid: int, stdin: BinaryIO, stdout: BinaryIO) -> None:
@@ -72,7 +72,7 @@ class Forked:
         return self._code
 
 
-def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> Forked:
+def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
     """A copy of this process that calls `serve` with its input and output, and ends.
 
     `others` are the pipes to earlier copies, which it must not keep open. Raises OSError where
@@ -98,9 +98,9 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> Forked:
             os._exit(0)
     os.close(down[0])
     os.close(up[1])
-    _widen(down[1])
-    _widen(up[0])
-    return Forked(pid, os.fdopen(down[1], "wb"), os.fdopen(up[0], "rb"))
+    _grow_pipe(down[1])
+    _grow_pipe(up[0])
+    return ForkedWorker(pid, os.fdopen(down[1], "wb"), os.fdopen(up[0], "rb"))
 
 
 def _settle() -> None:
@@ -118,7 +118,7 @@ def _settle() -> None:
     gc.freeze()  # looking at what was there would copy its memory
 
 
-def _widen(pipe: int) -> None:
+def _grow_pipe(pipe: int) -> None:
     with contextlib.suppress(OSError, AttributeError, ImportError):
         import fcntl
 

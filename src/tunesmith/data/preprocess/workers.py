@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
-from tunesmith.data.preprocess.fork_pool import HARMLESS, Forked, fork, may_fork
+from tunesmith.data.preprocess.fork_pool import HARMLESS, ForkedWorker, fork, may_fork
 from tunesmith.data.preprocess.render_batch import Options, Packed, Task, pack_batch
 from tunesmith.data.rendering.tokenize import Encoder
 from tunesmith.data.templates.template import Template
@@ -143,9 +143,11 @@ class _Pool:
             worker.stop()
 
 
-def _copies(count: int, template: Template, options: Options, encoder: Encoder) -> list[Forked]:
+def _copies(
+    count: int, template: Template, options: Options, encoder: Encoder
+) -> list[ForkedWorker]:
     """Copies of this process, all made before a thread that reads from one is started."""
-    made: list[Forked] = []
+    made: list[ForkedWorker] = []
 
     def serve(source: BinaryIO, out: BinaryIO) -> None:
         _answer(source, out, lambda: (template, options, encoder))
@@ -169,7 +171,7 @@ def _interpreter() -> subprocess.Popen[bytes]:
 
 
 class _Worker:
-    def __init__(self, process: Forked | subprocess.Popen[bytes], setup: bytes | None = None):
+    def __init__(self, process: ForkedWorker | subprocess.Popen[bytes], setup: bytes | None = None):
         self._process = process
         self._state: str | None = None
         self._results: queue.Queue[Any] = queue.Queue()
@@ -231,7 +233,7 @@ class _Worker:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return RunError(
             f"a process that prepares data ended {how} before its work was done",
-            hint="if memory ran out, device.prepare_processes=1 uses one process and less of it",
+            hint="if memory ran out, device.num_proc=1 uses one process and less of it",
         )
 
 

@@ -106,7 +106,7 @@ class Mixture:
         places = np.arange(number * self.length, (number + 1) * self.length, dtype=np.int64)
         whole, rest = np.divmod(places, sum(self._weights))
         order = np.empty(self.length, dtype=np.int32)
-        for source, at, index in self._dealt(rest):
+        for source, at, index in self._assigned(rest):
             if len(at):
                 visits = whole[at] * self._weights[source] + index
                 order[at] = self._documents(source, visits)
@@ -118,7 +118,7 @@ class Mixture:
         for source, count in enumerate(self.counts(passes * self.length)):
             documents = self.portions[source].documents
             whole, rest = divmod(count, len(documents))
-            order = self._own_pass(source, whole)
+            order = self._source_pass(source, whole)
             for place, document in enumerate(documents[order].tolist()):
                 found[document] = whole + (place < rest)
         return found
@@ -129,10 +129,10 @@ class Mixture:
         own = self._weights[source]
         return 0.5 * sum(own / node.weight for node in path[1:]) if len(path) > 1 else 0.0
 
-    def _dealt(self, rest: Places) -> list[tuple[int, Places, Places]]:
+    def _assigned(self, rest: Places) -> list[tuple[int, Places, Places]]:
         """For each source where in `rest` its places are, and its number of each, from 0."""
         if not self._in_turn:
-            return _deal(self._tree, np.arange(len(rest)), rest)
+            return _assign(self._tree, np.arange(len(rest)), rest)
         ends = np.cumsum(self._weights)
         owner = np.searchsorted(ends, rest, side="right")
         dealt: list[tuple[int, Places, Places]] = []
@@ -151,11 +151,11 @@ class Mixture:
         start = 0
         for number in range(int(own[0]), int(own[-1]) + 1):
             end = int(np.searchsorted(own, number, side="right"))
-            chosen[start:end] = documents[self._own_pass(source, number)[within[start:end]]]
+            chosen[start:end] = documents[self._source_pass(source, number)[within[start:end]]]
             start = end
         return chosen
 
-    def _own_pass(self, source: int, number: int) -> NDArray[np.int64]:
+    def _source_pass(self, source: int, number: int) -> NDArray[np.int64]:
         count = len(self.portions[source].documents)
         if not self._shuffle:
             return np.arange(count)
@@ -284,7 +284,7 @@ def _count(node: _Node, places: int, counts: list[int]) -> None:
     _count(node.right, places - left, counts)
 
 
-def _deal(node: _Node, at: Places, index: Places) -> list[tuple[int, Places, Places]]:
+def _assign(node: _Node, at: Places, index: Places) -> list[tuple[int, Places, Places]]:
     """Split places `at`, which are the node's numbers `index`, among its sources."""
     if node.left is None or node.right is None:
         return [(node.source, at, index)]
@@ -292,7 +292,7 @@ def _deal(node: _Node, at: Places, index: Places) -> list[tuple[int, Places, Pla
     before = (index * node.left.weight + node.weight // 2) // node.weight
     after = ((index + 1) * node.left.weight + node.weight // 2) // node.weight
     goes_left = after > before
-    return _deal(node.left, at[goes_left], before[goes_left]) + _deal(
+    return _assign(node.left, at[goes_left], before[goes_left]) + _assign(
         node.right, at[~goes_left], (index - before)[~goes_left]
     )
 

@@ -18,7 +18,7 @@ _PLANS_KEPT = 2
 """Epochs whose order is kept in memory: the current one, and the one before or after it."""
 
 
-class StepOrder:
+class BatchSampler:
     """The order of documents over all epochs; it has no state, so a resume needs the step only.
 
     A step has `documents` documents, or as many as it takes to reach `tokens` tokens, repeats

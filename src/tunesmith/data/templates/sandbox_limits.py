@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from jinja2.exceptions import SecurityError
 
-from tunesmith.data.templates.timeout import Clock
+from tunesmith.data.templates.timeout import TimeLimit
 
 LONGEST_TEXT = 1 << 24
 """Characters of a text, or of all texts in a list, that a template may make."""
@@ -30,7 +30,7 @@ _PERCENT_FIELD = re.compile(r"%(?:\([^)]*\))?[-+ #0-9.]*(?:\*|\d{5})")
 _BRACE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(?:\d{5}|\{)")
 """In a format: a width of five digits, or one that an argument gives."""
 
-clock = Clock(seconds=5.0)
+clock = TimeLimit(seconds=5.0)
 
 
 class TooLarge(SecurityError):

@@ -29,7 +29,7 @@ class TooSlow(DataError):
         return TooSlow, ()
 
 
-class Clock:
+class TimeLimit:
     """Ends what takes more than so many seconds of processor time, with TooSlow in its thread.
 
     Between `enter` and `leave` a thread may use that much; time for which it is stopped, or waits

@@ -39,7 +39,7 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnForm:
+class TurnPattern:
     """`opening` asks for an answer; `header` opens one in a finished text too.
 
     Both count only after `anchor`, which is empty where they begin with a control token.
@@ -75,7 +75,7 @@ class TurnForm:
         return None
 
 
-def turn_form(template: Template) -> TurnForm:
+def turn_form(template: Template) -> TurnPattern:
     """The form of a template's texts, found once for each template.
 
     Raises:
@@ -92,7 +92,7 @@ def turn_form(template: Template) -> TurnForm:
     return memo.form
 
 
-def _find(template: Template) -> TurnForm:
+def _find(template: Template) -> TurnPattern:
     tokens = _pattern(template)
     given = template.render([_said("user", 1)])
     opened = template.render([_said("user", 1)], add_generation_prompt=True)
@@ -106,7 +106,7 @@ def _find(template: Template) -> TurnForm:
         )
     plain, calling = list(_texts(template, _chats())), list(_texts(template, _calling_chats()))
     bos = "" if template.bos_id is None else template.token_text(template.bos_id)
-    form = TurnForm(
+    form = TurnPattern(
         opening=opening,
         header=_header(template, asked, opening),
         anchor=_anchor(tokens, asked, opening),
@@ -124,7 +124,7 @@ def _find(template: Template) -> TurnForm:
         for before, between, after in form.pieces(text):
             found.setdefault((before, after), set()).add(between)
     gaps = {ends: _gap(between) for ends, between in found.items()}
-    return TurnForm(
+    return TurnPattern(
         form.opening, form.header, form.anchor, form.begins, form.rewrites, gaps, tokens
     )
 

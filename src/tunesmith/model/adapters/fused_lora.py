@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tunesmith.model.ops.bf16_upcast import is_slow
+from tunesmith.model.ops.bf16_upcast import needs_upcast
 from tunesmith.model.ops.forward_override import replace_forward
 
 MARK = "added_in_one_pass"
@@ -58,7 +58,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **named: Any) -> Tensor:
 
 def _additions(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, nn.Module, float] | None:
     """A [r, i], B [o, r], the dropout before A, and what scales their product."""
-    if layer.disable_adapters or layer.merged or is_slow(x):
+    if layer.disable_adapters or layer.merged or needs_upcast(x):
         return None
     if torch.is_autocast_enabled() or torch.compiler.is_compiling():  # a compiler fuses by itself
         return None

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.model.attention.window import Locality
-from tunesmith.model.ops.bf16_upcast import is_slow
+from tunesmith.model.attention.window import AttentionWindow
+from tunesmith.model.ops.bf16_upcast import needs_upcast
 from tunesmith.types import Chain
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -31,19 +31,19 @@ def flash_tree_attention(
     chains: Sequence[Chain],
     *,
     scale: float,
-    locality: Locality | None = None,
+    window: AttentionWindow | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """[1, H, T, D] outputs of all chains; query [1, H, T, D], key and value [1, K, T, D], sinks
     [H].
     """
-    if is_slow(query):
+    if needs_upcast(query):
         wide = flash_tree_attention(
             query.float(), key.float(), value.float(), chains,
-            scale=scale, locality=locality, sinks=sinks,
+            scale=scale, window=window, sinks=sinks,
         )  # fmt: skip
         return wide.to(query.dtype)
-    return _FlashTree.apply(query, key, value, sinks, tuple(chains), scale, locality)  # pyright: ignore
+    return _FlashTree.apply(query, key, value, sinks, tuple(chains), scale, window)  # pyright: ignore
 
 
 class _FlashTree(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _FlashTree(torch.autograd.Function):
         sinks: Tensor | None,
         chains: tuple[Chain, ...],
         scale: float,
-        locality: Locality | None,
+        window: AttentionWindow | None,
     ) -> Tensor:
         output = torch.empty(query.shape, dtype=query.dtype)
         log_sum = torch.empty(query.shape[:3], dtype=torch.float32)
@@ -64,7 +64,7 @@ class _FlashTree(torch.autograd.Function):
             own = slice(chain.start, chain.end)
             queries = query[:, :, own]
             merged: tuple[Tensor, Tensor] | None = None
-            for keys, causal, mask in _parts(chain, locality):
+            for keys, causal, mask in _parts(chain, window):
                 part = _forward(
                     queries,
                     key[:, :, keys],
@@ -84,7 +84,7 @@ class _FlashTree(torch.autograd.Function):
             output[:, :, own] = out
             log_sum[:, :, own] = log
         ctx.save_for_backward(query, key, value, sinks, output, log_sum)
-        ctx.chains, ctx.scale, ctx.locality = chains, scale, locality
+        ctx.chains, ctx.scale, ctx.window = chains, scale, window
         return output
 
     @staticmethod
@@ -101,7 +101,7 @@ class _FlashTree(torch.autograd.Function):
             own = slice(chain.start, chain.end)
             queries, out, log = query[:, :, own], output[:, :, own], log_sum[:, :, own].contiguous()
             grad_out, total = grad_output[:, :, own], None
-            for keys, causal, mask in _parts(chain, ctx.locality):
+            for keys, causal, mask in _parts(chain, ctx.window):
                 q, k, v = _backward(
                     grad_out, queries, key[:, :, keys], value[:, :, keys], out, log, 0.0, causal,
                     attn_mask=mask, scale=ctx.scale,
@@ -130,24 +130,26 @@ def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     return (out_a.float() * share_a + out_b.float() * share_b).to(out_a.dtype), log
 
 
-def _parts(chain: Chain, locality: Locality | None) -> Iterator[tuple[slice, bool, Tensor | None]]:
+def _parts(
+    chain: Chain, window: AttentionWindow | None
+) -> Iterator[tuple[slice, bool, Tensor | None]]:
     """(keys, causal, additive mask) of each kernel call of a chain: its own tokens first, then its
     ancestors.
     """
     length = chain.end - chain.start
     first = sum(end - start for start, end in chain.prefix)
     own = slice(chain.start, chain.end)
-    if locality is None:
+    if window is None:
         yield own, True, None
         for start, end in chain.prefix:
             yield slice(start, end), False, None
         return
     query = torch.arange(first, first + length)
-    allowed = locality.allowed(query, query) & (query[None] <= query[:, None])
+    allowed = window.allowed(query, query) & (query[None] <= query[:, None])
     yield own, False, _additive(allowed)
     position = 0
     for start, end in chain.prefix:
-        allowed = locality.allowed(query, torch.arange(position, position + end - start))
+        allowed = window.allowed(query, torch.arange(position, position + end - start))
         position += end - start
         if bool(allowed.any()):
             yield slice(start, end), False, _additive(allowed)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.attention.cpu_flash import flash_tree_attention
-from tunesmith.model.attention.parity import Asked, Fused, agrees
-from tunesmith.model.attention.window import Locality, chain_mask
+from tunesmith.model.attention.parity import AttentionFeatures, Fused, agrees
+from tunesmith.model.attention.window import AttentionWindow, chain_mask
 from tunesmith.types import Chain, Layout
 
 NAME = "tunesmith"
@@ -88,13 +88,13 @@ def layout_attention(
         raise ModelError("this architecture does not hand keyword arguments down to its attention")
     if dropout and module.training:
         raise ModelError("attention dropout is on; set it to 0 in the model's config")
-    locality = _locality(module, attention_mask, sliding_window, layout)
+    window = _window(module, attention_mask, sliding_window, layout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layout.spread is not None:
-        query, key, value = layout.spread.by_heads(query, key, value)
-        s_aux = None if s_aux is None else layout.spread.own_heads(s_aux)
+    if layout.shard is not None:
+        query, key, value = layout.shard.seq_to_heads(query, key, value)
+        s_aux = None if s_aux is None else layout.shard.local_heads(s_aux)
     alike = value.shape[-1] == query.shape[-1] and query.dtype != torch.float64  # kernels' limits
-    options: dict[str, Any] = {"locality": locality, "scale": scale, "sinks": s_aux}
+    options: dict[str, Any] = {"window": window, "scale": scale, "sinks": s_aux}
     fused = _fused(query, layout, softcap, options) if alike and query.is_cuda else None
     if fused is not None:
         output = fused.attend(query, key, value, layout, softcap=softcap, **options)
@@ -102,8 +102,8 @@ def layout_attention(
         output = _plain(query, key, value, layout, softcap=softcap, **options)
     else:
         output = flash_tree_attention(query, key, value, layout.chains, **options)
-    if layout.spread is not None:
-        output = layout.spread.by_tokens(output)
+    if layout.shard is not None:
+        output = layout.shard.heads_to_seq(output)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -114,10 +114,10 @@ def _fused(
     from tunesmith.model.attention.flex import FLEX
     from tunesmith.model.attention.varlen import varlen_kernels
 
-    locality, sinks = options["locality"], options["sinks"]
-    asked = Asked(
-        window=locality is not None and not locality.chunked,
-        blocks=locality is not None and locality.chunked,
+    window, sinks = options["window"], options["sinks"]
+    asked = AttentionFeatures(
+        window=window is not None and not window.chunked,
+        blocks=window is not None and window.chunked,
         softcap=bool(softcap),
         sinks=sinks is not None,
     )
@@ -127,16 +127,16 @@ def _fused(
     return None
 
 
-def _locality(
+def _window(
     module: nn.Module, rule: Any, sliding_window: int | None, layout: Layout
-) -> Locality | None:
+) -> AttentionWindow | None:
     size = rule.local_size if isinstance(rule, MaskRule) else None
     if sliding_window is not None and sliding_window != size:
         raise ModelError(f"the layer asks for a window of {sliding_window}, its mask for {size}")
     if size is None or int(layout.position.max(initial=0)) < size:
         return None
     kinds = getattr(module.config, "layer_types", None) or []
-    return Locality(size, chunked="chunked_attention" in kinds)
+    return AttentionWindow(size, chunked="chunked_attention" in kinds)
 
 
 def _plain(
@@ -145,7 +145,7 @@ def _plain(
     value: Tensor,
     layout: Layout,
     *,
-    locality: Locality | None,
+    window: AttentionWindow | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -162,7 +162,7 @@ def _plain(
                 key,
                 value,
                 chain,
-                locality=locality,
+                window=window,
                 scale=scale,
                 softcap=softcap,
                 sinks=sinks,
@@ -177,7 +177,7 @@ def _plain_chain(
     value: Tensor,
     chain: Chain,
     *,
-    locality: Locality | None,
+    window: AttentionWindow | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -186,11 +186,11 @@ def _plain_chain(
     queries = query[:, :, chain.start : chain.end]
     keys = torch.cat([key[:, :, a:b] for a, b in spans], 2)
     values = torch.cat([value[:, :, a:b] for a, b in spans], 2)
-    if softcap is None and sinks is None and locality is None and not chain.prefix:
+    if softcap is None and sinks is None and window is None and not chain.prefix:
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scale
         )
-    allowed = chain_mask(chain, locality, query.device)
+    allowed = chain_mask(chain, window, query.device)
     if softcap is None and sinks is None:
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=allowed, scale=scale

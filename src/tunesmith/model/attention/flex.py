@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from tunesmith.model.attention.layout_cache import PerLayout
+from tunesmith.model.attention.layout_cache import LayoutCache
 from tunesmith.model.attention.parity import Fused
-from tunesmith.model.attention.window import Locality
+from tunesmith.model.attention.window import AttentionWindow
 from tunesmith.transfer import to_device
 from tunesmith.types import Layout
 
@@ -27,7 +27,7 @@ BLOCK = 128
 KINDS = 4
 """Masks that are kept: of a micro-batch's layers with and without a window, and of one more."""
 
-_masks: PerLayout[BlockMask] = PerLayout(KINDS)
+_masks: LayoutCache[BlockMask] = LayoutCache(KINDS)
 
 
 def flex_tree_attention(
@@ -37,7 +37,7 @@ def flex_tree_attention(
     layout: Layout,
     *,
     scale: float,
-    locality: Locality | None = None,
+    window: AttentionWindow | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -48,7 +48,7 @@ def flex_tree_attention(
     found = _kernel(query.device.type)(
         query.contiguous(), key.contiguous(), value.contiguous(),
         score_mod=_capped(softcap) if softcap else None,
-        block_mask=block_mask(layout, locality, query.device), scale=scale,
+        block_mask=block_mask(layout, window, query.device), scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=None if sinks is None else AuxRequest(lse=True),
     )  # fmt: skip
@@ -73,29 +73,29 @@ def _capped(softcap: float) -> Any:
     return cap
 
 
-def block_mask(layout: Layout, locality: Locality | None, device: torch.device) -> BlockMask:
+def block_mask(layout: Layout, window: AttentionWindow | None, device: torch.device) -> BlockMask:
     """Which blocks of keys each block of queries looks at, and what it sees inside of them; made
     once for all layers of a micro-batch.
     """
-    return _masks.get(layout, (locality, device), lambda: _block_mask(layout, locality, device))
+    return _masks.get(layout, (window, device), lambda: _block_mask(layout, window, device))
 
 
-def _block_mask(layout: Layout, locality: Locality | None, device: torch.device) -> BlockMask:
+def _block_mask(layout: Layout, window: AttentionWindow | None, device: torch.device) -> BlockMask:
     total = len(layout.position)
     missing = -total % BLOCK
     until = np.pad(layout.visible_until, (0, missing))  # tokens past the end are seen by nobody
     position = np.pad(layout.position, (0, missing), mode="edge")
-    seen, whole = _blocks(until.reshape(-1, BLOCK), position.reshape(-1, BLOCK), locality)
+    seen, whole = _blocks(until.reshape(-1, BLOCK), position.reshape(-1, BLOCK), window)
     number, indices = _ordered(seen & ~whole, device)
     whole_number, whole_indices = _ordered(whole, device)
     return BlockMask.from_kv_blocks(
         number, indices, whole_number, whole_indices, BLOCK_SIZE=BLOCK,
-        mask_mod=_rule(to_device(until, device), to_device(position, device), locality),
+        mask_mod=_rule(to_device(until, device), to_device(position, device), window),
         seq_lengths=(total, total),
     )  # fmt: skip
 
 
-def _blocks(until: Any, position: Any, locality: Locality | None) -> tuple[Any, Any]:
+def _blocks(until: Any, position: Any, window: AttentionWindow | None) -> tuple[Any, Any]:
     """[N, N] booleans, queries by keys, from [N, BLOCK]: blocks with a pair that may be visible,
     and those of which all pairs are.
     """
@@ -103,13 +103,13 @@ def _blocks(until: Any, position: Any, locality: Locality | None) -> tuple[Any, 
     first = number[:, None] * BLOCK
     seen = (number[None] <= number[:, None]) & (until.max(1)[None] > first)
     whole = (number[None] < number[:, None]) & (until.min(1)[None] >= first + BLOCK)
-    if locality is None:
+    if window is None:
         return seen, whole
     newest, oldest = position.max(1)[None], position.min(1)[:, None]
-    if locality.chunked:
-        near = newest // locality.size >= oldest // locality.size
+    if window.chunked:
+        near = newest // window.size >= oldest // window.size
     else:
-        near = newest > oldest - locality.size
+        near = newest > oldest - window.size
     return seen & near, np.zeros_like(whole)
 
 
@@ -120,13 +120,13 @@ def _ordered(blocks: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     return number[None, None], indices[None, None]
 
 
-def _rule(until: Tensor, position: Tensor, locality: Locality | None) -> Any:
+def _rule(until: Tensor, position: Tensor, window: AttentionWindow | None) -> Any:
     def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < until[key])
 
-    if locality is None:
+    if window is None:
         return seen
-    size, chunked = locality.size, locality.chunked
+    size, chunked = window.size, window.chunked
 
     def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         one, other = position[query], position[key]

@@ -10,7 +10,7 @@ from tunesmith.types import Layout
 Made = TypeVar("Made")
 
 
-class PerLayout(Generic[Made]):
+class LayoutCache(Generic[Made]):
     """The last `most` that were made, by the layout itself and a key."""
 
     def __init__(self, most: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import first_line
-from tunesmith.model.attention.window import Locality
+from tunesmith.model.attention.window import AttentionWindow
 from tunesmith.types import Chain, Layout
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -42,7 +42,7 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AttentionFeatures:
     """What an attention has to honour besides the layout; each combination is tried by itself."""
 
     window: bool = False
@@ -52,18 +52,23 @@ class Asked:
 
 
 def agrees(
-    fused: Fused, plain: Attend, asked: Asked, *, device: torch.device, dtype: torch.dtype
+    fused: Fused,
+    plain: Attend,
+    features: AttentionFeatures,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether outputs and gradients on this device are those of `plain`, and where kernels have to
     be deterministic the same bits twice; where they are not, it is said once.
     """
     same_bits = torch.are_deterministic_algorithms_enabled()
-    return _agrees(fused, plain, asked, device, dtype, same_bits)
+    return _agrees(fused, plain, features, device, dtype, same_bits)
 
 
 @functools.cache
 def _agrees(
-    fused: Fused, plain: Attend, asked: Asked, device: torch.device, dtype: torch.dtype,
+    fused: Fused, plain: Attend, asked: AttentionFeatures, device: torch.device, dtype: torch.dtype,
     same_bits: bool,
 ) -> bool:  # fmt: skip
     if dtype not in ROUNDING:
@@ -93,7 +98,11 @@ def _difference(found: list[Tensor], expected: list[Tensor], bound: float) -> st
 
 
 def _tried(
-    attend: Attend, layout: Layout, asked: Asked, device: torch.device, dtype: torch.dtype
+    attend: Attend,
+    layout: Layout,
+    asked: AttentionFeatures,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Output and gradients over a layout, in float32."""
     generator = torch.Generator().manual_seed(0)
@@ -101,10 +110,10 @@ def _tried(
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
     inputs += [torch.linspace(-1, 1, HEADS)] if asked.sinks else []
     inputs = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
-    local = Locality(NEAR, chunked=asked.blocks) if asked.window or asked.blocks else None
+    local = AttentionWindow(NEAR, chunked=asked.blocks) if asked.window or asked.blocks else None
     with torch.enable_grad():
         output = attend(
-            *inputs[:3], layout, scale=WIDTH**-0.5, locality=local,
+            *inputs[:3], layout, scale=WIDTH**-0.5, window=local,
             softcap=CAP if asked.softcap else None, sinks=inputs[3] if asked.sinks else None,
         )  # fmt: skip
         output.backward(torch.randn(output.shape, generator=generator).to(device, dtype))

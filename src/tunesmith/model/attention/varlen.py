@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from tunesmith.model.attention.layout_cache import PerLayout
-from tunesmith.model.attention.parity import Asked, Fused
-from tunesmith.model.attention.window import Locality
+from tunesmith.model.attention.layout_cache import LayoutCache
+from tunesmith.model.attention.parity import AttentionFeatures, Fused
+from tunesmith.model.attention.window import AttentionWindow
 from tunesmith.transfer import to_device
 from tunesmith.types import Layout
 
@@ -32,10 +32,10 @@ HEAD_STEP = 8
 HOPPER = 9
 """Major compute capability of the chips that flash-attn's third version is for."""
 
-_starts_kept: PerLayout[Tensor] = PerLayout(2)
+_starts_kept: LayoutCache[Tensor] = LayoutCache(2)
 
 
-def varlen_kernels(query: Tensor, layout: Layout, asked: Asked) -> tuple[Fused, ...]:
+def varlen_kernels(query: Tensor, layout: Layout, asked: AttentionFeatures) -> tuple[Fused, ...]:
     """Those that know of all that this attention asks for, best first; query [1, H, T, D]."""
     width = query.shape[-1]
     fits = query.dtype in DTYPES and width <= WIDEST_HEAD and width % HEAD_STEP == 0
@@ -58,7 +58,7 @@ def varlen_attention(
     layout: Layout,
     *,
     scale: float,
-    locality: Locality | None = None,
+    window: AttentionWindow | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     package: str | None = None,
@@ -68,20 +68,20 @@ def varlen_attention(
     """
     assert sinks is None
     # a window of `size` tokens holds the token itself, which the kernels do not count
-    window = (-1, 0) if locality is None else (locality.size - 1, 0)
+    reach = (-1, 0) if window is None else (window.size - 1, 0)
     starts, longest = _starts(layout, query.device), _longest(layout)
     rows: list[Any] = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     ends: Any = (starts, starts, longest, longest)
     if package is not None:
         found = importlib.import_module(package).flash_attn_varlen_func(
-            *rows, *ends, softmax_scale=scale, causal=True, window_size=window,
+            *rows, *ends, softmax_scale=scale, causal=True, window_size=reach,
             softcap=softcap or 0.0, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     else:
         assert softcap is None
         kernel: Any = varlen_attn
         found = kernel(
-            *rows, *ends, scale=scale, window_size=window,
+            *rows, *ends, scale=scale, window_size=reach,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     assert isinstance(found, Tensor)

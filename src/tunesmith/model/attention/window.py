@@ -11,7 +11,7 @@ from tunesmith.types import Chain
 
 
 @dataclass(frozen=True, slots=True)
-class Locality:
+class AttentionWindow:
     """Which earlier positions a token sees: the last `size` (sliding) or those of its own block of
     `size` (chunked).
     """
@@ -26,13 +26,13 @@ class Locality:
         return key[None] > query[:, None] - self.size
 
 
-def chain_mask(chain: Chain, locality: Locality | None, device: torch.device | str) -> Tensor:
+def chain_mask(chain: Chain, window: AttentionWindow | None, device: torch.device | str) -> Tensor:
     """[n, ancestors + n] booleans: which keys each token of the chain sees."""
     rows = chain.end - chain.start
     above = sum(end - start for start, end in chain.prefix)
     query = torch.arange(above, above + rows, device=device)
     key = torch.arange(above + rows, device=device)
     allowed = key[None] <= query[:, None]
-    if locality is not None:
-        allowed &= locality.allowed(query, key)
+    if window is not None:
+        allowed &= window.allowed(query, key)
     return allowed

@@ -36,10 +36,10 @@ def offloaded(
             copied(tensor)
         return tensor.device, host
 
-    def unpack(kept: Kept) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        device, host = kept
+    def unpack(stateful: Kept) -> Tensor:
+        if isinstance(stateful, Tensor):
+            return stateful
+        device, host = stateful
         return host.to(device, non_blocking=host.is_pinned())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

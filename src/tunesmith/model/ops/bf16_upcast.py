@@ -18,14 +18,14 @@ from torch.nn import functional
 from tunesmith.model.ops.dtype import cpu_bfloat16
 
 
-def is_slow(tensor: Tensor) -> bool:
+def needs_upcast(tensor: Tensor) -> bool:
     """Whether products of this tensor are better widened: bfloat16 on a CPU that has no units for
     it.
     """
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not cpu_bfloat16()
 
 
-class WideLinear(nn.Linear):
+class UpcastLinear(nn.Linear):
     """A linear map that multiplies bfloat16 in float32; in any other precision `nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -34,25 +34,25 @@ class WideLinear(nn.Linear):
         return _WideProduct.apply(input, self.weight, self.bias)  # pyright: ignore
 
 
-def widen_linear_maps(model: nn.Module) -> int:
+def upcast_linear_layers(model: nn.Module) -> int:
     """Make every slow linear map of the model a wide one; returns how many.
 
     Subclasses of `nn.Linear` are left alone: they may compute something else.
     """
-    slow = [m for m in model.modules() if type(m) is nn.Linear and is_slow(m.weight)]
+    slow = [m for m in model.modules() if type(m) is nn.Linear and needs_upcast(m.weight)]
     for module in slow:
-        module.__class__ = WideLinear
+        module.__class__ = UpcastLinear
     return len(slow)
 
 
-def restore_linear_maps(model: nn.Module) -> None:
+def restore_linear_layers(model: nn.Module) -> None:
     """Undo `widen_linear_maps`."""
     for module in model.modules():
-        if type(module) is WideLinear:
+        if type(module) is UpcastLinear:
             module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def widen(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """The tensor in float32; its gradient flows back in float32, unrounded."""
     return _Widen.apply(tensor)  # pyright: ignore
 

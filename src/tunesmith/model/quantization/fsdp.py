@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.quantization.bnb import Dequantized4bit
 
 
-class Spread4bit(Dequantized4bit):
+class Sharded4bit(Dequantized4bit):
     """A 4-bit linear map whose packed weight is a plain tensor [bytes / size of a number]."""
 
     scales: Any
@@ -49,12 +49,12 @@ def make_spreadable(model: nn.Module, *, device: torch.device, compute: torch.dt
         module.scales = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         module.scales.to(device)
         module.weight = nn.Parameter(packed.view(compute), requires_grad=False)
-        module.__class__ = Spread4bit
+        module.__class__ = Sharded4bit
     return len(found)
 
 
 def mark_packed(model: nn.Module) -> None:
     """Let whoever counts weights see how many the spread maps stand for."""
     for module in model.modules():
-        if isinstance(module, Spread4bit):
+        if isinstance(module, Sharded4bit):
             module.weight.quant_state = module.scales  # pyright: ignore[reportAttributeAccessIssue]

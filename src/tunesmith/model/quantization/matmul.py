@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunesmith.model.ops.bf16_upcast import is_slow
+from tunesmith.model.ops.bf16_upcast import needs_upcast
 
 
 def multiply(module: Any, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Product(torch.autograd.Function):
         ctx.module, ctx.dtype = module, input.dtype
         weight = module.plain_weight(input.dtype)
         bias = None if bias is None else bias.to(input.dtype)
-        if not is_slow(input):
+        if not needs_upcast(input):
             return functional.linear(input, weight, bias)
         wide = None if bias is None else bias.float()
         return functional.linear(input.float(), weight.float(), wide).to(input.dtype)
@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
         found = None
         if need[0]:
             weight = ctx.module.plain_weight(ctx.dtype)
-            if is_slow(grad):
+            if needs_upcast(grad):
                 found = (grad.float() @ weight.float()).to(ctx.dtype)
             else:
                 found = grad @ weight

@@ -16,7 +16,7 @@ from tunesmith.train.anomaly.spikes import Spike, Spikes
 from tunesmith.train.step import StepResult
 from tunesmith.types import Document
 
-ALONE = World()
+SINGLE_WORLD = World()
 PATIENCE = 10
 """Steps in a row that may be skipped; then it is no longer the rows that are wrong."""
 NAMED = 3
@@ -47,7 +47,7 @@ class Guard:
         limits: Mapping[str, float | None],
         stops: bool = False,
         patience: int | None = PATIENCE,
-        ranks: World = ALONE,
+        world: World = SINGLE_WORLD,
     ) -> None:
         self.folder = folder
         self.last: StepResult | None = None  # of the newest step, taken or not
@@ -56,7 +56,7 @@ class Guard:
         self._spikes = Spikes(limits)
         self._stops = stops
         self._patience = patience
-        self._ranks = ranks
+        self._world = world
         self._skipped = 0  # in a row
 
     def not_finite(
@@ -146,7 +146,7 @@ class Guard:
     ) -> dict[str, Any]:
         place = save_incident(
             self.folder, step, documents=documents, result=result, decode=self._decode, said=said,
-            ranks=self._ranks,
+            world=self._world,
         )  # fmt: skip
         worst = [entry["row"] for _, _, entry in ranked(documents, result)[:NAMED]]
         return {"rows": worst, "incident": None if place is None else place.name}

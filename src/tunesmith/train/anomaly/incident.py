@@ -19,7 +19,7 @@ from tunesmith.types import Document
 
 Decode = Callable[[Iterable[int]], str]
 
-ALONE = World()
+SINGLE_WORLD = World()
 MOST = 100
 """Incident folders that a run keeps; later ones are counted only."""
 
@@ -32,7 +32,7 @@ def save_incident(
     result: StepResult,
     decode: Decode,
     said: Mapping[str, Any] | None = None,
-    ranks: World = ALONE,
+    world: World = SINGLE_WORLD,
 ) -> Path | None:
     """Write `incident-STEP/rows.json` for a step counted from 1, worst rows first; numbers that
     are not finite are written as text. None if there are `MOST` of them or the disk does not take
@@ -41,8 +41,8 @@ def save_incident(
     Every rank comes here with the losses of its own micro-batches, and the first writes them all;
     each row names the ranks that worked on it. `said` is put at the front.
     """
-    losses = _losses_by_path(result, ranks)
-    if not ranks.first:
+    losses = _losses_by_path(result, world)
+    if not world.is_main:
         return folder / f"incident-{step}"
     place = folder / f"incident-{step}"
     if not place.exists() and sum(1 for _ in folder.glob("incident-*")) >= MOST:
@@ -94,7 +94,7 @@ def number_or_text(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _losses_by_path(result: StepResult, ranks: World) -> dict[int, tuple[float, int]]:
+def _losses_by_path(result: StepResult, world: World) -> dict[int, tuple[float, int]]:
     """The loss of each target and the rank that computed it, by the key of the path that the target
     ends; those of all ranks on the first.
     """
@@ -104,7 +104,7 @@ def _losses_by_path(result: StepResult, ranks: World) -> dict[int, tuple[float, 
         if len(plan.shares.weight)  # none asked for those of a micro-batch that fills a rank's time
     ]
     found: dict[int, tuple[float, int]] = {}
-    for rank, parts in enumerate(ranks.gather(own)):
+    for rank, parts in enumerate(world.gather_object(own)):
         for keys, losses in parts:
             each = zip(keys.tolist(), losses.tolist(), strict=True)
             found.update((key, (loss, rank)) for key, loss in each)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
-from tunesmith.data.sources.readers.memory_limit import room_for
+from tunesmith.data.sources.readers.memory_limit import address_space_limit
 from tunesmith.data.sources.readers.row_sizes import small_batches
 from tunesmith.data.sources.readers.rows import BATCH_ROWS, LONG, LongRow, Raw, check_expansion
 from tunesmith.errors import DataError
@@ -67,7 +67,7 @@ def _valid(batch: Any) -> Any:
 def _decoded(batches: Iterator[Any], size: int) -> Iterator[Any]:
     """The batches of a file of that size, each read with a limit on memory."""
     while True:
-        with room_for(size):
+        with address_space_limit(size):
             batch = next(batches, None)
         if batch is None:
             return

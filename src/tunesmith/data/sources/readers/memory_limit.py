@@ -12,7 +12,7 @@ _STATE, _MEMORY = Path("/proc/self/statm"), Path("/proc/meminfo")
 
 
 @contextmanager
-def room_for(size: int) -> Generator[None, None, None]:
+def address_space_limit(size: int) -> Generator[None, None, None]:
     """Inside, what would take the process more than `LEAST_ROOM` and `size` bytes beyond what it
     has, or most of what the machine has left, ends in a MemoryError.
 
