@@ -40,7 +40,7 @@ def check_computing(recipe: Recipe) -> None:
         ("device.gradient_checkpointing", device.gradient_checkpointing == "selective", "layers",
          "keeps results of operations that a compiled layer no longer has"),
         ("device.shard", device.shard != "none", "none", "gives each rank a part of the weights"),
-        ("device.tensor_parallel", device.tensor_parallel > 1, "1", "exchanges messages inside a layer"),
+        ("device.tensor_parallel", device.tensor_parallel > 1, "1", "sends messages inside a layer"),
         ("device.activation_offload", device.activation_offload, "false",
          "moves what operations keep"),
         ("model.float8", recipe.model.float8 != "none", "none", "rounds inside of a product"),
