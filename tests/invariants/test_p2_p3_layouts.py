@@ -27,8 +27,8 @@ LAYOUTS = {
     "one": dict(micro_tokens=10**6),
     "cut": dict(micro_tokens=80),
     "path by path": dict(micro_tokens=1),
-    "unshared": dict(micro_tokens=10**6, share=False),
-    "unshared, cut": dict(micro_tokens=100, share=False),
+    "unshared": dict(micro_tokens=10**6, share_prefixes=False),
+    "unshared, cut": dict(micro_tokens=100, share_prefixes=False),
 }
 
 
@@ -148,7 +148,7 @@ def test_order_of_documents_does_not_matter(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_isolated_paths_through_the_models_own_attention_agree(family: str) -> None:
     total = one_at_a_time(family)[2]
-    loss, grads = run(family, documents(), total, micro_tokens=1, isolated=True)
+    loss, grads = run(family, documents(), total, micro_tokens=1, unpacked=True)
     assert_equal(family, loss, grads)
 
 

@@ -32,8 +32,8 @@ LAYOUTS = {
     "one": dict(micro_tokens=10**6),
     "cut": dict(micro_tokens=70),
     "path by path": dict(micro_tokens=1),
-    "unshared": dict(micro_tokens=10**6, share=False),
-    "isolated": dict(micro_tokens=1, isolated=True),
+    "unshared": dict(micro_tokens=10**6, share_prefixes=False),
+    "isolated": dict(micro_tokens=1, unpacked=True),
 }
 OBJECTIVES: dict[str, tuple[Callable, Callable]] = {
     "nll": (named_objective("nll"), formulas.nll),

@@ -104,7 +104,7 @@ def test_model_that_sees_later_tokens_is_refused() -> None:
 def test_wrong_window_is_found(monkeypatch) -> None:
     from tunesmith.model.attention import dispatch as attention
 
-    monkeypatch.setattr(attention, "_locality", lambda *_: None)
+    monkeypatch.setattr(attention, "_window", lambda *_: None)
     assert run("cohere2", {"sliding_window": 8})[1].unpacked
 
 

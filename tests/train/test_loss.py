@@ -58,7 +58,7 @@ def spelled(plan, token: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, dict(share=False), dict(micro_tokens=7), dict(isolated=True)]
+    "layout", [{}, dict(share_prefixes=False), dict(micro_tokens=7), dict(unpacked=True)]
 )
 def test_a_key_stands_for_a_path_wherever_it_lies(layout: dict) -> None:
     known: dict[int, tuple[int, ...]] = {}

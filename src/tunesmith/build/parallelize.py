@@ -183,7 +183,7 @@ def parallelize(
             base.to(device)
     how = FSDPOptions(
         compute=first.dtype,
-        across=recipe.device.shard == "hybrid",
+        hybrid=recipe.device.shard == "hybrid",
         offload=recipe.device.shard_offload,
     )
     files, model.unread = model.unread, None

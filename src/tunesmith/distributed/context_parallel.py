@@ -1,15 +1,16 @@
-"""Ranks that share the tokens of each micro-batch, for sequences that do not fit one device.
+"""Context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): all-to-all between sequence shards and
+head shards.
 
-Every rank of a group has a slice of the tokens for all that looks at one token at a time: norms,
-feed-forward, head and loss. For attention queries, keys and values go from slices of the tokens to
-slices of the heads and back by two all-to-all exchanges (Jacobs et al., arXiv 2309.14509), so the
-attention itself sees the whole layout and any packing or tree is exact.
+Each rank of a group holds a shard of the tokens for everything that computes one token at a time:
+norms, feed-forward layers, head and loss. Before attention, an all-to-all turns sequence shards of
+queries, keys and values into head shards; after it, a second one turns the outputs back. Attention
+therefore sees the whole layout, so packing and prefix trees stay exact.
 
-Invariant: a rank's loss is of its own targets, and the backward of an exchange is the other
-exchange. So gradients summed over all ranks are those of the whole step.
+Invariant: a rank computes the loss of its own targets, and the backward of one all-to-all is the
+other. So gradients summed over all ranks are the gradients of the whole step.
 
-Letters: N ranks of a group, T tokens of the layout, t = T / N of a rank, H heads, h = H / N of a
-rank, K key/value heads, D head size.
+Shape legend: N ranks of a group, T tokens of the layout, t = T / N of a rank, H heads, h = H / N of
+a rank, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from tunesmith.types import Chain, Layout
 
 @dataclass(frozen=True, slots=True)
 class ContextParallel(ModelParallelGroup):
-    """Ranks that share the tokens of a micro-batch. One rank has all tokens. Without a `group` what
-    the others would send is as large as what this rank sends them, and is not what they would.
+    """The ranks over which the tokens of a micro-batch are sharded. A group of one holds all
+    tokens.
+
+    Without a process `group`, communication is simulated for memory measurements: messages have
+    their true sizes, and this rank's own values stand for those of the others.
     """
 
     def shard(self, layout: Layout) -> Layout:
-        """The layout with its tokens dealt to the group: a slice each, of equal length.
+        """The layout with its tokens cut into N shards of equal length.
 
-        At most N - 1 tokens are added at the end, which see only themselves and which nobody sees.
+        Up to N - 1 padding tokens are appended. Each sees only itself, and no other token sees it.
         """
         total = len(layout.position)
         size = -(-total // self.size)
@@ -47,13 +51,13 @@ class ContextParallel(ModelParallelGroup):
             chains=(*layout.chains, *(Chain(n, n + 1, ()) for n in added.tolist())),
             visible_until=np.concatenate([layout.visible_until, added + 1]),
             position=np.concatenate([layout.position, np.zeros_like(added)]),
-            spread=UlyssesShard(self, slice(self.rank * size, (self.rank + 1) * size)),
+            shard=UlyssesShard(self, slice(self.rank * size, (self.rank + 1) * size)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class UlyssesShard:
-    """This rank's tokens of a layout, and how the group meets for attention."""
+    """This rank's shard of a layout's tokens, and its two all-to-all exchanges for attention."""
 
     cp: ContextParallel
     local: slice
@@ -63,8 +67,8 @@ class UlyssesShard:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads.
 
-        Where N does not divide K, key heads are repeated to the least common multiple of both: it
-        divides H, since both do.
+        Where N does not divide K, key and value heads are repeated up to the least common multiple
+        of N and K. That number divides H, because N and K both do.
 
         Raises:
             ModelError: N does not divide H.

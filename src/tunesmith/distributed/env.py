@@ -1,4 +1,4 @@
-"""Whether torchrun started this process, and the store it shares with the others."""
+"""torchrun's environment variables, and the key-value store that the ranks share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def launched_world_size(environment: Mapping[str, str] | None = None) -> int:
-    """How many ranks this process was started as one of, 1 if it was started by itself."""
+    """The world size that torchrun announced to this process; 1 without torchrun."""
     found = os.environ if environment is None else environment
     if "RANK" not in found or "MASTER_ADDR" not in found:
         return 1
@@ -18,31 +18,31 @@ def launched_world_size(environment: Mapping[str, str] | None = None) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first rank, or alone: the one whose output is shown."""
+    """True for rank 0 and for a single process: the one that prints."""
     return launched_world_size() == 1 or os.environ["RANK"] == "0"
 
 
 def restarted(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether torchrun has started the ranks anew, after one of them ended."""
+    """Whether torchrun has restarted the ranks after one of them ended."""
     found = os.environ if environment is None else environment
     return int(found.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def launch_id() -> str | None:
-    """By what torchrun knows this job, however often it starts the ranks."""
+    """torchrun's id of this job, the same over all restarts; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def shared_store() -> Any:
-    """The small key-value store of this attempt, which outlives any rank if torchrun keeps it."""
+    """The process group's key-value store. It outlives any rank if torchrun's agent keeps it."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
 def call_with_timeout(act: Callable[[], object], seconds: float) -> Thread:
-    """Do `act` with that store, and wait so long at most: its machine may be gone. The thread goes
-    on if it takes longer.
+    """Call `act`, which uses the store, in a thread, and wait at most so many seconds for it: the
+    store's machine may be down. The thread keeps running if it takes longer.
     """
 
     def acts() -> None:
@@ -56,5 +56,5 @@ def call_with_timeout(act: Callable[[], object], seconds: float) -> Thread:
 
 
 def shared_key(name: str) -> str:
-    """A key of that store which is nobody else's."""
+    """A key of the store that belongs to Tunesmith alone."""
     return f"tunesmith/{name}"

@@ -1,11 +1,12 @@
-"""A model whose weights, gradients and optimizer state are spread over the ranks, by torch's FSDP2.
+"""FSDP2 (torch.distributed.fsdp.fully_shard): weights, gradients and optimizer state sharded
+over ranks.
 
-Each layer is gathered while it computes; what is outside of the layers (embedding, final norm,
-head) belongs to the root module and is gathered once a step. Weights that are trained rest in
-float32, the masters of what is computed with.
+Each layer is all-gathered while it computes. What is outside the layers (embedding, final norm,
+head) belongs to the root module and is gathered once a step. Trained weights are stored in float32
+as the masters of the weights that are computed with.
 
-Invariant (P3): a gradient is the sum over the ranks, in float32. FSDP would average, and only with
-a divisor of 1 and plain sums asked for is that undone.
+Invariant (P3): a gradient is the sum over the ranks, in float32. FSDP averages by default, so the
+divide factor is set to 1 and sums are forced.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ Read = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class FSDPOptions:
-    """How a model is spread."""
+    """How a model is sharded."""
 
     compute: torch.dtype  # what it computes in
-    across: bool = False  # whole copies on each machine, spread over the ranks of one
-    offload: bool = False  # shards rest in the host's memory
+    hybrid: bool = False  # HYBRID_SHARD: a copy on each machine, sharded inside it
+    offload: bool = False  # CPU offload: shards are stored in host memory
 
 
 def apply_fsdp(
@@ -50,11 +51,11 @@ def apply_fsdp(
     device: torch.device,
     read: Read | None = None,
 ) -> FSDPSync:
-    """Spread `root` in place; `layers` are the modules inside it that are gathered one at a time.
+    """Shard `root` in place; `layers` are the modules inside it that are gathered one at a time.
 
-    Every rank must come with the same weights. Those that are trained become float32 first, a
-    layer at a time, so that never more than a layer is there twice. Of weights without memory, on
-    torch's meta device, each rank has `read` its own part and no more.
+    Every rank must have the same weights. Trained weights become float32 first, a layer at a time,
+    so that at most one layer is held twice. For weights on the meta device, each rank calls `read`
+    for its own shard only.
 
     Raises:
         ModelError: what was read is not finite.
@@ -69,7 +70,7 @@ def apply_fsdp(
     )
 
     _show_tensors_of(LossOutput)
-    if how.across:
+    if how.hybrid:
         shape = (world.size // world.local_size, world.local_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
     else:
@@ -87,24 +88,24 @@ def apply_fsdp(
         fully_shard(layer, **options)
     _upcast_trained(root)
     fully_shard(root, **options)
-    asks = can_retry(world.size, device.type)
+    checks_peers = can_retry(world.size, device.type)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if asks:
+            if checks_peers:
                 check_before_collectives(module)
     if read is not None:
         _materialize(root, torch.device("cpu") if how.offload else device, dtypes, read=read)
-        _check_restartable(root, world)
-    return FSDPSync(world, root, mesh[SHARD], dtypes, asks=asks)
+        _check_finite(root, world)
+    return FSDPSync(world, root, mesh[SHARD], dtypes, checks_peers=checks_peers)
 
 
 @torch.no_grad()
 def _materialize(
     root: nn.Module, home: torch.device, dtypes: Mapping[str, torch.dtype], *, read: Read
 ) -> None:
-    """Give the parts of this rank memory, and what belongs in it."""
+    """Allocate this rank's shards of meta tensors and read their values."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     empty = [name for name, parameter in root.named_parameters() if parameter.is_meta]
@@ -121,7 +122,7 @@ def _materialize(
 
 
 @torch.no_grad()
-def _check_restartable(root: nn.Module, world: World) -> None:
+def _check_finite(root: nn.Module, world: World) -> None:
     parameters: list[Any] = list(root.parameters())
     broken = not all(bool(p.to_local().isfinite().all()) for p in parameters)
     if world.all_reduce_max([broken])[0]:
@@ -150,16 +151,16 @@ def _is_sharded_tensor(tensor: Tensor) -> bool:
 
 
 def _show_tensors_of(kind: type) -> None:
-    """Let FSDP find the tensors in a dataclass that a forward returns."""
+    """Register a dataclass as a pytree, so that FSDP's hooks find the tensors a forward returns."""
     if kind not in _pytree.SUPPORTED_NODES:
         _pytree.register_dataclass(kind)
 
 
 class FSDPSync(ShardedSync):
-    """Every rank has a part of each weight, and the optimizer works on that part alone.
+    """Gradients of an FSDP2 model: every rank holds a shard of each weight and updates it alone.
 
-    `parts` are the trained parameters of this rank by name: plain float32 tensors that share the
-    memory of the shards.
+    `parts` are this rank's trained shards by name: plain float32 tensors that share the memory of
+    the DTensors.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class FSDPSync(ShardedSync):
         mesh: Any,
         dtypes: Mapping[str, torch.dtype],
         *,
-        asks: bool,
+        checks_peers: bool,
     ) -> None:
         whole: dict[str, Any] = dict(root.named_parameters())
         parts: dict[str, Tensor] = {
@@ -178,17 +179,17 @@ class FSDPSync(ShardedSync):
             if parameter.requires_grad
         }
         super().__init__(world, whole, parts)
-        self._asks = asks
+        self._checks_peers = checks_peers
         self._root: Any = root
         self._mesh = mesh
         self._dtypes = dtypes
 
     @contextmanager
     def all_ranks_or_none(self) -> Iterator[None]:
-        """Ranks wait for each other in every layer; where they don't ask before, one that has
-        failed can't be followed.
+        """Ranks wait for each other in every layer. Without a check before each collective the
+        others cannot learn of a failed rank, so nothing is caught then.
         """
-        if not self._asks:
+        if not self._checks_peers:
             yield
             return
         try:
@@ -199,7 +200,7 @@ class FSDPSync(ShardedSync):
             raise
 
     def _abort_pass(self) -> None:
-        """Forget a forward or backward that was left in the middle, and what is gathered."""
+        """Clean up after an aborted forward or backward pass: gradients and gathered weights."""
         for parameter in self._root.parameters():
             parameter.grad = None  # of a layer that is gathered now, not yet added up
         if self._root._get_fsdp_state()._is_root:  # else there was no pass yet
@@ -207,12 +208,14 @@ class FSDPSync(ShardedSync):
         self.discard_gradients()
 
     def begin_microbatch(self, *, last: bool) -> None:
-        """Between micro-batches the root's own weights stay gathered, and nothing else."""
+        """Keep the root's own weights gathered between the micro-batches of a step, nothing
+        else.
+        """
         self._root.set_reshard_after_backward(last, recurse=False)
 
     @torch.no_grad()
     def sync_gradients(self) -> None:
-        """Hand the gradients, which FSDP has added up, to the parts."""
+        """Hand the gradients, which FSDP has reduce-scattered, to the shards."""
         self._root.reshard()
         for name, part in self.parts.items():
             grad = self._whole[name].grad
@@ -220,11 +223,11 @@ class FSDPSync(ShardedSync):
             self._whole[name].grad = None
 
     def reshard(self) -> None:
-        """Give back what a pass outside of a step has gathered."""
+        """Free the weights that a pass outside a step has gathered."""
         self._root.reshard()
 
     def discard_gradients(self) -> None:
-        """Forget gradients that no step has taken."""
+        """Discard gradients that no step has used."""
         for name in self.parts:
             self._whole[name].grad = None
 
@@ -239,8 +242,8 @@ class FSDPSync(ShardedSync):
 
     @torch.no_grad()
     def gather_model(self) -> None:
-        """Give the first rank the whole model, in its own precision and the host's memory, no
-        longer sharded; the model of the others is of no more use.
+        """Gather the full model on rank 0, in its own precision and in host memory, and remove FSDP
+        from it. The model of the other ranks cannot be used afterwards.
         """
         from torch.distributed.fsdp import FSDPModule
 

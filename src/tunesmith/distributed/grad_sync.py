@@ -1,7 +1,7 @@
-"""How a step's sums and gradients become those of all ranks.
+"""Gradient synchronisation over ranks: none, all-reduce (data parallelism), or sharded.
 
-Invariant (P3): gradients are added, never averaged. A step divides its loss by the weight of all
-ranks beforehand, so the sum over the ranks is the gradient of the whole step.
+Invariant (P3): gradients are summed, never averaged. A step divides its loss by the weight sum of
+all ranks beforehand, so the sum over the ranks is the gradient of the whole step.
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ BUCKET = 1 << 24
 
 
 class NoSync:
-    """One process: its sums are the step's."""
+    """A single process: nothing is sent."""
 
     @property
     def sharded(self) -> ShardedSync | None:
-        """Itself where each rank has a part of the weights."""
+        """Itself where each rank holds a shard of the weights, else None."""
         return None
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank's numbers stand for those that all ranks have."""
+        """Whether this rank reports the numbers that all ranks have in common."""
         return True
 
     def all_ranks_or_none(self) -> AbstractContextManager[None]:
-        """Where micro-batches run that all ranks must finish for a step to be taken."""
+        """Around the micro-batches of a step, which all ranks must finish or none."""
         return nullcontext()
 
     def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The values as they are."""
+        """The values, unchanged."""
         return values
 
     def begin_microbatch(self, *, last: bool) -> None:
-        """Nothing is to be done before a micro-batch."""
+        """Called before each micro-batch; nothing to do."""
 
     def sync_gradients(self) -> None:
-        """The gradients are whole."""
+        """Called after the last micro-batch; the gradients are complete already."""
 
 
 class DataParallelSync(NoSync):
-    """Every rank has all weights; gradients are added once a step, in float32.
+    """Data parallelism (as DDP): every rank has all weights, and gradients are all-reduced once a
+    step, in float32.
 
     A parameter without a gradient sends zeros, since another rank may have one.
     """
@@ -65,8 +66,8 @@ class DataParallelSync(NoSync):
         return self._world.is_main
 
     def all_ranks_or_none(self) -> AbstractContextManager[None]:
-        """Only ranks that work on a micro-batch together wait for each other inside; where they
-        don't ask before, one that has failed can't be followed.
+        """Only ranks of a model-parallel group communicate inside. Without a check before their
+        collectives the others cannot learn of a failed rank, so nothing is caught then.
         """
         group = self._world.model_parallel
         if group.size == 1:
@@ -78,17 +79,17 @@ class DataParallelSync(NoSync):
         )
 
     def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sums over the ranks."""
+        """Sums over all ranks."""
         return self._world.all_reduce_sum(values)
 
     @torch.no_grad()
     def sync_gradients(self) -> None:
-        """Every rank has the same gradients afterwards, to the bit."""
+        """All-reduce the gradients; every rank gets the same bits."""
         self.all_reduce_gradients(self._parameters)
 
     @torch.no_grad()
     def all_reduce_gradients(self, parameters: Sequence[Tensor], *, group: Any = None) -> None:
-        """Sums of the parameters' gradients over all ranks, or those of a group."""
+        """Sum the parameters' gradients over all ranks, or over a process `group`, in buckets."""
         import torch.distributed as dist
 
         for bucket in buckets(parameters):
@@ -133,12 +134,12 @@ def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class ShardedSync(DataParallelSync):
-    """Ranks of which each has a part of some weights, and whose optimizer works on that alone.
+    """Each rank holds a shard of some weights, and its optimizer updates that shard alone.
 
     Args:
-        whole: what the parameters are parts of, by name, as tensors that know where; their contents
-            are not looked at.
-        parts: the trained parameters of this rank by name, plain tensors.
+        whole: the full parameters by name, as DTensors that know the placement of each shard; their
+            contents are not read.
+        parts: the trained parameters of this rank by name, as plain tensors.
     """
 
     def __init__(self, world: World, whole: Mapping[str, Any], parts: dict[str, Tensor]) -> None:
@@ -153,26 +154,26 @@ class ShardedSync(DataParallelSync):
 
     @property
     def world(self) -> World:
-        """Those that hold the parts."""
+        """The ranks that hold the shards."""
         return self._world
 
     def grad_norm(self, own: Tensor) -> Tensor:
-        """The norm of all parts' gradients, from that of this rank's."""
+        """The gradient norm over all shards, from the norm `own` of this rank's."""
         raise NotImplementedError
 
     def discard_gradients(self) -> None:
-        """Forget gradients that have not reached the parts."""
+        """Discard gradients that have not been handed to the shards."""
 
     def gather_model(self) -> None:
-        """Give the first rank the whole model, in its own precision and the host's memory; the
-        model of the others is of no more use.
+        """Gather the full model on rank 0, in its own precision and in host memory. The model of
+        the other ranks cannot be used afterwards.
         """
         raise NotImplementedError
 
     def to_dtensors(self, state: Mapping[str, Tensor], *, bare: bool = False) -> dict[str, Tensor]:
-        """An optimizer's state over the parts as tensors that know their place in the whole.
+        """This rank's optimizer state as DTensors, which know their place in the full tensors.
 
-        Keys are KIND.NAME; they share the memory of what is given, or `bare` have none.
+        Keys are KIND.NAME. The DTensors share the memory of `state`, or have none if `bare`.
         """
         from torch.distributed.tensor import DTensor
 
@@ -193,7 +194,7 @@ class ShardedSync(DataParallelSync):
         return found
 
     def local_parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of an optimizer's state; keys are KIND.NAME."""
+        """This rank's shards of a full optimizer state; keys are KIND.NAME."""
         from torch.distributed.tensor import distribute_tensor
 
         found: dict[str, Tensor] = {}

@@ -1,4 +1,6 @@
-"""A rank that no longer gets on tells the others, so that each leaves what it was doing."""
+"""Hang detection across ranks: a rank whose watchdog fired tells the others through the store,
+so that each of them stops and writes its stacks.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,21 @@ _SECONDS = 4.0
 
 
 class HangAlarm:
-    """Between the ranks of a run, by way of their store."""
+    """The alarm between the ranks of a run, a key in their store."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._asking: Thread | None = None
+        self._poll: Thread | None = None
         self._heard: int | None = None
 
     def ring(self) -> None:
-        """Tell the others."""
+        """Tell the other ranks that this one hangs."""
         call_with_timeout(lambda: shared_store().set(shared_key(HUNG), str(self._rank)), _SECONDS)
 
     def heard(self) -> int | None:
-        """The rank that rang, None if none did or the store doesn't answer."""
-        if self._asking is None or not self._asking.is_alive():
-            self._asking = call_with_timeout(self._look, _SECONDS)
+        """The rank that rang; None if no rank did or if the store does not answer."""
+        if self._poll is None or not self._poll.is_alive():
+            self._poll = call_with_timeout(self._look, _SECONDS)
         return self._heard
 
     def _look(self) -> None:

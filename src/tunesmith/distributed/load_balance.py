@@ -1,24 +1,27 @@
-"""Micro-batches dealt to ranks: as many to each, and nearly as much work."""
+"""Load balancing over data-parallel ranks: equally many micro-batches each, and nearly equal work.
+
+Longest-processing-time-first scheduling (Graham 1969), a round at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 Round = tuple[int, ...]
-"""For each rank the number of its micro-batch, or `IDLE`."""
+"""For each rank the index of its micro-batch, or `IDLE`."""
 
 IDLE = -1
-"""A rank that has no micro-batch of its own in a round."""
+"""Marks a rank without a micro-batch in a round."""
 
 
 def assign(work: Sequence[float], ranks: int) -> list[Round]:
-    """Rounds in which every rank has one micro-batch, each micro-batch in one of them.
+    """Rounds with one micro-batch for every rank; each micro-batch is in exactly one round.
 
-    Micro-batches go by falling work, a round at a time, the largest of a round to the rank that
-    has least so far. So micro-batches that run at the same time are alike, and no two ranks differ
-    by more than the largest micro-batch: a round can't widen the gap between two ranks beyond the
-    gap between two of its own items. Only the last round has idle ranks, those with most work.
-    Equal inputs give equal rounds on every rank.
+    Micro-batches are taken by descending work. Within a round the largest goes to the rank with the
+    least work so far. So micro-batches that run at the same time are of similar size, and the loads
+    of two ranks differ by at most the largest micro-batch: a round can't widen the gap between two
+    ranks beyond the gap between two of its own items. Only the last round has idle ranks, and those
+    have the most work already. Equal inputs give equal rounds on every rank.
     """
     if ranks < 1:
         raise ValueError("there is at least one rank")
@@ -26,23 +29,23 @@ def assign(work: Sequence[float], ranks: int) -> list[Round]:
     held = [0.0] * ranks
     rounds: list[Round] = []
     for first in range(0, len(order), ranks):
-        dealt = [IDLE] * ranks
+        indices = [IDLE] * ranks
         lightest = sorted(range(ranks), key=lambda rank: (held[rank], rank))
         for rank, number in zip(lightest, order[first : first + ranks], strict=False):
-            dealt[rank] = number
+            indices[rank] = number
             held[rank] += work[number]
-        rounds.append(tuple(dealt))
+        rounds.append(tuple(indices))
     return rounds
 
 
 def loads(rounds: Sequence[Round], work: Sequence[float]) -> list[float]:
-    """The work of each rank."""
+    """The total work of each rank."""
     ranks = len(rounds[0]) if rounds else 0
     return [sum(work[r[rank]] for r in rounds if r[rank] != IDLE) for rank in range(ranks)]
 
 
 def idle_fraction(rounds: Sequence[Round], work: Sequence[float]) -> float:
-    """The share of all ranks' time in which they wait, if each round takes as long as its largest
+    """The fraction of all ranks' time spent waiting, if a round takes as long as its largest
     micro-batch.
     """
     if not rounds:

@@ -1,4 +1,6 @@
-"""Ranks that work on each micro-batch together, whatever it is that they deal among themselves."""
+"""A model-parallel group: ranks that compute each micro-batch together, by context or tensor
+parallelism (Megatron's term).
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ from tunesmith.distributed.peer_check import check_peers
 
 @dataclass(frozen=True, slots=True)
 class ModelParallelGroup:
-    """A group of `count` ranks of which this one is number `place`. Without a `group` the others
-    are only played: nothing is sent.
+    """A group of `size` ranks, of which this one is `rank`. Without a process `group` nothing is
+    sent, which is used to measure one rank's memory in a single process.
     """
 
     size: int = 1
     rank: int = 0
     group: Any = None
-    check_group: Any = None  # who meets before each exchange, see `asking`; None where nobody does
+    check_group: Any = None  # ranks of the check before each collective (`peer_check.py`), or None
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums over the group."""
+        """Sums over the group, in place."""
         import torch.distributed as dist
 
         if self.group is not None:
@@ -31,10 +33,11 @@ class ModelParallelGroup:
         return values
 
     def check_peers(self, *, failed: bool = False) -> None:
-        """Hear whether all who will exchange are still at it, or say that this rank is not.
+        """Learn whether every rank of the coming collective is still able to join it, or tell the
+        others that this one is not.
 
         Raises:
-            MemoryElsewhereError: memory ran out on another rank.
+            PeerOutOfMemoryError: another rank is out of memory.
         """
         if self.check_group is not None:
             check_peers(self.check_group, failed=failed)

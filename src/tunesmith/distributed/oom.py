@@ -1,4 +1,4 @@
-"""Work that every rank of a group finishes, or none: memory can run out on one of them alone."""
+"""Collective out-of-memory handling: an OOM on one rank raises the same error on every rank."""
 
 from __future__ import annotations
 
@@ -11,60 +11,62 @@ import torch
 from tunesmith.distributed.peer_check import PeerOutOfMemoryError
 from tunesmith.distributed.world import World
 
-_SAID = ("can't allocate memory", "out of memory", "alloc_failed")
-"""How torch's allocators and libraries say it where they have no exception of its own."""
+_OOM_TEXTS = ("can't allocate memory", "out of memory", "alloc_failed")
+"""Messages of torch's allocators and libraries that raise a plain RuntimeError."""
 
 
 class CollectiveOOM(MemoryError):
-    """Memory ran out on `ranks`, and every rank of the group knows."""
+    """`ranks` ran out of memory, and every rank raised this error."""
 
-    def __init__(self, said: str, ranks: tuple[int, ...]) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
         self.ranks = ranks
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if the error says that memory could not be had, on whatever device."""
+    """True if the error says that memory could not be allocated, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _SAID)
+    return isinstance(error, RuntimeError) and any(words in text for words in _OOM_TEXTS)
 
 
 class PeerCheck(Protocol):
-    """`asking.ask` with those that exchange something inside."""
+    """`ModelParallelGroup.check_peers` of the ranks that communicate inside the block."""
 
     def __call__(self, *, failed: bool = False) -> None: ...
 
 
 @contextmanager
-def all_ranks_or_none(world: World, ask: PeerCheck | None = None) -> Iterator[None]:
-    """Where memory runs out inside on any rank, all raise the same error at the end.
+def all_ranks_or_none(world: World, check_peers: PeerCheck | None = None) -> Iterator[None]:
+    """Run the block on every rank; if any rank runs out of memory in it, all raise the same error.
 
-    Where ranks wait for each other inside, they `ask` before they do.
+    Where ranks communicate inside the block, `check_peers` checks the peers before each collective.
 
     Raises:
-        CollectiveOOM: as said; on a process alone the error itself.
+        CollectiveOOM: some rank ran out of memory. A single process raises its own error.
     """
     if world.is_single:
         yield
         return
-    said: str | None = None
-    heard = False
+    message: str | None = None
+    peer_failed = False
     try:
         yield
-        if ask is not None:
-            ask()  # one may have failed after the last exchange
+        if check_peers is not None:
+            check_peers()  # a peer may have failed after the last collective
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        heard = isinstance(error, PeerOutOfMemoryError)
-        said = str(error)
+        peer_failed = isinstance(error, PeerOutOfMemoryError)
+        message = str(error)
     # Out here the error is gone, and with it the tensors that its frames held.
-    own = said is not None and not heard
-    if own and ask is not None:
-        ask(failed=True)
-    failed = world.all_reduce_max([float(own and rank == world.rank) for rank in range(world.size)])
+    failed_here = message is not None and not peer_failed
+    if failed_here and check_peers is not None:
+        check_peers(failed=True)
+    failed = world.all_reduce_max(
+        [float(failed_here and rank == world.rank) for rank in range(world.size)]
+    )
     if any(failed):
         where = tuple(rank for rank, one in enumerate(failed) if one)
-        raise CollectiveOOM(said or f"out of memory on rank {where[0]}", where)
+        raise CollectiveOOM(message or f"out of memory on rank {where[0]}", where)

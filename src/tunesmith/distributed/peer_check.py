@@ -1,9 +1,11 @@
-"""Ranks ask each other before they wait for each other, since memory can run out on one alone.
+"""A 4-byte all-reduce before each collective, so that an OOM on one rank raises on all of them
+instead of deadlocking.
 
-Inside a micro-batch a rank waits for what others send: slices of heads, the rest of a layer. It
-would wait for good for one that has failed. So before each such exchange all of its ranks meet, and
-one that has failed comes to the next meeting, wherever the others have it, to say so. Nothing that
-could fail stands between a meeting and its exchange.
+Inside a micro-batch a rank waits for what the others send: shards of heads, or the rest of a
+layer's weights. It would wait forever for a rank that has failed. So before each such collective
+all of its ranks exchange a flag, and a rank that has failed joins the next exchange, wherever the
+others have reached it, to raise that flag. Between a check and its collective nothing is allocated
+that could fail.
 """
 
 from __future__ import annotations
@@ -14,51 +16,51 @@ import torch
 from torch import Tensor
 
 MAX_RANKS = 64
-"""Ranks that may ask each other before each layer: gloo's message to all takes a hop for each, and
-must not take longer than the layer.
+"""The most ranks that check each other before each layer: gloo's all-reduce takes a hop for each
+rank and must not take longer than the layer itself.
 """
 
 
 class PeerOutOfMemoryError(MemoryError):
-    """Memory ran out on another rank, for which this one would have waited."""
+    """Another rank, for which this one would have waited, is out of memory."""
 
 
 def check_peers(group: Any, *, failed: bool = False) -> None:
-    """Meet the ranks of `group`, each of which must come as often as the others.
+    """All-reduce a flag over the ranks of `group`; every rank must call it equally often.
 
-    It is a message of 4 bytes in the host's memory, by gloo.
+    The message is 4 bytes in host memory, by gloo.
 
     Raises:
-        MemoryElsewhereError: one of them has `failed`; not on that rank itself.
+        PeerOutOfMemoryError: another rank has `failed`. It is not raised on that rank itself.
     """
     import torch.distributed as dist
 
-    said = torch.tensor([float(failed)], device="cpu")
-    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
-    if not failed and bool(said):
+    flag = torch.tensor([float(failed)], device="cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    if not failed and bool(flag):
         raise PeerOutOfMemoryError("out of memory on another rank")
 
 
 def check_all_peers(*, failed: bool = False) -> None:
-    """The same with all ranks of the run."""
+    """`check_peers` with all ranks of the run."""
     import torch.distributed as dist
 
     check_peers(dist.group.WORLD, failed=failed)
 
 
 def can_check(device: str) -> bool:
-    """Whether ranks on such a device may meet before each exchange inside a pass.
+    """Whether ranks on such a device check each other before each collective inside a pass.
 
-    On a CPU they wait for each other there in any case. A GPU's exchanges are queued ahead of it,
-    which is what lets it compute meanwhile; meetings on the host would end that in every layer.
+    On a CPU the ranks block in the collective anyway. On a GPU collectives are queued ahead of the
+    computation, which lets both overlap; a check on the host would stop that in every layer.
     """
     return device == "cpu"
 
 
 def can_retry(count: int, device: str) -> bool:
-    """Whether so many ranks that share layers can drop a step together when memory runs out on one.
+    """Whether `count` FSDP ranks can abandon a step together after an OOM on one, and retry it.
 
-    FSDP must be able to begin anew after a pass that was left in the middle; torch 2.13's is.
+    FSDP must be able to restart after an aborted pass; torch has `reset_iter_state` since 2.13.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -66,9 +68,7 @@ def can_retry(count: int, device: str) -> bool:
 
 
 def check_before_collectives(module: Any) -> None:
-    """Have all ranks ask each other before this module of FSDP's gathers weights or adds up
-    gradients.
-    """
+    """Check all ranks before this FSDP module's all-gathers and reduce-scatters."""
     group = module._get_fsdp_state()._fsdp_param_group
     if group is not None:
         module.set_custom_all_gather(CheckedCollective(group._all_gather_comm))
@@ -76,13 +76,13 @@ def check_before_collectives(module: Any) -> None:
 
 
 class CheckedCollective:
-    """A collective of FSDP's, before which all ranks meet; it has its memory by then."""
+    """An FSDP collective with a check of all ranks before it, made once its memory is allocated."""
 
     def __init__(self, collective: Any) -> None:
         self._collective = collective
 
     def allocate(self, *size: Any, **options: Any) -> Tensor:
-        """As the collective does."""
+        """Allocates as the collective itself does."""
         return self._collective.allocate(*size, **options)
 
     def __call__(self, *tensors: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which rank was lost, and which of the others says so."""
+"""Rank failure: find out which rank was lost, and let one of the living ranks report it."""
 
 from __future__ import annotations
 

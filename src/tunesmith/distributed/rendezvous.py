@@ -1,10 +1,10 @@
-"""Where the ranks of one attempt meet: keys of torchrun's store that no earlier attempt has used.
+"""A rendezvous that ignores stale store keys after torchrun restarts the ranks.
 
-torchrun keeps one store for a job, however often it starts the ranks, and leaves in it what they
-wrote there. A rank that is started again would read where the others listened before they were
-killed. Attempts can't be told apart by what torchrun counts: a machine that only joins in another
-one's restart counts none. So the first rank listens on a port, and only who reaches it there has
-found the attempt that is alive.
+torchrun keeps one store for a job over all restarts, and old keys stay in it. A restarted rank
+would read the addresses on which the others listened before they were killed. torchrun's restart
+count cannot tell attempts apart: a machine that joins another machine's restart counts none. So
+rank 0 listens on a port and announces it in the store. A rank that reaches rank 0 on that port has
+found the living attempt, and uses its name as the prefix of all keys.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Rendezvous:
 
 @contextmanager
 def rendezvous(rank: int, *, timeout: timedelta) -> Iterator[Rendezvous]:
-    """Where to make the process group of this attempt, inside the `with`.
+    """The store in which to make the process group of this attempt, inside the `with`.
 
     Raises:
         TimeoutError: the first rank of this attempt was not found.
     """
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-    store: Any = next(iter(rendezvous("env://", timeout=timeout)))[0]
+    store: Any = next(iter(torch_rendezvous("env://", timeout=timeout)))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield Rendezvous(store, first=not restarted())  # the first rank's own, and as old as it
     elif rank == 0:

@@ -1,4 +1,4 @@
-"""Starts one rank for each device of this machine, by torch's own launcher."""
+"""Start one rank for each device of this machine, with torch's elastic launcher (torchrun)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _gpus() -> int:
 
 
 def start(count: int, arguments: Sequence[str]) -> int:
-    """Run `tunesmith` with these arguments on `count` ranks and return the exit code of the first
-    that failed, 0 if none did. Signals are handed on to the ranks, which save.
+    """Run `tunesmith` with these arguments on `count` ranks. Returns the exit code of the first
+    rank that failed, or 0. Signals are forwarded to the ranks, which save a checkpoint and end.
 
     Raises:
         RunError: a rank was killed.

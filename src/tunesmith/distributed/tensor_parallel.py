@@ -1,10 +1,12 @@
-"""A model whose layers are divided over neighbouring ranks, by what a plan says of its linear maps.
+"""Megatron tensor parallelism (arXiv 1909.08053): colwise and rowwise linears after transformers'
+`base_model_tp_plan`.
 
-A rank's parameters are plain tensors: of a divided map its part, and everything else whole. After
-a step's backward passes the gradient of a divided map is that of this copy's micro-batches, to be
-added up over the ranks with the same part. Of what is whole each rank has either the whole
-gradient, of which one rank's is taken, or a term of it: the head's from its own targets, a norm's
-from its own heads. So one sum over all ranks makes those whole, and the same bits everywhere (P3).
+A rank's parameters are plain tensors: its shard of a sharded linear, and everything else in full.
+After the backward passes of a step, the gradient of a shard covers the micro-batches of this copy,
+and is summed over the ranks that hold the same shard of other copies. For a replicated parameter
+each rank has either the full gradient, of which one rank's is used, or a partial gradient: the
+head's from this rank's targets, a norm's from its heads. One sum over all ranks completes both
+kinds and gives the same bits everywhere (P3).
 """
 
 from __future__ import annotations
@@ -26,33 +28,33 @@ COPY, PART = "copy", "part"
 
 @dataclass(frozen=True, slots=True)
 class TPPlan:
-    """Which modules of a model are divided."""
+    """The modules of a model that are sharded, by how."""
 
-    colwise: Sequence[nn.Module]  # linear maps of which each rank has some outputs
-    rowwise: Sequence[nn.Module]  # of which it has some inputs
-    sharded: Sequence[tuple[Tensor, int]]  # their parameters, and along which dimension
-    partial_grad: Sequence[nn.Module]  # whole, and each rank has a term of their gradients
+    colwise: Sequence[nn.Module]  # linears of which each rank holds some outputs
+    rowwise: Sequence[nn.Module]  # linears of which each rank holds some inputs
+    sharded: Sequence[tuple[Tensor, int]]  # their parameters, with the sharded dimension
+    partial_grad: Sequence[nn.Module]  # replicated; each rank has a part of the gradient sum
     embedding: nn.Module
 
     def shard_dim(self, parameter: Tensor) -> int | None:
-        """Along which the parameter is divided; None if it isn't."""
+        """The dimension along which the parameter is sharded; None if it is replicated."""
         return next((n for other, n in self.sharded if other is parameter), None)
 
     def shard_dims(self, root: nn.Module) -> dict[str, int | None]:
-        """The same for all parameters of `root`, by name."""
+        """`shard_dim` of all parameters of `root`, by name."""
         found = {id(parameter): n for parameter, n in self.sharded}
         return {name: found.get(id(p)) for name, p in root.named_parameters()}
 
     def partial_grad_names(self, root: nn.Module) -> set[str]:
-        """Names of the parameters of whose gradients each rank has a term."""
+        """Names of the replicated parameters of whose gradient each rank has a part."""
         found = {id(p) for module in self.partial_grad for p in module.parameters()}
         return {name for name, p in root.named_parameters() if id(p) in found}
 
 
 def apply_tensor_parallel(plan: TPPlan, tp: TensorParallel) -> TPRegion:
-    """Cut the maps down to this rank's part, in place, and let the ranks meet around them.
+    """Shard the linears in place and wrap their forwards with the collectives of the region.
 
-    The final hidden states are still to be led through `Seams.enter` by whoever goes on with them.
+    The caller must pass the final hidden states through `TPRegion.copy_to` before the head.
     """
     region = TPRegion(tp)
     for parameter, dimension in plan.sharded:
@@ -71,7 +73,7 @@ def _colwise(region: TPRegion, module: nn.Module, whole: Tensor) -> Tensor:
 
 
 def _rowwise(region: TPRegion, module: Any, part: Tensor) -> Tensor:
-    """The bias comes once, on top of the sum."""
+    """The bias is added once, after the all-reduce."""
     own = getattr(module, "base_layer", module)._parameters
     bias, own["bias"] = own["bias"], None
     try:
@@ -89,71 +91,73 @@ def _replicated(region: TPRegion, module: nn.Module, ids: Tensor) -> Tensor:
 def tensor_parallelize(
     root: nn.Module, plan: TPPlan, world: World, device: torch.device
 ) -> TensorParallelSync:
-    """Divide `root`, which every rank has with the same weights, and move it to its device."""
+    """Shard `root`, which has the same weights on every rank, and move it to the device."""
     region = apply_tensor_parallel(plan, world.tp)
     root.to(device)
     return TensorParallelSync(world, root, plan, region)
 
 
 class TensorParallelSync(ShardedSync):
-    """Every rank has its part of each divided map, and everything else."""
+    """Gradients under tensor parallelism: sharded linears, everything else replicated."""
 
     def __init__(self, world: World, root: nn.Module, plan: TPPlan, region: TPRegion) -> None:
         self._root, self._plan, self._region = root, plan, region
-        self._places, self._termed = plan.shard_dims(root), plan.partial_grad_names(root)
+        self._shard_dims, self._partial_grad = plan.shard_dims(root), plan.partial_grad_names(root)
         self._named: dict[str, nn.Parameter] = dict(root.named_parameters())
         trained = {n: p for n, p in self._named.items() if p.requires_grad}
-        super().__init__(world, _as_dtensors(trained, self._places, world), dict(trained))
+        super().__init__(world, _as_dtensors(trained, self._shard_dims, world), dict(trained))
 
     @property
     def sharded_fraction(self) -> float:
-        """Of the whole model's parameters those that are divided."""
-        sizes = {n: (p.numel(), self._places[n] is not None) for n, p in self._named.items()}
+        """The fraction of the full model's parameters that is sharded."""
+        sizes = {n: (p.numel(), self._shard_dims[n] is not None) for n, p in self._named.items()}
         divided = self._world.tp.size * sum(size for size, cut in sizes.values() if cut)
         return divided / (divided + sum(size for size, cut in sizes.values() if not cut))
 
     @property
     def region(self) -> TPRegion:
-        """Where the model's ranks meet."""
+        """The collectives around the sharded linears."""
         return self._region
 
     def clear(self) -> None:
-        """Hold no activation of the last pass."""
+        """Drop the activation kept from the last pass."""
         self._region.clear()
 
     def _trained(self, *, divided: bool) -> list[Tensor]:
-        return [p for n, p in self.parts.items() if (self._places[n] is not None) == divided]
+        return [p for n, p in self.parts.items() if (self._shard_dims[n] is not None) == divided]
 
     @torch.no_grad()
     def sync_gradients(self) -> None:
-        """Every rank has the same gradients of what is whole afterwards, to the bit."""
+        """Complete all gradients. Replicated parameters get the same bits on every rank."""
         self._region.clear()
         split = self._world.tp
         if split.rank > 0:
             for name, parameter in self.parts.items():
-                if self._places[name] is None and name not in self._termed:
-                    parameter.grad = None  # the first one's counts
+                if self._shard_dims[name] is None and name not in self._partial_grad:
+                    parameter.grad = None  # every rank has all of it: count rank 0's
         self.all_reduce_gradients(self._trained(divided=False))
         if self._world.dp_size > 1:
             self.all_reduce_gradients(self._trained(divided=True), group=split.dp_group)
 
     @torch.no_grad()
     def grad_norm(self, own: Tensor) -> Tensor:
-        """The norm of the whole gradient: each part's squares, and once those of what is whole."""
+        """The norm of the full gradient: squares of all shards, and those of replicated ones
+        once.
+        """
         whole, parts = (_square(self._trained(divided=kind), own) for kind in (False, True))
         with self._world.naming_lost_rank():
             return (whole + self._world.tp.all_reduce(parts)).sqrt().float()
 
     @torch.no_grad()
     def gather_model(self) -> None:
-        """As `Parted.gather`; the first rank's copy of the layers is taken."""
+        """As `ShardedSync.gather_model`; the copy of the layers that rank 0 belongs to is used."""
         import torch.distributed as dist
 
         split = self._world.tp
         if self._world.dp_rank > 0:
             return
         for name, parameter in self._named.items():
-            dimension = self._places[name]
+            dimension = self._shard_dims[name]
             if dimension is not None:
                 parts = [torch.empty_like(parameter) for _ in range(split.size)]
                 with self._world.naming_lost_rank():
@@ -169,7 +173,7 @@ class TensorParallelSync(ShardedSync):
 
 
 def _square(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The sum of squares of their gradients, float64."""
+    """The sum of squares of the tensors' gradients, a float64 scalar."""
     grads = [t.grad for t in tensors if t.grad is not None]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=like.device)
@@ -179,7 +183,7 @@ def _square(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 def _as_dtensors(
     trained: Mapping[str, Tensor], places: Mapping[str, int | None], world: World
 ) -> dict[str, Any]:
-    """What each trained parameter is a part of, without contents."""
+    """The full tensor of each trained parameter as a DTensor on the meta device."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 

@@ -1,13 +1,13 @@
-"""Ranks that hold a model's layers in parts and run each micro-batch together (Shoeybi et al.,
-arXiv 1909.08053).
+"""The autograd operations of tensor parallelism: Megatron's f and g (Shoeybi et al., arXiv
+1909.08053).
 
-Of a pair of linear maps the first gives each rank some of its outputs, the second takes those as
-inputs: what the ranks then have are terms of a sum. So one message between all ranks of a copy
-ends each pair, in the forward pass its outputs' and in the backward pass its inputs'. Between pairs
-every rank has the whole hidden states, and computes norms and residuals as one process does.
+Of a pair of linears the first is colwise: each rank computes some outputs. The second is rowwise
+and takes these as its inputs, so that each rank has a term of a sum. One all-reduce ends each pair,
+in the forward pass of its outputs and in the backward pass of its inputs. Between pairs every rank
+has the full hidden states and computes norms and residuals as a single process does.
 
-The targets of a micro-batch are dealt to the ranks, each of which has the whole head. What a rank's
-targets ask of the hidden states is added up before the last layer's backward pass.
+The targets of a micro-batch are divided over the ranks, each of which has the full head. The
+gradients of the hidden states from all targets are summed before the last layer's backward pass.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel(ModelParallelGroup):
-    """Ranks with one copy of the layers together, of which this one has part `place`."""
+    """The ranks that hold one copy of the layers, of which this one has shard `rank`."""
 
-    dp_group: Any = None  # the ranks with the same part of other copies
+    dp_group: Any = None  # ranks with the same shard of other copies
 
 
 class TPRegion:
-    """Where the divided and the whole part of a model meet, on each rank alike."""
+    """The collectives between replicated and sharded parts of a model, the same on each rank."""
 
     def __init__(self, tp: TensorParallel) -> None:
-        self.split = tp
+        self.tp = tp
         self._last: tuple[Tensor, Tensor, bool] | None = None
 
     def copy_to(self, whole: Tensor) -> Tensor:
-        """What each rank goes on with in its own way; the gradients of all are added up. Maps that
-        begin with the same tensor one after the other share that sum.
+        """Megatron's f: identity forward, all-reduce of gradients backward. Consecutive linears
+        that take the same tensor (q, k and v) share one all-reduce.
         """
         graded = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not whole or self._last[2] != graded:
-            entered: Tensor = _CopyTo.apply(whole, self.split)  # pyright: ignore
+            entered: Tensor = _CopyTo.apply(whole, self.tp)  # pyright: ignore
             self._last = whole, entered, graded
         return self._last[1]
 
     def reduce_from(self, term: Tensor) -> Tensor:
-        """The sum of every rank's term; each of them gets the whole gradient."""
-        return _ReduceFrom.apply(term, self.split)  # pyright: ignore
+        """Megatron's g: all-reduce forward, identity backward."""
+        return _ReduceFrom.apply(term, self.tp)  # pyright: ignore
 
     def grad_on_first(self, whole: Tensor) -> Tensor:
-        """What all ranks compute alike, its gradient on the first of them alone: sums over all
-        ranks count it once.
+        """Identity forward; the gradient is kept on rank 0 of the group alone. All ranks compute
+        the same value, and a sum over all ranks must count its gradient once.
         """
-        return whole if self.split.rank == 0 else _StopGradient.apply(whole)  # pyright: ignore
+        return whole if self.tp.rank == 0 else _StopGradient.apply(whole)  # pyright: ignore
 
     def clear(self) -> None:
-        """Hold no activation any longer."""
+        """Drop the activation kept for sharing."""
         self._last = None
 
 
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.split = tp
+        ctx.tp = tp
         return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduce_copy(ctx.split, grads[0]), None
+        return _all_reduce_copy(ctx.tp, grads[0]), None
 
 
 class _ReduceFrom(torch.autograd.Function):
@@ -82,7 +82,7 @@ class _ReduceFrom(torch.autograd.Function):
 
 
 class _StopGradient(torch.autograd.Function):
-    """Zeros and not nothing: the backward pass must reach what ranks wait for each other in."""
+    """Zeros instead of no gradient: the backward pass must reach the collectives before it."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor) -> Tensor:
@@ -94,5 +94,5 @@ class _StopGradient(torch.autograd.Function):
 
 
 def _all_reduce_copy(tp: TensorParallel, own: Tensor) -> Tensor:
-    """In a tensor of its own: whoever gave `own` may keep it."""
+    """The sum over the group, in a new tensor, so that the caller keeps its argument."""
     return tp.all_reduce(own.clone(memory_format=torch.contiguous_format))

@@ -1,4 +1,8 @@
-"""The processes of a run, as one of them sees them."""
+"""The world of a run (torch.distributed): rank, world size, process groups and host-side
+collectives.
+
+Host-side values go by gloo; only gradients and activations use nccl on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +33,19 @@ T = TypeVar("T")
 PeerCheckScope = Literal["group", "all", "nobody"]
 
 TIMEOUT_MINUTES = 30.0
-"""Minutes that a rank waits for the others inside a step before it calls them lost."""
+"""Minutes that a rank waits in a collective before it reports the other ranks as lost."""
 POLL = 0.02
-"""Seconds between two looks of a rank that waits for one that prepares data or writes results."""
+"""Seconds between two polls of the store in `store_barrier`."""
 _WAITS = itertools.count()
-_NOBODY, _WHOLE = ContextParallel(), TensorParallel()
+_NO_CP, _NO_TP = ContextParallel(), TensorParallel()
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A group of `count` processes; this one is `rank`. A process alone is the default.
+    """All `size` processes of a run, of which this one is `rank`. The default is a single process.
 
-    All ranks must call the methods that send in the same order. On a process alone they give back
-    what they got.
+    All ranks must call the collectives in the same order. On a single process a collective returns
+    its argument.
     """
 
     rank: int = 0
@@ -49,8 +53,8 @@ class World:
     local_rank: int = 0
     local_size: int = 1  # ranks on this machine
     restarted: bool = False  # torchrun has started the ranks of this job before
-    cp: ContextParallel = _NOBODY  # those with whom this rank shares the tokens of a micro-batch
-    tp: TensorParallel = _WHOLE  # those with whom it holds one copy of the layers
+    cp: ContextParallel = _NO_CP  # ranks that share each micro-batch's tokens
+    tp: TensorParallel = _NO_TP  # ranks that hold one copy of the layers
 
     @property
     def is_main(self) -> bool:
@@ -63,24 +67,24 @@ class World:
 
     @property
     def dp_size(self) -> int:
-        """To how many micro-batches are dealt at a time: ranks that share one count once."""
+        """Data-parallel size: micro-batches that are computed at the same time."""
         return max(1, self.size // self.model_parallel.size)
 
     @property
     def dp_rank(self) -> int:
-        """Which of them this rank works on."""
+        """Data-parallel rank: which of these micro-batches this rank works on."""
         return self.rank // self.model_parallel.size
 
     @property
     def rng_rank(self) -> int:
-        """Which of several streams of random numbers is this rank's: ranks that compute the same
-        hidden states draw the same.
+        """The stream of random numbers of this rank. Tensor-parallel ranks share one, because they
+        compute the same hidden states and must draw the same dropout masks.
         """
         return self.rank // self.tp.size
 
     @property
     def model_parallel(self) -> ModelParallelGroup:
-        """Those who work on a micro-batch together, whichever way."""
+        """The ranks that compute one micro-batch together, by context or tensor parallelism."""
         return self.cp if self.tp.size == 1 else self.tp
 
     def with_context_parallel(
@@ -90,52 +94,54 @@ class World:
         timeout_minutes: float = TIMEOUT_MINUTES,
         peer_check: PeerCheckScope = "group",
     ) -> World:
-        """These ranks with every `context` neighbours sharing the tokens of a micro-batch.
+        """This world with context-parallel groups of `size` neighbouring ranks.
 
-        `context` divides their count. `patience` as in `connect`. `asking`: who meets before such
-        neighbours wait for each other; it must be `all` where ranks wait for others inside, too.
+        `size` divides the world size. `timeout_minutes` is as in `connect`. `peer_check` says which
+        ranks check each other before an all-to-all (see `peer_check.py`). It must be `all` where
+        FSDP makes every rank wait for every other one inside a pass.
         """
         if size == 1:
             return self
         import torch.distributed as dist
 
-        own: ContextParallel | None = None
+        group_of_rank: ContextParallel | None = None
         for first in range(0, self.size, size):
             members = range(first, first + size)
             group = dist.new_group(list(members), timeout=timedelta(minutes=timeout_minutes))
             if self.rank in members:
-                asked = {"group": group, "all": dist.group.WORLD, "nobody": None}[peer_check]
-                own = ContextParallel(size, self.rank - first, group, asked)
-        assert own is not None
-        return replace(self, context=own)
+                checked = {"group": group, "all": dist.group.WORLD, "nobody": None}[peer_check]
+                group_of_rank = ContextParallel(size, self.rank - first, group, checked)
+        assert group_of_rank is not None
+        return replace(self, cp=group_of_rank)
 
     def with_tensor_parallel(
         self, size: int, *, timeout_minutes: float = TIMEOUT_MINUTES, peer_check: bool = True
     ) -> World:
-        """These ranks with every `count` neighbours holding the parts of one copy of the layers.
+        """This world with tensor-parallel groups of `size` neighbouring ranks.
 
-        `count` divides theirs. `patience` as in `connect`. `asking`: whether they meet before they
-        wait for each other.
+        `size` divides the world size. `timeout_minutes` is as in `connect`. `peer_check` says
+        whether the ranks of a group check each other before each all-reduce.
         """
         if size == 1:
             return self
         import torch.distributed as dist
 
-        def own_of(groups: Sequence[range]) -> Any:
+        def make_groups(members: Sequence[range]) -> Any:
+            # every rank must call new_group for every group, in the same order
             made = [
-                dist.new_group(list(g), timeout=timedelta(minutes=timeout_minutes)) for g in groups
+                dist.new_group(list(g), timeout=timedelta(minutes=timeout_minutes)) for g in members
             ]
-            return next(m for g, m in zip(groups, made, strict=True) if self.rank in g)
+            return next(m for g, m in zip(members, made, strict=True) if self.rank in g)
 
         copies = [range(first, first + size) for first in range(0, self.size, size)]
-        alike = [range(place, self.size, size) for place in range(size)]
-        own = own_of(copies)
-        asked = own if peer_check else None
-        split = TensorParallel(size, self.rank % size, own, asked, dp_group=own_of(alike))
-        return replace(self, split=split)
+        same_shard = [range(part, self.size, size) for part in range(size)]
+        group = make_groups(copies)
+        checked = group if peer_check else None
+        dp_group = make_groups(same_shard)
+        return replace(self, tp=TensorParallel(size, self.rank % size, group, checked, dp_group))
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this rank, of the kind of `device`."""
+        """The device of this rank: of the kind of `device`, numbered by local rank on CUDA."""
         import torch
 
         if self.is_single or device.type != "cuda":
@@ -144,17 +150,17 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sums over the ranks, the same bits on each."""
+        """Sums over all ranks; every rank gets the same bits. float64, any shape."""
         return values if self.is_single else self._all_reduce(values, "SUM")
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """The largest of each value over the ranks."""
+        """The maximum of each value over all ranks."""
         if self.is_single:
             return list(values)
         return self._all_reduce(np.asarray(values, np.float64), "MAX").tolist()
 
     def all_reduce_min(self, value: float) -> float:
-        """The smallest value of all ranks."""
+        """The minimum of the value over all ranks."""
         return -self.all_reduce_max([-value])[0]
 
     def _all_reduce(self, values: NDArray[np.float64], how: str) -> NDArray[np.float64]:
@@ -167,7 +173,7 @@ class World:
         return sent.numpy()
 
     def broadcast_object(self, value: T | None = None) -> T:
-        """What the first rank has, on every rank; it must be picklable."""
+        """Rank 0's value, on every rank. It must be picklable."""
         if self.is_single:
             return value  # pyright: ignore[reportReturnType]
         import torch.distributed as dist
@@ -178,7 +184,7 @@ class World:
         return box[0]  # pyright: ignore[reportReturnType]
 
     def gather_object(self, value: T) -> list[T]:
-        """What each rank has, on the first; the others get only their own. It must be picklable."""
+        """Every rank's value, on rank 0; other ranks get only their own. It must be picklable."""
         if self.is_single:
             return [value]
         import torch.distributed as dist
@@ -189,7 +195,7 @@ class World:
         return [value] if box is None else box
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of the first rank."""
+        """Overwrite the tensors in place with those of rank 0."""
         if self.is_single:
             return
         import torch.distributed as dist
@@ -199,11 +205,14 @@ class World:
                 dist.broadcast(tensor.data, src=0)
 
     def barrier(self) -> None:
-        """Wait for every rank, as long as a step may take; the loss of one is noticed."""
+        """Wait for every rank, for at most the timeout of a collective; a lost rank is reported."""
         self.all_reduce_max([0.0])
 
     def store_barrier(self) -> None:
-        """Wait until every rank is here, however long that takes."""
+        """Wait for every rank without a timeout, by polling the store.
+
+        For long phases of one rank, such as data preparation, in which a collective would time out.
+        """
         if self.is_single:
             return
         store = shared_store()
@@ -214,10 +223,10 @@ class World:
             time.sleep(POLL)
 
     def main_process_first(self, act: Callable[[], T]) -> T:
-        """Do `act` on the first rank, then on one rank of each other machine, then on the rest.
+        """Do `act` on rank 0 first, then on one rank of each other machine, then on all others.
 
-        What the earlier ones leave in a cache the later ones find there, be it one for all machines
-        or one for each.
+        Later ranks find what earlier ones wrote to a cache, whether the cache is shared by all
+        machines or local to each.
         """
         if self.is_single:
             return act()
@@ -231,7 +240,7 @@ class World:
 
     @contextmanager
     def naming_lost_rank(self) -> Iterator[None]:
-        """An error of communication inside becomes one that says which rank was lost.
+        """Turn a communication error inside into an error that names the lost rank.
 
         Raises:
             RunError: another rank ended or can't be reached.
@@ -244,7 +253,7 @@ class World:
             raise lost_rank(self.rank, self.size, shared_store(), error) from error
 
     def close(self) -> None:
-        """Leave the group, once all have finished."""
+        """Destroy the process group, after every rank has finished."""
         if not self.is_single:
             import torch.distributed as dist
 
@@ -253,10 +262,11 @@ class World:
 
 
 def connect(kind: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> World:
-    """Meet the other ranks that torchrun started; alone where it started none.
+    """Initialise the process group of the ranks that torchrun started; a single process if it
+    started none.
 
-    `kind` is that of the device: on a GPU gradients go by nccl, and everything else by gloo.
-    `patience`: minutes that a rank waits for another one inside a step.
+    `kind` is that of the device: on CUDA, device tensors go by nccl and host tensors by gloo.
+    `timeout_minutes`: how long a rank waits for another one in a collective.
     """
     if launched_world_size() == 1:
         return World(restarted=restarted())

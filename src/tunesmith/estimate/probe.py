@@ -80,7 +80,7 @@ def local_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPla
     context = job.world.cp
     return [
         max(
-            (local_part(plan, replace(context, place=place)) for place in range(context.size)),
+            (local_part(plan, replace(context, rank=place)) for place in range(context.size)),
             key=lambda part: len(part.source),
         )
         for plan in plans

@@ -213,7 +213,7 @@ def zero_weight(plan: MicrobatchPlan) -> MicrobatchPlan:
     """The micro-batch with no weight on its targets, and nobody's: its gradient is zero."""
     none = np.empty(0, np.int32)
     shares = TargetOwners(none, none, np.empty(0, np.float32))
-    return replace(plan, weight=np.zeros_like(plan.weight), shares=shares)
+    return replace(plan, weight=np.zeros_like(plan.weight), owners=shares)
 
 
 @dataclass(frozen=True, slots=True)

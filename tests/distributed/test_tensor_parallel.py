@@ -278,9 +278,9 @@ def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPat
         region = apply_tensor_parallel(plan, ranks.tp)
         if wrong == "rows":
             del plan.rowwise[-1].forward
-        return SimpleNamespace(region=region, forget=region.clear)
+        return SimpleNamespace(region=region, clear=region.clear)
 
-    monkeypatch.setattr(assembled, "divide_model", cut)
+    monkeypatch.setattr(assembled, "tensor_parallelize", cut)
 
     def run(ranks: World) -> str:
         model = models[ranks.rank]

@@ -228,5 +228,5 @@ def test_ranks_of_gpus_do_not_meet_before_what_is_queued() -> None:
 class _Grouped(World):
     """Ranks that only tell how they would be grouped."""
 
-    def sharing(self, context: int, *, asking: str, **_: Any) -> Any:  # type: ignore[override]
-        return replace(self, context=asking)
+    def with_context_parallel(self, size: int, *, peer_check: str, **_: Any) -> Any:  # type: ignore[override]
+        return replace(self, cp=peer_check)

@@ -67,7 +67,7 @@ def test_outputs_and_gradients_are_pefts(bias: bool, options: Any, monkeypatch: 
 
 
 def test_bfloat16_is_nearer_to_the_truth(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "is_slow", lambda _: False)
+    monkeypatch.setattr(module, "needs_upcast", lambda _: False)
     model = adapted(dtype=torch.bfloat16)
     truth = outcome(copy.deepcopy(model).double(), torch.float64)
     plain = outcome(copy.deepcopy(model), torch.bfloat16)

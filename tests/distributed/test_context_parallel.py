@@ -303,13 +303,13 @@ def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def run(context: ContextParallel) -> str:
         model = models[context.rank]
-        ranks: Any = SimpleNamespace(context=context, most=list)
+        ranks: Any = SimpleNamespace(cp=context, all_reduce_max=list)
         where = {"device": torch.device("cpu"), "compute": torch.float32}
         check_exact(model, ranks, **where)
         hidden = model.hidden
 
         def shifted(batch: Any) -> Tensor:
-            moved = batch.layout is not None and batch.layout.spread is not None
+            moved = batch.layout is not None and batch.layout.shard is not None
             return hidden(batch) + 0.01 * moved
 
         model.hidden = shifted
