@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_store import same
+from test_document_store import same
 
 import tunesmith
 from tiny import CHATML, chat_rows, tiny_tokenizer, write_jsonl

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import same
+from test_document_store import same
 
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data.formats.convert import convert_row

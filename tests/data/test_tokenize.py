@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_store import same
+from test_document_store import same
 
 from template_oracle import NAMES, make_chat, template_of
 from tiny import CHATML, chat_rows, tiny_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_store import same
+from test_document_store import same
 
 from template_oracle import NAMES, compare, template_of
 from tunesmith.data.formats.detect import to_example

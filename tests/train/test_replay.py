@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_incident import SECTIONS, poisoned, start
+from test_anomaly import SECTIONS, poisoned, start
 
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
