@@ -63,10 +63,10 @@ def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
     for _ in range(steps):
         before = time.perf_counter()
         trainer._one_step()
-        saving.proceed(saving.state)
+        saving.poll(saving.state)
         longest = max(longest, time.perf_counter() - before)
     stepped = time.perf_counter()
-    saving.settle()
+    saving.wait()
     ended = time.perf_counter()
     return {
         "seconds": ended - began,

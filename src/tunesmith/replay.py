@@ -20,6 +20,7 @@ from tunesmith.checkpoint.folder import differences, find_damage, load_checkpoin
 from tunesmith.checkpoint.rng import capture_rng, restore_rng
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
+from tunesmith.config.renamed import translated
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import InputError
 from tunesmith.metrics.records import read_records
@@ -217,14 +218,17 @@ def _nearest(run: Path, step: int) -> tuple[Path | None, list[str]]:
 def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint of step 0 would say, from machine.json."""
     chosen = machine["chosen"]
+    device = translated(machine["asked"])["device"]
     return {
         "versions": machine["versions"],
         "world_size": machine["world_size"],
-        "context": machine["asked"]["device"].get("context_parallel", 1),
-        "tensor": machine["asked"]["device"].get("tensor_parallel", 1),
+        "context_parallel": device.get("context_parallel", 1),
+        "tensor_parallel": device.get("tensor_parallel", 1),
         "threads": machine["threads"],
         "device": str(chosen["device"]).partition(":")[0],
-        "deterministic": machine["asked"]["device"]["deterministic"],
+        "kernels": chosen["kernels"],
+        "compile": chosen["compile"],
+        "deterministic": device["deterministic"],
         "micro_tokens": chosen["micro_tokens"],
     }
 

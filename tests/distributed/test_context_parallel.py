@@ -71,7 +71,7 @@ def entries(plan: MicrobatchPlan, start: int) -> tuple[list[Any], list[Any]]:
     """(source, target, weight) of each target, and each share as (target, document, weight)."""
     source = (plan.source + start).tolist()
     targets = list(zip(source, plan.target.tolist(), plan.weight.tolist(), strict=True))
-    s = plan.shares
+    s = plan.owners
     triples = zip(s.target.tolist(), s.document.tolist(), s.weight.tolist(), strict=True)
     return targets, [(targets[t], d, w) for t, d, w in triples]
 

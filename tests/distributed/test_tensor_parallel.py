@@ -138,9 +138,9 @@ def gradients_of(model: CausalLM, plan: MicrobatchPlan) -> tuple[float, dict[str
 def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, TPPlan]:
     """A copy of the model with this rank's part of its layers."""
     copied = copy.deepcopy(model)
-    plan = tp_plan_of(copied, ranks)
-    copied.before_head = apply_tensor_parallel(plan, ranks.tp).copy_to
-    return copied, plan
+    tp_plan = tp_plan_of(copied, ranks)
+    copied.before_head = apply_tensor_parallel(tp_plan, ranks.tp).copy_to
+    return copied, tp_plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,8 +155,8 @@ def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.Mo
     loss, wanted = gradients_of(copy.deepcopy(model), plan)
 
     def run(ranks: World) -> tuple[float, dict[str, Tensor], dict[str, int | None], set[str]]:
-        mine, plan = divided(model, ranks)
-        places, termed = plan.shard_dims(mine), plan.partial_grad_names(mine)
+        mine, tp_plan = divided(model, ranks)
+        places, termed = tp_plan.shard_dims(mine), tp_plan.partial_grad_names(mine)
         return *gradients_of(mine, local_part(plan, ranks.tp)), places, termed
 
     ranks = on_ranks(2, run, monkeypatch)
@@ -187,7 +187,7 @@ def test_parts_have_every_target_once_and_count_tokens_once() -> None:
         for key in ("source", "target", "weight"):
             found = np.concatenate([getattr(part, key) for part in parts])
             assert found.tolist() == getattr(plan, key).tolist()
-        assert sum(len(part.shares.weight) for part in parts) == len(plan.shares.weight)
+        assert sum(len(part.owners.weight) for part in parts) == len(plan.owners.weight)
         keys = np.concatenate([target_keys(part) for part in parts])
         assert keys.tolist() == target_keys(plan).tolist()
 

@@ -26,7 +26,7 @@ save = Trainer.save
 def saved(self):
     save(self)
     if self.step == {step}:
-        self._settle()
+        self._wait_for_writer()
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.save = saved
 """

@@ -35,12 +35,12 @@ TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
 COMPARED = (
-    "versions", "world_size", "context", "tensor", "threads", "device", "kernels", "compile",
-    "deterministic",
+    "versions", "world_size", "context_parallel", "tensor_parallel", "threads", "device", "kernels",
+    "compile", "deterministic",
 )  # fmt: skip
 """Entries of `TrainState.meta` on which bitwise resume depends."""
-UNSAID = {"context": 1, "tensor": 1, "kernels": "torch", "compile": "none"}
-"""What an entry is where it is not there."""
+RENAMED = {"context": "context_parallel", "tensor": "tensor_parallel"}
+"""Entries of `TrainState.meta` that checkpoints of older versions hold under another name."""
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -187,7 +187,8 @@ def load_checkpoint(path: Path) -> TrainState:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
         rng = RngState(tensors["rng"], state["rng"]["numpy"], state["rng"]["python"])
-        return TrainState(state["step"], tensors["model"], tensors["optimizer"], rng, state["meta"])
+        meta = {RENAMED.get(key, key): value for key, value in state["meta"].items()}
+        return TrainState(state["step"], tensors["model"], tensors["optimizer"], rng, meta)
     except Exception as error:
         raise CheckpointError(f"can't be read: {error}", where=str(path)) from error
 
@@ -246,9 +247,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     """
     lines: list[str] = []
     for entry in COMPARED:
-        unsaid = UNSAID.get(entry)
-        pairs = _pairs(entry, saved.get(entry, unsaid), current.get(entry, unsaid))
-        for name, before, now in pairs:
+        for name, before, now in _pairs(entry, saved.get(entry), current.get(entry)):
             if before != now:
                 lines.append(f"{name} was {before}, is {now}")
     return lines

@@ -33,7 +33,7 @@ def same_recipe(path: Path, asked: Recipe) -> None:
         resolved.
     """
     resolved = read_recipe(run_files(path)["recipe"])
-    first = read_recipe(read_json(run_files(path)["machine"])["asked"])
+    first = read_recipe(read_json(run_files(path)["machine"])["asked"], of_run=True)
     found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
     if found:
         shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])

@@ -96,19 +96,19 @@ def _by_document(
     plan: MicrobatchPlan, measured: tuple[Floats, Floats, Floats]
 ) -> Iterator[tuple[int, Targets]]:
     """What each document asked for in a micro-batch."""
-    shares = plan.shares
-    order = np.argsort(shares.document, kind="stable")
-    cuts = np.flatnonzero(np.diff(shares.document[order])) + 1
+    owners = plan.owners
+    order = np.argsort(owners.document, kind="stable")
+    cuts = np.flatnonzero(np.diff(owners.document[order])) + 1
     for part in np.split(order, cuts):
         if not len(part):
             continue
-        number = shares.target[part]
+        number = owners.target[part]
         yield (
-            int(shares.document[part[0]]),
+            int(owners.document[part[0]]),
             Targets(
                 plan.layout.position[plan.source[number]].astype(np.int64) + 1,
                 plan.target[number].astype(np.int64),
-                shares.weight[part].astype(np.float64),
+                owners.weight[part].astype(np.float64),
                 *(values[number] for values in measured),
             ),
         )

@@ -86,7 +86,7 @@ class RouterBalance:
         often.
         """
         keys = token_keys(plan)
-        pairs = np.unique(np.stack([plan.shares.document, plan.source[plan.shares.target]]), axis=1)
+        pairs = np.unique(np.stack([plan.owners.document, plan.source[plan.owners.target]]), axis=1)
         found = [s for d, s in pairs.T.tolist() if int(keys[s]) in self.ends[d]]
         return np.asarray(found, np.int64)
 

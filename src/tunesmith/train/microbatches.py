@@ -188,15 +188,15 @@ def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str
     """The fields of a plan with only those targets, whose sources count from token `start`."""
     number = np.full(len(plan.source), -1, np.int32)
     number[kept] = np.arange(len(kept), dtype=np.int32)
-    shares = number[plan.shares.target] >= 0
+    kept_owners = number[plan.owners.target] >= 0
     return {
         "source": plan.source[kept] - start,
         "target": plan.target[kept],
         "weight": plan.weight[kept],
-        "shares": TargetOwners(
-            number[plan.shares.target[shares]],
-            plan.shares.document[shares],
-            plan.shares.weight[shares],
+        "owners": TargetOwners(
+            number[plan.owners.target[kept_owners]],
+            plan.owners.document[kept_owners],
+            plan.owners.weight[kept_owners],
         ),
     }
 
@@ -212,8 +212,8 @@ def idle_fraction_of(
 def zero_weight(plan: MicrobatchPlan) -> MicrobatchPlan:
     """The micro-batch with no weight on its targets, and nobody's: its gradient is zero."""
     none = np.empty(0, np.int32)
-    shares = TargetOwners(none, none, np.empty(0, np.float32))
-    return replace(plan, weight=np.zeros_like(plan.weight), owners=shares)
+    owners = TargetOwners(none, none, np.empty(0, np.float32))
+    return replace(plan, weight=np.zeros_like(plan.weight), owners=owners)
 
 
 @dataclass(frozen=True, slots=True)

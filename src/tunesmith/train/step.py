@@ -155,7 +155,7 @@ def _sum_up(
     loss, weight = np.zeros(documents), np.zeros(documents)
     stats: dict[str, float] = {}
     for plan, found in zip(plans, figures, strict=True):
-        add_document_losses(loss, weight, plan.shares, found.token_loss)
+        add_document_losses(loss, weight, plan.owners, found.token_loss)
         for name, value in found.stats.items():
             stats[name] = stats.get(name, 0.0) + value
     names = list(stats)
@@ -164,7 +164,7 @@ def _sum_up(
             [
                 sum(found.loss_sum for found in figures),
                 sum(plan.counted for plan in plans),
-                sum(len(plan.shares.weight) for plan in plans),
+                sum(len(plan.owners.weight) for plan in plans),
                 grad_norm if grad_sync.is_main else 0.0,
                 not math.isfinite(grad_norm),
             ],
@@ -212,15 +212,15 @@ def _effective_weight(
 
 
 def add_document_losses(
-    loss: NDArray[np.float64], weight: NDArray[np.float64], shares: TargetOwners, token_loss: Tensor
+    loss: NDArray[np.float64], weight: NDArray[np.float64], owners: TargetOwners, token_loss: Tensor
 ) -> None:
     """Add a micro-batch's losses, in the host's memory, to those of the documents that asked for
     them; all arrays by document number.
     """
     losses = token_loss.double().numpy()
-    share = shares.weight.astype(np.float64)
-    loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))
-    weight += np.bincount(shares.document, weights=share, minlength=len(weight))
+    share = owners.weight.astype(np.float64)
+    loss += np.bincount(owners.document, weights=share * losses[owners.target], minlength=len(loss))
+    weight += np.bincount(owners.document, weights=share, minlength=len(weight))
 
 
 @dataclass(frozen=True, slots=True)

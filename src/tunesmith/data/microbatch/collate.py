@@ -24,5 +24,5 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
         source=tensor(plan.source),
         target=tensor(plan.target),
         weight=to_device(plan.weight, device),
-        owners=plan.shares,
+        owners=plan.owners,
     )

@@ -42,7 +42,7 @@ class MicrobatchPlan:
     source: IntArray  # [N]
     target: IntArray  # [N]
     weight: FloatArray  # [N]
-    shares: TargetOwners  # [M]
+    owners: TargetOwners  # [M]
     part: Part | None = None  # None: the micro-batch is one process's
 
     @property
@@ -264,8 +264,8 @@ class _Builder:
         for start, end, until in self.visible:
             visible[start:end] = until
         layout = Layout(tuple(self.chains), visible, position)
-        source, target, weight, shares = self._targets(mine)
-        return MicrobatchPlan(ids, layout, packed, source, target, weight, shares)
+        source, target, weight, owners = self._targets(mine)
+        return MicrobatchPlan(ids, layout, packed, source, target, weight, owners)
 
     def _targets(self, mine: list[Node]) -> tuple[IntArray, IntArray, FloatArray, TargetOwners]:
         parts = [(node, targets) for node in mine for targets in node.targets]
