@@ -10,9 +10,8 @@ more run is ended by SIGTERM and resumed, by its own checkout and by the other.
 
 Where a key of the recipe has been renamed, each checkout is given the name that its schema knows.
 
-Importing torch and transformers takes far longer than one of these runs. One process for each
-checkout therefore imports them once and forks a process for each command line. The case "two ranks"
-is started as a user does it, by `python -m tunesmith train device.ranks=2`.
+One process for each checkout forks its command lines (`checkouts.py`). Only the case "two ranks" is
+started as a user does it, by `python -m tunesmith train device.ranks=2`.
 
 Exit code 1 if anything differs.
 """
@@ -24,32 +23,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from checkouts import Checkout
 
-HERE = Path(__file__).resolve()
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 STEPS, MIDDLE = 6, 3
 LONG = 60  # steps of the run that a signal ends, so that the signal comes before its end
 COMMON = (
     "model.dtype=float32", "batch.documents=4", "optim.lr=0.003", "optim.weight_decay=0.1",
     "device.threads=1", "device.prepare_processes=1", "checkpoint.keep=9",
 )  # fmt: skip
-RENAMED = {
-    "device.context": "device.context_parallel",
-    "device.tensor": "device.tensor_parallel",
-    "device.prepare_processes": "device.num_proc",
-}
-RENAMED_VALUES = {("device.attention", "isolated"): "unpacked"}
 CLOCK_AND_MEMORY = ("seconds", "tokens_per_second", "peak_memory")
 INPUTS = """
 import sys
@@ -85,75 +78,15 @@ CASES = [
 ENDED = "ended by SIGTERM"
 
 
-class Checkout:
-    """A source tree, and the process with its package imported that forks its commands."""
+class Runs:
+    """The runs of one checkout."""
 
-    def __init__(self, path: Path, inputs: Path, place: Path) -> None:
-        self.path, self.inputs, self.place = path.resolve(), inputs, place
-        place.mkdir()
-        self.log = place / "log.txt"
-        self.environment = {
-            **os.environ, "PYTHONPATH": str(self.path / "src"), "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-            "TUNESMITH_CACHE": str(place / "cache"),
-        }  # fmt: skip
-        self._server = subprocess.Popen(
-            [sys.executable, str(HERE), "--serve", str(self.path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True,
-            env=self.environment,
-        )  # fmt: skip
-        self.wait(self.start(["schema"], log=place / "schema.json"))
-        self._schema = json.loads((place / "schema.json").read_text())
-
-    def ask(self, task: dict[str, Any]) -> int:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(task) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
-        if not answer:
-            raise SystemExit(f"error: {self.path}\n{self.log.read_text()[-3000:]}")
-        return int(answer)
-
-    def start(self, arguments: Sequence[str], *, rank: dict[str, str] | None = None, **where: Path):
-        """The number of the process that runs `tunesmith ARGUMENTS...`."""
-        log = str(where.get("log", self.log))
-        return self.ask({"arguments": list(arguments), "environment": rank or {}, "log": log})
-
-    def wait(self, process: int, *, wanted: int = 0) -> None:
-        code = self.ask({"wait": process})
-        if code != wanted:
-            said = self.log.read_text()[-3000:] if self.log.exists() else ""
-            raise SystemExit(f"error: {self.path}: exit code {code}, not {wanted}\n{said}")
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
-
-    def named(self, option: str) -> str:
-        """The option with the names that this checkout's schema has."""
-        key, _, value = option.partition("=")
-        field = self._field(key)
-        if field is None and key in RENAMED:
-            key = RENAMED[key]
-            field = self._field(key)
-        if (key, value) in RENAMED_VALUES and f'"{value}"' not in json.dumps(field):
-            value = RENAMED_VALUES[key, value]
-        return f"{key}={value}"
-
-    def _field(self, key: str) -> Any:
-        section, _, name = key.partition(".")
-        found = self._schema["properties"][section]
-        text = json.dumps(found)
-        for definition, schema in self._schema.get("$defs", {}).items():
-            if f'"#/$defs/{definition}"' in text and name in schema.get("properties", {}):
-                return schema["properties"][name]
-        return found.get("properties", {}).get(name)
+    def __init__(self, checkout: Path, inputs: Path, place: Path) -> None:
+        self.checkout, self.inputs, self.place = Checkout(checkout, place), inputs, place
 
     def arguments(self, case: Case, out: Path, *, steps: int) -> list[str]:
         every = [f"train.steps={steps}", f"checkpoint.every={MIDDLE}", f"eval.every={MIDDLE}"]
-        options = [self.named(option) for option in (*COMMON, *every, *case.options)]
+        options = [self.checkout.named(option) for option in (*COMMON, *every, *case.options)]
         return [
             "train", "--model", str(self.inputs / "model"),
             "--data", str(self.inputs / "rows.jsonl"), "--eval", str(self.inputs / "eval.jsonl"),
@@ -164,92 +97,29 @@ class Checkout:
         out = self.place / case.name.replace(" ", "-").replace(",", "")
         arguments = self.arguments(case, out, steps=steps)
         if case.launched_by_us:
-            self._command(arguments)
+            self.checkout.run_command(arguments)
         else:
-            self._on_ranks(arguments, case.ranks)
+            self.checkout.run(arguments, ranks=case.ranks)
         return out
 
     def resume(self, case: Case, run: Path) -> Path:
         if case.launched_by_us:
-            self._command(["resume", str(run)])
+            self.checkout.run_command(["resume", str(run)])
         else:
-            self._on_ranks(["resume", str(run)], case.ranks)
+            self.checkout.run(["resume", str(run)], ranks=case.ranks)
         return run
 
     def train_until_signal(self, case: Case, out: Path) -> Path:
         """A run that SIGTERM ends after a few steps; it saves and exits with 143."""
-        process = self.start(self.arguments(case, out, steps=LONG))
+        process = self.checkout.start(self.arguments(case, out, steps=LONG))
         metrics = out / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count('"train"') < MIDDLE + 1:
             if (out / "model").exists():
                 break
             time.sleep(0.002)
         os.kill(process, signal.SIGTERM)
-        self.wait(process, wanted=143)
+        self.checkout.wait(process, wanted=143)
         return out
-
-    def _on_ranks(self, arguments: Sequence[str], ranks: int) -> None:
-        if ranks == 1:
-            return self.wait(self.start(arguments))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        together = {
-            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        numbers = [
-            self.start(arguments, rank={**together, "RANK": str(n), "LOCAL_RANK": str(n)})
-            for n in range(ranks)
-        ]
-        for number in numbers:
-            self.wait(number)
-
-    def _command(self, arguments: Sequence[str]) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "tunesmith", *arguments],
-            env=self.environment, capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise SystemExit(f"error: {self.path}: {' '.join(arguments)}\n{done.stderr[-3000:]}")
-
-
-def serve(checkout: Path) -> None:
-    """Import everything once, then fork a process for each command line on standard input."""
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
-    import tunesmith
-    from tunesmith.__main__ import main as command
-
-    if checkout.resolve() not in Path(tunesmith.__file__).resolve().parents:
-        raise SystemExit(f"error: {tunesmith.__file__} is not of {checkout}")
-    for line in sys.stdin:
-        task = json.loads(line)
-        if "wait" in task:
-            answer = os.waitstatus_to_exitcode(os.waitpid(task["wait"], 0)[1])
-        else:
-            answer = os.fork() or _act(task, command)
-        print(answer, flush=True)
-
-
-def _act(task: dict[str, Any], command: Any) -> int:
-    """The forked process: one command line; never returns."""
-    os.environ.update(task["environment"])
-    log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.argv = ["tunesmith", *task["arguments"]]
-    code: Any = 1
-    try:
-        command(task["arguments"])
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
 
 
 def cut_back(run: Path, to: Path) -> Path:
@@ -309,14 +179,14 @@ class Table:
         print(f"| {name} | {what} | {len(records(one))} | {files} | {verdict} |", flush=True)
 
 
-def compare_case(case: Case, before: Checkout, after: Checkout, table: Table) -> None:
+def compare_case(case: Case, before: Runs, after: Runs, table: Table) -> None:
     old, new = before.train(case), after.train(case)
     table.line(case, "before, after", old, new)
     copy = cut_back(old, after.place / f"{new.name}-resumed")
     table.line(case, "before, resumed by after", old, after.resume(case, copy))
 
 
-def compare_ended(before: Checkout, after: Checkout, table: Table) -> None:
+def compare_ended(before: Runs, after: Runs, table: Table) -> None:
     """A signal ends a run with keys that have been renamed; both resume it."""
     case = Case(ENDED, ("device.attention=isolated", "device.context=1", "device.tensor=1"))
     whole = before.train(case, steps=LONG)
@@ -330,12 +200,12 @@ def compare_ended(before: Checkout, after: Checkout, table: Table) -> None:
 
 
 def compare(before: Path, after: Path, folder: Path, only: str | None) -> bool:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "tests")}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     subprocess.run(
         [sys.executable, "-c", INPUTS, str(folder)], env=environment,
         check=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    trees = [Checkout(before, folder, folder / "before"), Checkout(after, folder, folder / "after")]
+    trees = [Runs(before, folder, folder / "before"), Runs(after, folder, folder / "after")]
     table = Table()
     for case in CASES:
         if only in (None, case.name):
@@ -343,14 +213,11 @@ def compare(before: Path, after: Path, folder: Path, only: str | None) -> bool:
     if only in (None, ENDED):
         compare_ended(trees[0], trees[1], table)
     for tree in trees:
-        tree.close()
+        tree.checkout.close()
     return table.equal
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--serve"]:
-        serve(Path(sys.argv[2]))
-        return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
