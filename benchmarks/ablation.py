@@ -27,7 +27,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain transformers, one document at a time": ("plain_run.py", {}),
     "+ logits at targets only, in chunks": (
         "tunesmith_run.py",
-        {"attention": "isolated", "share_prefixes": False},
+        {"attention": "unpacked", "share_prefixes": False},
     ),
     "+ a step's documents packed": ("tunesmith_run.py", {"share_prefixes": False}),
     "+ prefixes shared": ("tunesmith_run.py", {}),

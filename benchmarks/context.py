@@ -44,14 +44,14 @@ def arguments() -> argparse.Namespace:
 def measure(place: int, tokens: int, count: int, port: int, results: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tunesmith.data.layout.batch import collate
-    from tunesmith.data.layout.packing import plan_step
-    from tunesmith.distributed.ranks import connect
-    from tunesmith.model.checkpointing import set_checkpointing
-    from tunesmith.model.footprint import footprint
+    from tunesmith.data.microbatch.collate import collate
+    from tunesmith.data.microbatch.planner import plan_step
+    from tunesmith.distributed.world import connect
     from tunesmith.model.load import wrap_causal_lm
+    from tunesmith.model.memory.allocator import footprint
+    from tunesmith.model.ops.activation_checkpointing import set_checkpointing
     from tunesmith.objectives import head_loss, nll
-    from tunesmith.train.dealt import own_part
+    from tunesmith.train.microbatches import local_part
     from tunesmith.types import Document, Origin, Segment
 
     if count > 1:
@@ -60,7 +60,7 @@ def measure(place: int, tokens: int, count: int, port: int, results: Any) -> Non
         )
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ranks = connect("cpu").sharing(count)
+    ranks = connect("cpu").with_context_parallel(count)
     config = AutoConfig.for_model("llama", **SHAPE)
     model = wrap_causal_lm(AutoModelForCausalLM.from_config(config))
     model.train()
@@ -71,7 +71,7 @@ def measure(place: int, tokens: int, count: int, port: int, results: Any) -> Non
         (Segment(ids, -1, 0, index, ones, np.zeros_like(index)),), Origin("made up", 0)
     )
     (plan,) = plan_step([document], micro_tokens=tokens)
-    part = own_part(plan, ranks.context)
+    part = local_part(plan, ranks.cp)
     gradients = sum(p.numel() * 4 for p in model.parameters())
     found: dict[str, Any] = {"tokens": part.tokens}
     for mode in MODES:
@@ -83,9 +83,9 @@ def measure(place: int, tokens: int, count: int, port: int, results: Any) -> Non
         found[f"{mode} kept"] = forward.held
         found[f"{mode} peak"] = max(forward.peak, forward.held + backward.peak) - gradients
         model.zero_grad()
-        found["loss"] = float(ranks.add(np.asarray([float(output.loss_sum.detach())]))[0]) / (
-            tokens - 1
-        )
+        found["loss"] = float(
+            ranks.all_reduce_sum(np.asarray([float(output.loss_sum.detach())]))[0]
+        ) / (tokens - 1)
     results[place] = found
     ranks.close()
 
@@ -105,7 +105,7 @@ def page(tokens: int, found: dict[int, dict[int, dict[str, Any]]]) -> str:
         "of what one process takes: *kept* by the forward pass for the backward, and the *peak* of",
         "both, less the gradients, which every rank has whole. Weights are not counted.",
         "",
-        f"| `device.context` | tokens on a rank | {' | '.join(heads)} | loss |",
+        f"| `device.context_parallel` | tokens on a rank | {' | '.join(heads)} | loss |",
         "|---:|---:|" + "---:|" * (len(columns) + 1),
     ]
     first = found[min(found)]

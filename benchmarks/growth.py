@@ -47,19 +47,19 @@ def write_rows(given: Path, out: Path, count: int) -> None:
 
 def prepare_alone(model: str, path: Path) -> dict[str, float]:
     """Seconds of preparation and of planning an epoch, and the tokens; run in its own process."""
-    from tunesmith.data.layout.packing import plan_step
-    from tunesmith.data.order.loader import StepOrder
-    from tunesmith.data.preparing.prepare import prepare
-    from tunesmith.data.preparing.store import token_counts
-    from tunesmith.data.reading.sources import Source
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.microbatch.planner import plan_step
+    from tunesmith.data.preprocess.document_store import token_counts
+    from tunesmith.data.preprocess.prepare import prepare
+    from tunesmith.data.sampling.sampler import BatchSampler
+    from tunesmith.data.sources.sources import Source
+    from tunesmith.data.templates.load import load_template
 
     template = load_template(model)
     begin = time.perf_counter()
     documents = prepare([Source("rows", path=path)], template, max_length=None).documents
     prepared = time.perf_counter()
     lengths = token_counts(documents)
-    order = StepOrder(lengths, documents=STEP_DOCUMENTS, seed=0, shuffle=True)
+    order = BatchSampler(lengths, documents=STEP_DOCUMENTS, seed=0, shuffle=True)
     for step in range(order.steps_per_epoch):
         chosen = [documents[int(number)] for number in order.step_indices(step)]
         plan_step(chosen, micro_tokens=STEP_TOKENS)
@@ -128,7 +128,7 @@ def attention_seconds(plans: list[Any]) -> float:
     """Forward and backward of attention alone at the layouts of a step, in all layers."""
     import torch
 
-    from tunesmith.model.attention import layout_attention
+    from tunesmith.model.attention.dispatch import layout_attention
 
     total = 0.0
     for plan in plans:
@@ -166,8 +166,8 @@ def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Microseconds a token of a step, and of its attention, for each length."""
     import torch
 
-    from tunesmith.data.layout.packing import plan_step
-    from tunesmith.model.heap import keep_freed_memory
+    from tunesmith.data.microbatch.planner import plan_step
+    from tunesmith.model.ops.malloc import keep_freed_memory
     from tunesmith.objectives import nll
     from tunesmith.train.loss import StepLoss
     from tunesmith.train.step import train_step

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from tunesmith.model.heap import keep_freed_memory
+from tunesmith.metrics.environment import cpu_name
+from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.objectives.head import CHUNK_BYTES, CHUNK_ROWS
-from tunesmith.train.metrics import cpu_name
 
 VOCABULARY, HIDDEN, TARGETS, ROUNDS = 150_000, 1024, 512, 5
 MEMORY_HIDDEN, MEMORY_TARGETS = 64, (256, 1024, 4096, 16384)

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import set_checkpointing
-from tunesmith.model.footprint import footprint
-from tunesmith.model.heap import keep_freed_memory
 from tunesmith.model.load import load_causal_lm, resolve_model
-from tunesmith.model.offload import offloaded
+from tunesmith.model.memory.allocator import footprint
+from tunesmith.model.ops.activation_checkpointing import set_checkpointing
+from tunesmith.model.ops.activation_offload import offloaded
+from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Batch, Document, Origin, Segment
 

@@ -33,10 +33,10 @@ LOG_NORMAL = ((5.5, 0.8, 2048), (6.5, 1.0, 4096))
 
 def row_lengths(model: str, path: Path, columns: dict[str, str] | None) -> np.ndarray:
     """Tokens of the rows of a file, as a run would have them."""
-    from tunesmith.data.preparing.prepare import prepare
-    from tunesmith.data.preparing.store import token_counts
-    from tunesmith.data.reading.sources import Source
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.preprocess.document_store import token_counts
+    from tunesmith.data.preprocess.prepare import prepare
+    from tunesmith.data.sources.sources import Source
+    from tunesmith.data.templates.load import load_template
 
     source = Source(path.name, path=path, columns=columns)
     prepared = prepare([source], load_template(model), max_length=None, bad_rows="drop")

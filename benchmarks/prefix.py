@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.templates.template import load_template
-from tunesmith.model.attention import layout_attention
-from tunesmith.model.heap import keep_freed_memory
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
+from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import load_template
+from tunesmith.estimate.workload import row_lengths
+from tunesmith.model.attention.dispatch import layout_attention
 from tunesmith.model.load import wrap_causal_lm
+from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.plan.work import row_lengths
 from tunesmith.types import Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -173,7 +173,9 @@ def main() -> None:
     document = document_of(arguments.tokenizer, row)
     (tree,) = plan_step([document], micro_tokens=10**9)
     ways = {
-        "a row for each turn": plan_step([document], micro_tokens=tree.tokens, share=False),
+        "a row for each turn": plan_step(
+            [document], micro_tokens=tree.tokens, share_prefixes=False
+        ),
         "one tree": [tree],
         "flat causal run": plan_step([flat_document(tree)], micro_tokens=10**9),
     }

@@ -39,9 +39,9 @@ OURS = "tunesmith"
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Prepare with Tunesmith; with `cache`, documents are kept there or taken from it."""
-    from tunesmith.data.preparing.prepare import prepare
-    from tunesmith.data.reading.sources import Source
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.preprocess.prepare import prepare
+    from tunesmith.data.sources.sources import Source
+    from tunesmith.data.templates.load import load_template
 
     template = load_template(job["tokenizer"], template=job.get("template"))
     source = Source("rows", path=Path(job["rows"]))

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from tiny import chat_rows, tiny_folder, write_jsonl  # noqa: E402
+from tunesmith.build.build import build  # noqa: E402
 from tunesmith.config.read import read_recipe  # noqa: E402
-from tunesmith.train.build import build  # noqa: E402
 from tunesmith.train.trainer import Trainer  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,7 +53,7 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
 
 def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
     """Seconds of so many steps, of the call that saves, and of the wait at their end."""
-    saving: Any = trainer.saving
+    saving: Any = trainer.checkpoints
     saving._beside = way == "beside steps"
     began = time.perf_counter()
     if way != "no save":

@@ -35,9 +35,9 @@ def work(arguments: argparse.Namespace) -> None:
     """One rank of a case: train, then write what it measured."""
     import torch
 
+    from tunesmith.build.build import build
     from tunesmith.config.read import read_recipe
-    from tunesmith.distributed.ranks import connect
-    from tunesmith.train.build import build
+    from tunesmith.distributed.world import connect
     from tunesmith.train.trainer import Trainer
 
     folder = Path(arguments.worker)
@@ -52,7 +52,7 @@ def work(arguments: argparse.Namespace) -> None:
             "optim.lr=1e-4",
         ],
     )  # fmt: skip
-    job = build(recipe, ranks=ranks)
+    job = build(recipe, world=ranks)
     seconds: list[float] = []
 
     class Clock:
@@ -72,7 +72,7 @@ def work(arguments: argparse.Namespace) -> None:
         "rank": ranks.rank, "bytes": kept, "seconds": seconds[1:], "cut": cut(job),
         "optimizer": updates[1:], "slowest": slowest(job, arguments.steps), **messages(job),
     }  # fmt: skip
-    (folder / f"{arguments.shard}-{ranks.count}-{ranks.rank}.json").write_text(json.dumps(record))
+    (folder / f"{arguments.shard}-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(record))
     ranks.close()
 
 
@@ -124,18 +124,22 @@ def slowest(job: Any, steps: int) -> float:
     """How much of the timed steps' work stands in the way of their end: of two micro-batches that
     run at once on two ranks the larger. 1 on one rank.
     """
-    from tunesmith.distributed.dealing import IDLE, deal
-    from tunesmith.train.dealt import step_plans
+    from tunesmith.distributed.load_balance import IDLE, assign
+    from tunesmith.train.microbatches import step_plans
 
     waited = total = 0.0
     for number in range(1, steps + 1):
-        documents = [job.documents[int(n)] for n in job.order.step_indices(number)]
+        documents = [job.documents[int(n)] for n in job.sampler.step_indices(number)]
         plans = step_plans(
-            documents, job.ranks, costs=job.costs, micro_tokens=job.micro_tokens, share=job.share
+            documents,
+            job.world,
+            work_model=job.work,
+            micro_tokens=job.micro_tokens,
+            share_prefixes=job.share_prefixes,
         )
-        each = [job.costs.of(plan) for plan in plans]
+        each = [job.work.of(plan) for plan in plans]
         total += sum(each)
-        for dealt in deal(each, job.ranks.count):
+        for dealt in assign(each, job.world.count):
             waited += max(each[n] for n in dealt if n != IDLE)
     return waited / total
 
@@ -145,17 +149,17 @@ def messages(job: Any) -> dict[str, float]:
     of shards `passing`, each layer gathered twice and its gradients added up, for a micro-batch,
     `root` the same of what is outside of the layers, and `gather`, that gathered once a step.
     """
-    if job.ranks.alone:
+    if job.world.alone:
         return {}
-    shards = job.reduce.sharded
+    shards = job.grad_sync.sharded
     if shards is None:
-        found = {"reduce": timed(job.ranks, job.reduce.add_gradients)}
+        found = {"reduce": timed(job.world, job.grad_sync.sync_gradients)}
         job.optimizer.zero_grad()
         return found
     layers = [sum(p.numel() for p in layer.parameters()) for layer in job.model.decoder.layers]
     root = sum(p.numel() for p in job.model.parameters()) - sum(layers)
-    gather, add = (timed(job.ranks, act) for act in exchanges(job.ranks.count, layers[0]))
-    root_gather, root_add = (timed(job.ranks, act) for act in exchanges(job.ranks.count, root))
+    gather, add = (timed(job.world, act) for act in exchanges(job.world.count, layers[0]))
+    root_gather, root_add = (timed(job.world, act) for act in exchanges(job.world.count, root))
     return {
         "passing": len(layers) * (2 * gather + add), "root": root_add, "gather": root_gather,
     }  # fmt: skip
@@ -199,11 +203,15 @@ def expected(one: dict[str, Any], case: str) -> float:
 
 def cut(job: Any) -> dict[str, int]:
     """Micro-batches of the first step on all ranks, and the tokens they compute."""
-    from tunesmith.train.dealt import plan_for_ranks
+    from tunesmith.train.microbatches import plan_for_ranks
 
-    documents = [job.documents[int(n)] for n in job.order.step_indices(0)]
+    documents = [job.documents[int(n)] for n in job.sampler.step_indices(0)]
     plans = plan_for_ranks(
-        documents, job.ranks.count, costs=job.costs, micro_tokens=job.micro_tokens, share=job.share
+        documents,
+        job.world.count,
+        work_model=job.work,
+        micro_tokens=job.micro_tokens,
+        share_prefixes=job.share_prefixes,
     )
     return {"micro_batches": len(plans), "tokens": sum(plan.tokens for plan in plans)}
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from peer_rows import write_rows
 
+from tunesmith.build.build import build
 from tunesmith.config.read import read_recipe
-from tunesmith.train.build import build
+from tunesmith.estimate.probe import take_step
+from tunesmith.estimate.workload import documents_of, planned
 from tunesmith.train.job import Job
-from tunesmith.train.plan.probe import take_step
-from tunesmith.train.plan.work import documents_of, planned
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHANGES = ["model.dtype=float32", "train.epochs=1", "data.shuffle=false"]

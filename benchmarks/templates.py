@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from trl_masks import MEANINGS, compare_masks  # noqa: E402
 
 from template_oracle import NAMES, compare, make_chat, tally, template_of  # noqa: E402
-from tunesmith.data.templates.template import load_template  # noqa: E402
+from tunesmith.data.templates.load import load_template  # noqa: E402
 
 Case = tuple[dict[str, Any], list[dict[str, Any]], Any]
 """A row as it is, the messages it says, and its tools."""

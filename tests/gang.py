@@ -18,10 +18,10 @@ import json, os, signal, sys, time, traceback
 import torch, torch.distributed, torch.distributed.tensor
 import torch.distributed.fsdp, torch.distributed.checkpoint, torch.distributed.device_mesh
 import transformers, peft, tunesmith.run
-import tunesmith.result, tunesmith.train.build, tunesmith.train.trainer
-from tunesmith.distributed.failure import is_told_here
+import tunesmith.run.result, tunesmith.build.build, tunesmith.train.trainer
+from tunesmith.distributed.rank_failure import is_told_here
 from tunesmith.train.trainer import Trainer
-from tunesmith.distributed.ranks import connect
+from tunesmith.distributed.world import connect
 
 torch.set_num_threads(1)
 spec = json.loads(sys.argv[1])

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from tiny import tiny_tokenizer
-from tunesmith.data.faults import RowError
+from tunesmith.data.formats.detect import detect_format, to_example
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.formats import detect_format, to_example
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.types import Document, Origin
 
 SPEC = find_spec("trl")

@@ -7,13 +7,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError, InterruptedRun, RunError, TunesmithError
+from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.config.read import read_recipe
     from tunesmith.config.schema import Recipe
     from tunesmith.run import Run, resume, train
-
-__version__ = "0.1.0"
 
 __all__ = [
     "InputError",
@@ -22,6 +21,7 @@ __all__ = [
     "Run",
     "RunError",
     "TunesmithError",
+    "__version__",
     "read_recipe",
     "resume",
     "train",

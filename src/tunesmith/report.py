@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.pages.html import page, text
-from tunesmith.train.folder import write_text
+from tunesmith.storage.atomic import write_text
 
 _STYLE = "body{max-width:60rem}pre{background:var(--panel);padding:1rem;overflow:auto}"
 _WIDTH, _HEIGHT = 720, 220

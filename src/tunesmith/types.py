@@ -89,26 +89,28 @@ class Chain:
     prefix: tuple[tuple[int, int], ...]
 
 
-class Spread(Protocol):
+class SequenceShard(Protocol):
     """How ranks share the tokens of a layout, a slice each, and for attention its heads.
 
     Letters: H heads, h of a rank, T tokens, t of a rank, D head size.
     """
 
     @property
-    def own(self) -> slice:
+    def local(self) -> slice:
         """This rank's tokens."""
         ...
 
-    def by_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def seq_to_heads(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads."""
         ...
 
-    def by_tokens(self, output: Tensor) -> Tensor:
+    def heads_to_seq(self, output: Tensor) -> Tensor:
         """[1, h, T, D] back to [1, H, t, D]."""
         ...
 
-    def own_heads(self, values: Tensor) -> Tensor:
+    def local_heads(self, values: Tensor) -> Tensor:
         """[H] to [h]."""
         ...
 
@@ -124,12 +126,12 @@ class Layout:
     chains: tuple[Chain, ...]
     visible_until: IntArray  # [T]
     position: IntArray  # [T]
-    spread: Spread | None = None
+    shard: SequenceShard | None = None
 
     @property
-    def own(self) -> slice:
+    def local(self) -> slice:
         """The tokens of this process."""
-        return slice(0, len(self.position)) if self.spread is None else self.spread.own
+        return slice(0, len(self.position)) if self.shard is None else self.shard.local
 
     @property
     def flat(self) -> bool:
@@ -138,7 +140,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class TargetOwners:
     """How distinct targets go back to the documents of the step that asked for them."""
 
     target: IntArray  # [M] number of the target, < N
@@ -161,7 +163,7 @@ class Batch:
     source: Tensor  # [N] int64: which packed token must predict
     target: Tensor  # [N] int64: the id it must predict
     weight: Tensor  # [N] float32
-    shares: Shares
+    owners: TargetOwners
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,9 @@ class LossOutput:
     stats: Mapping[
         str, Tensor
     ]  # scalars float32: sums of weight * (accuracy | entropy | logprob | ...)
-    effective: Tensor | None = None  # [N]: log(strength / p(target)), NaN where it isn't known
+    log_effective_weight: Tensor | None = (
+        None  # [N]: log(strength / p(target)), NaN where it isn't known
+    )
 
 
 @dataclass(frozen=True, slots=True)

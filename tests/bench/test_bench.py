@@ -16,10 +16,10 @@ from tunesmith.bench.breakdown import ATTENTION, HEAD, LINEAR, OPTIMIZER, OTHER,
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.cli.app import run as command
 from tunesmith.config.read import read_recipe
+from tunesmith.estimate.flops import training_flops
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
-from tunesmith.train.plan.flops import training_flops
 
 SETTINGS = ["batch.documents=4", "train.epochs=2", "device.kind=cpu"]
 measure = importlib.import_module("tunesmith.bench.measure")
@@ -126,7 +126,7 @@ def test_a_token_meets_the_experts_it_is_sent_to(tmp_path: Path) -> None:
 def test_products_are_measured_in_what_they_run_in(tmp_path: Path, monkeypatch) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m")))
     causal_lm = load_causal_lm(source, dtype=torch.bfloat16)
-    wide = importlib.import_module("tunesmith.model.wide")
+    wide = importlib.import_module("tunesmith.model.ops.bf16_upcast")
     monkeypatch.setattr(wide, "cpu_bfloat16", lambda: False)
     assert product_dtype(causal_lm) == torch.float32
     monkeypatch.setattr(wide, "cpu_bfloat16", lambda: True)

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_store import same
+from test_document_store import same
 
 import tunesmith
 from tiny import CHATML, chat_rows, tiny_tokenizer, write_jsonl
 from tunesmith.data.cache_folder import default_cache_folder
-from tunesmith.data.preparing import cache as module
-from tunesmith.data.preparing.cache import MANIFEST
-from tunesmith.data.preparing.holdout import Side, holdout_split
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.preprocess import cache as module
+from tunesmith.data.preprocess.cache import MANIFEST
+from tunesmith.data.preprocess.holdout import Side, holdout_split
+from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 
 DATED = "{% if false %}{{ strftime_now('%d') }}{% endif %}" + CHATML
@@ -207,7 +207,7 @@ def test_nothing_is_kept_of_what_nobody_can_train_on(tmp_path, folder):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(source, folder, monkeypatch):
-    import tunesmith.data.preparing.prepare as preparing
+    import tunesmith.data.preprocess.prepare as preparing
 
     stamps = iter([[(1, 1)], [(1, 2)]])
     monkeypatch.setattr(preparing, "_stamps", lambda sources: next(stamps))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.shapes.formats import COLUMNS, CONTENT, FORMATS, to_example
+from tunesmith.data.formats.detect import COLUMNS, CONTENT, FORMATS, to_example
 
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 SAID = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]

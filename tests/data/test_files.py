@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunesmith.data.reading.files import find, folder_files, is_pattern, pattern_files
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.sources.files import find, folder_files, is_pattern, pattern_files
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.errors import DataError
 
 ROWS = [{"text": f"row {n} \u2028 ü", "n": n} for n in range(2500)]

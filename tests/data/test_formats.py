@@ -11,14 +11,15 @@ import pytest
 
 from tiny import tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
-from tunesmith.data.faults import RowError
-from tunesmith.data.preparing.holdout import row_digest
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.reading.sources import Source
+from tunesmith.data.formats.convert import convert_row
+from tunesmith.data.formats.detect import FORMATS, detect_format, to_example
+from tunesmith.data.preprocess.holdout import row_digest
+from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.convert import convert_row
-from tunesmith.data.shapes.formats import FORMATS, detect_format, to_example
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 
@@ -325,7 +326,7 @@ def test_nulls_that_columnar_files_fill_in_are_absent(template: Template, tmp_pa
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     filled = parquet.read_table(path).to_pylist()
     assert filled[0]["tools"][0]["function"]["parameters"]["properties"]["b"] is None
-    from tunesmith.data.reading.sources import read_rows
+    from tunesmith.data.sources.sources import read_rows
 
     assert [row.values for row in read_rows(Source("p", path=path))] == rows
 

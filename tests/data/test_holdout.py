@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from tunesmith.data.preparing.holdout import holdout_split, row_digest
+from tunesmith.data.preprocess.holdout import holdout_split, row_digest
 from tunesmith.errors import DataError
 
 ROWS = [{"text": f"row {n}"} for n in range(200)]

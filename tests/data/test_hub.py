@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from tunesmith.data.reading.hub import fetch, is_hub_id
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.sources.hub import fetch, is_hub_id
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.errors import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

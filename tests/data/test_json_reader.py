@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tunesmith.data.reading.readers.json as reader
-from tunesmith.data.reading.readers.columnar import parquet_rows
+import tunesmith.data.sources.readers.json as reader
+from tunesmith.data.sources.readers.columnar import parquet_rows
 from tunesmith.errors import DataError
 
 values = st.recursive(

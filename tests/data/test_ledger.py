@@ -1,7 +1,7 @@
 import pytest
 
-from tunesmith.data.preparing.holdout import holdout_split
-from tunesmith.data.preparing.ledger import HELD_OUT, Ledger, LedgerError
+from tunesmith.data.preprocess.holdout import holdout_split
+from tunesmith.data.preprocess.ledger import HELD_OUT, Ledger, LedgerError
 from tunesmith.types import Origin
 
 

@@ -4,8 +4,8 @@ from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.order.mixture import Mixture, Portion, mix
+from tunesmith.data.sampling.mixture import Mixture, Portion, mix
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.errors import DataError
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=6)
@@ -154,9 +154,9 @@ def test_a_step_of_a_mixture_depends_on_its_number_alone(case, seed, size, steps
     counts, weights = case
     lengths = [1 + n % 7 for n in range(sum(counts))]
 
-    def order() -> StepOrder:
+    def order() -> BatchSampler:
         mixture = mix(portions(counts, weights=weights), seed=seed, shuffle=True)
-        return StepOrder(lengths, **size, seed=seed, shuffle=True, mixture=mixture)
+        return BatchSampler(lengths, **size, seed=seed, shuffle=True, mixture=mixture)
 
     walked = order()
     stream = [walked.step_indices(step).tolist() for step in range(max(steps) + 1)]
@@ -175,7 +175,7 @@ def test_a_step_of_a_mixture_depends_on_its_number_alone(case, seed, size, steps
     steps=st.integers(0, 40),
 )
 def test_visits_without_a_mixture(lengths, size, steps):
-    order = StepOrder(lengths, **size, seed=5, shuffle=True)
+    order = BatchSampler(lengths, **size, seed=5, shuffle=True)
     seen = [0] * len(lengths)
     for step in range(steps):
         for document in order.step_indices(step):

@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.packing.packs import Packing, make_packs
-from tunesmith.data.preparing.ledger import Ledger
-from tunesmith.data.preparing.prepare import Prepared
-from tunesmith.data.preparing.store import Documents, StoreWriter, longest_paths, pack, token_counts
+from tunesmith.data.preprocess.document_store import (
+    Documents,
+    StoreWriter,
+    longest_paths,
+    pack,
+    token_counts,
+)
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.data.preprocess.prepare import Prepared
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin, Segment
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import tunesmith.data.preparing.batches as module
+import tunesmith.data.preprocess.render_batch as module
 from tiny import chat_rows, tiny_tokenizer
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.preparing.holdout import holdout_split
-from tunesmith.data.preparing.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.shapes.conversation import Chat, Completion
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.formats.examples import Chat, Completion
+from tunesmith.data.preprocess.holdout import holdout_split
+from tunesmith.data.preprocess.prepare import TOO_LONG, UNUSED, iter_prepared, prepare
+from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document, Segment
 

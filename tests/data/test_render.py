@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.faults import RowError
+from tunesmith.data.formats.detect import to_example
+from tunesmith.data.formats.examples import Completion, Text
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.conversation import Completion, Text
-from tunesmith.data.shapes.formats import to_example
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.types import Origin
 
 ORIGIN = Origin("rows", 3)

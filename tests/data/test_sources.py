@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunesmith.data.reading.sources import Source, content_hash, read_rows, resolve_path
+from tunesmith.data.sources.sources import Source, content_hash, read_rows, resolve_path
 from tunesmith.errors import DataError
 
 ROWS = [{"prompt": "a\nb", "completion": 'c, "d"'}, {"prompt": "e", "completion": "ü\u2028f"}]

@@ -1,6 +1,6 @@
 import pytest
 
-from tunesmith.data.reading.splits import by_split, card_of, holds_rows, pick_files, split_of
+from tunesmith.data.sources.splits import by_split, card_of, holds_rows, pick_files, split_of
 from tunesmith.errors import DataError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.faults import RowError
-from tunesmith.data.templates.template import load_template, wrap_tokenizer
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.errors import DataError, ModelError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -156,8 +156,8 @@ ALWAYS_ASKING = (
 
 
 def test_a_header_that_is_always_there_is_no_end_of_a_turn():
+    from tunesmith.data.formats.detect import to_example
     from tunesmith.data.rendering.render import render_example
-    from tunesmith.data.shapes.formats import to_example
     from tunesmith.types import Origin
 
     markers = ("<|start|>", "<|end_header|>", "<|eot|>")
@@ -175,9 +175,9 @@ def test_a_header_that_is_always_there_is_no_end_of_a_turn():
 
 
 def test_messages_with_calls_render_however_many_came_before(monkeypatch):
-    from tunesmith.data.templates import direct
+    from tunesmith.data.templates import fast_render
 
-    monkeypatch.setattr(direct, "_KEPT", 3)
+    monkeypatch.setattr(fast_render, "_KEPT", 3)
     source = "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson }}{% endfor %}"
     template = wrap_tokenizer(tiny_tokenizer(source))
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_store import same
+from test_document_store import same
 
 from template_oracle import NAMES, compare, template_of
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.formats.detect import to_example
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.formats import to_example
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.types import Document, Origin
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="trl, whose templates these are, is missing")

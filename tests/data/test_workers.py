@@ -11,13 +11,14 @@ import textwrap
 import pytest
 from test_cache import alike
 
-import tunesmith.data.preparing.workers as module
+import tunesmith.data.preprocess.workers as module
 from tiny import CHATML, chat_rows, tiny_tokenizer, write_jsonl
-from tunesmith.data.preparing.batches import Options
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.preparing.workers import pack_batches
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.preprocess.render_batch import Options
+from tunesmith.data.preprocess.workers import pack_batches
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 
 ROWS = 3000
@@ -90,7 +91,7 @@ def test_a_process_that_is_killed_is_told_of(source):
         patch.setattr(module._Pool, "give", give_and_kill)
         with pytest.raises(RunError, match="ended by signal 9") as caught:
             run(source, processes=2)
-    assert "prepare_processes" in caught.value.hint
+    assert "num_proc" in caught.value.hint
     assert all(worker._process.poll() is not None for worker in pools[0]._workers)
 
 
@@ -115,13 +116,13 @@ def test_small_data_starts_no_process(source, monkeypatch):
 def test_a_process_with_other_threads_is_not_copied():
     import threading
 
-    from tunesmith.data.preparing import forks
+    from tunesmith.data.preprocess import fork_pool
 
     leave = threading.Event()
     other = threading.Thread(target=leave.wait)
     other.start()
     try:
-        assert not forks.may_fork()
+        assert not fork_pool.may_fork()
     finally:
         leave.set()
         other.join()
@@ -155,8 +156,8 @@ def test_no_processes_stay_behind_when_the_reader_leaves(source, at_once, monkey
     pools = []
     stop = module._Pool.stop
     monkeypatch.setattr(module._Pool, "stop", lambda pool: (pools.append(pool), stop(pool)))
-    from tunesmith.data.preparing.batches import Task
-    from tunesmith.data.reading.sources import read_rows
+    from tunesmith.data.preprocess.render_batch import Task
+    from tunesmith.data.sources.sources import read_rows
 
     tasks = [Task(row.origin, row.values, "messages", False) for row in read_rows(source)]
     batches = ((None, tasks[at : at + 16]) for at in range(0, 640, 16))
@@ -178,9 +179,9 @@ def test_a_script_without_a_main_guard(source, tmp_path):
             sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__)) + "/.."!r})
             print("started", flush=True)
             from tiny import tiny_tokenizer
-            from tunesmith.data.preparing import workers
-            from tunesmith.data.preparing.prepare import prepare
-            from tunesmith.data.reading.sources import Source
+            from tunesmith.data.preprocess import workers
+            from tunesmith.data.preprocess.prepare import prepare
+            from tunesmith.data.sources.sources import Source
             from tunesmith.data.templates.template import wrap_tokenizer
 
             ready = workers._Pool.ready.fget

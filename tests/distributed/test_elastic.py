@@ -15,8 +15,8 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.distributed.launched import restarted
-from tunesmith.train.folder import launched_run
+from tunesmith.distributed.env import restarted
+from tunesmith.storage.run_folder import launched_run
 
 OPTIONS = [
     "train.steps=60",

@@ -16,7 +16,7 @@ import torch
 
 from gang import losses, records, run_groups, weights
 from tiny import chat_inputs
-from tunesmith.train.lock import take_lock
+from tunesmith.storage.lock import take_lock
 
 OPTIONS = [
     "train.steps=6",

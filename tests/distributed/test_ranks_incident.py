@@ -44,7 +44,7 @@ poisoned.whole = call
 StepLoss.__call__ = poisoned
 """
 UNEVEN = """
-from tunesmith.optim.base import Optimizer
+from tunesmith.optim.optimizer import Optimizer
 
 whole = getattr(Optimizer.grad_norm, "whole", Optimizer.grad_norm)
 
@@ -59,7 +59,7 @@ uneven.whole = whole
 Optimizer.grad_norm = uneven
 """
 WHOLE = """
-from tunesmith.optim.base import Optimizer
+from tunesmith.optim.optimizer import Optimizer
 from tunesmith.train.loss import StepLoss
 
 StepLoss.__call__ = getattr(StepLoss.__call__, "whole", StepLoss.__call__)

@@ -10,9 +10,10 @@ from planted import CONTEXT, TEMPLATE, Writer, clean_rows
 
 from tiny import tiny_tokenizer
 from tunesmith.config.read import read_recipe
-from tunesmith.data.faults import Fault
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.row_errors import Fault
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.doctor.catalogue import run_check, worst
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.examine import read_cases

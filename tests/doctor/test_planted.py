@@ -10,7 +10,7 @@ import pytest
 from planted import Planted, clean_rows, planted, write_lines, write_model
 
 from tunesmith.config.read import read_recipe
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.doctor.catalogue import CHECKS
 from tunesmith.doctor.corpus import Corpus, Setup
 from tunesmith.doctor.examine import plan_order, read_corpus, read_setup

@@ -6,9 +6,9 @@ import pytest
 from planted import WORDS
 
 from tiny import tiny_tokenizer
-from tunesmith.data.faults import Fault
-from tunesmith.data.shapes.conversation import Chat, Message
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.formats.examples import Chat, Message
+from tunesmith.data.row_errors import Fault
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.doctor.catalogue import run_check
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.words import plain, words_of

@@ -22,7 +22,7 @@ from tunesmith.cli.app import run as command
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.quantized import Quantization
+from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.source import ModelSource
 
 pytest.importorskip("bitsandbytes")

@@ -11,7 +11,7 @@ import torch
 
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from tunesmith.cli.app import run
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.errors import ModelError
 from tunesmith.export.gguf import check, export_gguf, write
 from tunesmith.export.gguf.back import WrittenFile

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiny import CORPUS, tiny_folder, tiny_model
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.export.gguf import export_gguf
 from tunesmith.export.gguf.back import WrittenFile, read_encoder
 from tunesmith.export.gguf.tokens import BYTE, CONTROL, UNKNOWN

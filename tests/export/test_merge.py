@@ -20,8 +20,8 @@ from tunesmith.export import merge as merging
 from tunesmith.export.merge import find_part, merge_adapters
 from tunesmith.model.adapters import AdapterSpec, add_adapter, save_adapter
 from tunesmith.model.load import load_causal_lm
+from tunesmith.model.resize_embeddings import add_rows
 from tunesmith.model.source import resolve_model
-from tunesmith.model.vocabulary import add_rows
 
 KINDS = (
     "lora", "rslora", "dora", "pissa", "olora", "vera", "oft", "boft", "ia3", "loha", "lokr",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.export import gotemplate
 from tunesmith.export.ollama import FAMILIES, find_family, modelfile

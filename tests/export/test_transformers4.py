@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_folder
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.export import ModelCard, write_model
 from tunesmith.generate import generate
 from tunesmith.model.load import load_causal_lm, resolve_model

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny import FAMILIES, tiny_folder
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.errors import RunError
 from tunesmith.export import DataEntry, ModelCard, TemplateChoice, read_choice, write_model
 from tunesmith.model.adapters import AdapterSpec, add_adapter

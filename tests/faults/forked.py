@@ -18,8 +18,8 @@ SERVER = """
 import json, os, resource, sys, traceback
 import torch
 import transformers, peft, pyarrow.parquet, numpy
-import tunesmith.run, tunesmith.result, tunesmith.train.build, tunesmith.train.trainer
-import tunesmith.train.again
+import tunesmith.run, tunesmith.run.result, tunesmith.build.build, tunesmith.train.trainer
+import tunesmith.run.resume_checks
 from tunesmith.cli.app import run
 
 def act(task):

@@ -150,13 +150,13 @@ def test_a_result_that_can_not_be_written(
     run = tmp_path / "run"
     prelude = f"""
 import os, resource
-import tunesmith.result
-write = tunesmith.result.write_{part}
+import tunesmith.run.result
+write = tunesmith.run.result.write_{part}
 def limited(*args, **options):
     size = os.fstat(2).st_size + 700  # what the error takes on standard error, a file here
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return write(*args, **options)
-tunesmith.result.write_{part} = limited
+tunesmith.run.result.write_{part} = limited
 """
     failed = place.run(run, prelude=prelude)
     assert_clean(failed, code=1)

@@ -10,8 +10,8 @@ import torch
 from fault_runs import KILL_AFTER, Place, assert_clean, assert_same_run, events, records
 from safetensors.torch import load_file
 
-from tunesmith.distributed.together import is_out_of_memory
-from tunesmith.train.memory_retry import smaller
+from tunesmith.distributed.oom import is_out_of_memory
+from tunesmith.train.oom_retry import smaller
 
 NOISY = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "objective.neftune=1"]
 TOO_LARGE = """
@@ -130,7 +130,7 @@ def test_where_nothing_smaller_is_left_the_run_ends(place: Place, tmp_path: Path
 
 def test_weights_that_began_to_change_are_not_tried_again(place: Place, tmp_path: Path) -> None:
     prelude = """
-from tunesmith.optim.base import Optimizer
+from tunesmith.optim.optimizer import Optimizer
 update, calls = Optimizer._update, [0]
 def failing(self, *args, **options):
     calls[0] += 1

@@ -27,10 +27,11 @@ from tunesmith.cli.app import run
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import Recipe
-from tunesmith.data.preparing.ledger import Ledger
-from tunesmith.data.preparing.prepare import iter_prepared, prepare
-from tunesmith.data.reading.sources import Source, read_rows
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.data.preprocess.prepare import iter_prepared, prepare
+from tunesmith.data.sources.sources import Source, read_rows
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import TunesmithError
 
 EXAMPLES = int(os.environ.get("TUNESMITH_FUZZ", "60"))

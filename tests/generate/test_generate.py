@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_folder
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 from tunesmith.errors import DataError
 from tunesmith.generate import generate, stream
 from tunesmith.generate.sampling import RowSampler

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tiny import tiny_folder
-from tunesmith.data.faults import RowError
-from tunesmith.data.shapes.conversation import Chat, Completion, Message, Text
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.formats.examples import Chat, Completion, Message, Text
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates.load import load_template
 from tunesmith.generate import prompt_from, prompts_from_document
 from tunesmith.types import NO_MESSAGE, Document, Origin, Segment
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from template_oracle import CONTROL, NAMES, compare, make_chat, tally, template_of
-from tunesmith.data.templates.template import load_template
+from tunesmith.data.templates.load import load_template
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="trl, whose templates these are, is missing")
 

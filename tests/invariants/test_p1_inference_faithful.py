@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 
 from template_oracle import NAMES, paths_before_targets, template_of
-from tunesmith.data.faults import RowError
+from tunesmith.data.formats.detect import to_example
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.formats import to_example
+from tunesmith.data.row_errors import RowError
 from tunesmith.types import Origin
 
 WEATHER = {

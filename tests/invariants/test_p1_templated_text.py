@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from template_oracle import NAMES, make_chat, template_of
-from tunesmith.data.faults import RowError
+from tunesmith.data.formats.detect import to_example
+from tunesmith.data.formats.examples import read_chat
 from tunesmith.data.rendering.render import render_example
 from tunesmith.data.rendering.turns import render_all
-from tunesmith.data.shapes.conversation import read_chat
-from tunesmith.data.shapes.formats import to_example
+from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_form import turn_form
+from tunesmith.data.templates.turn_pattern import turn_form
 from tunesmith.types import Document, Origin
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="trl, whose templates these are, is missing")

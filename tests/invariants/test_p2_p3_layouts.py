@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Document, Origin, Segment
 
@@ -27,8 +27,8 @@ LAYOUTS = {
     "one": dict(micro_tokens=10**6),
     "cut": dict(micro_tokens=80),
     "path by path": dict(micro_tokens=1),
-    "unshared": dict(micro_tokens=10**6, share=False),
-    "unshared, cut": dict(micro_tokens=100, share=False),
+    "unshared": dict(micro_tokens=10**6, share_prefixes=False),
+    "unshared, cut": dict(micro_tokens=100, share_prefixes=False),
 }
 
 
@@ -109,7 +109,7 @@ def run(family: str, rows: list[Document], total: float, **layout):
     model.load_state_dict(reference.state_dict())
     causal_lm = CausalLM(model, logits=read_logit_transform(model.config), native_attention="eager")
     if layout.get("isolated"):
-        causal_lm.isolate()
+        causal_lm.run_unpacked()
     # a chunk smaller than the targets of a micro-batch, and one that does not divide them
     head = functools.partial(head_loss, objective=nll, chunk_bytes=4 * 448 * 7)
     loss = 0.0
@@ -148,7 +148,7 @@ def test_order_of_documents_does_not_matter(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_isolated_paths_through_the_models_own_attention_agree(family: str) -> None:
     total = one_at_a_time(family)[2]
-    loss, grads = run(family, documents(), total, micro_tokens=1, isolated=True)
+    loss, grads = run(family, documents(), total, micro_tokens=1, unpacked=True)
     assert_equal(family, loss, grads)
 
 

@@ -15,14 +15,14 @@ import torch
 
 import formulas
 from tiny import tiny_model
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.router import Routers
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.moe_router import Routers
 from tunesmith.objectives import named_objective, with_terms
-from tunesmith.train.loss import BaseModel, RouterBalance, StepLoss
-from tunesmith.train.outer import OuterBatch
+from tunesmith.train.loss import ReferenceModel, RouterBalance, StepLoss
+from tunesmith.train.old_policy import OldPolicy
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()
@@ -32,8 +32,8 @@ LAYOUTS = {
     "one": dict(micro_tokens=10**6),
     "cut": dict(micro_tokens=70),
     "path by path": dict(micro_tokens=1),
-    "unshared": dict(micro_tokens=10**6, share=False),
-    "isolated": dict(micro_tokens=1, isolated=True),
+    "unshared": dict(micro_tokens=10**6, share_prefixes=False),
+    "isolated": dict(micro_tokens=1, unpacked=True),
 }
 OBJECTIVES: dict[str, tuple[Callable, Callable]] = {
     "nll": (named_objective("nll"), formulas.nll),
@@ -143,7 +143,7 @@ def wrapped(model) -> CausalLM:
 def run(model: CausalLM, loss: StepLoss, rows: list[Document], old=None, **layout):
     """(loss, gradients) of the second step of an outer batch, as the trainer takes it."""
     if layout.get("isolated"):
-        model.isolate()
+        model.run_unpacked()
     model.train()
     plans = plan_step(rows, **layout)
     cpu = torch.device("cpu")
@@ -173,12 +173,12 @@ def one_step(name: str, rows: list[Document], **layout):
     needs_base = name in ("asft", "psft anchored")
     base = wrapped(moved("llama", 1, attention="tunesmith")).requires_grad_(False).eval()
     if layout.get("isolated"):
-        base.isolate()
+        base.run_unpacked()
     loss = StepLoss(
         objective=OBJECTIVES[name][0],
         steps=10,
-        base=BaseModel(base) if needs_base else None,
-        outer=OuterBatch(first=0, steps=OUTER) if "psft" in name else None,
+        reference=ReferenceModel(base) if needs_base else None,
+        old_policy=OldPolicy(first=0, steps=OUTER) if "psft" in name else None,
     )
     old = moved("llama", 2) if "psft" in name else None
     return run(wrapped(tiny_model("llama", attention="tunesmith")), loss, rows, old, **layout)

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiny import tiny_tokenizer
-from tunesmith.data.preparing.prepare import prepare
-from tunesmith.data.reading.sources import Source
-from tunesmith.data.shapes.formats import FORMATS
-from tunesmith.data.templates.template import wrap_tokenizer
+from tunesmith.data.formats.detect import FORMATS
+from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.types import Document
 

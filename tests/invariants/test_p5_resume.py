@@ -38,7 +38,7 @@ import json, os, random, signal, sys, time
 
 import torch
 import transformers, peft, tunesmith.run
-import tunesmith.result, tunesmith.train.build, tunesmith.train.trainer
+import tunesmith.run.result, tunesmith.build.build, tunesmith.train.trainer
 
 spec = json.loads(sys.argv[1])
 

@@ -268,7 +268,13 @@ def test_too_few_nodes_are_refused_with_the_number(words: list[str], capsys) -> 
 
 
 def test_devices_are_whole_groups_of_those_that_share(words: list[str], capsys) -> None:
-    three = ["--slurm", "--gpus-per-node", "3", "device.context=2", "device.micro_tokens=8"]
+    three = [
+        "--slurm",
+        "--gpus-per-node",
+        "3",
+        "device.context_parallel=2",
+        "device.micro_tokens=8",
+    ]
     assert run([*words, *three]) == 0
     assert "2 x 3 devices" in capsys.readouterr().err
     assert run([*words, *three, "--nodes", "3"]) == 2

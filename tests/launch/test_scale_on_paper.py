@@ -45,7 +45,7 @@ def test_states_are_those_of_the_estimate() -> None:
     """16 bytes a parameter, as `plan` and `launch` count for bfloat16 and AdamW."""
     import torch
 
-    from tunesmith.model.memory import ModelSize, estimate
+    from tunesmith.model.memory.estimate import ModelSize, estimate
 
     size = ModelSize(SMALL.parameters, 0)
     whole = estimate(size, dtype=torch.bfloat16, rank=None)

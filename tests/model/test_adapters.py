@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tiny import tiny_folder, tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter, candidates, full_report
+from tunesmith.model.lm_head import head_inputs
 from tunesmith.model.load import load_causal_lm, wrap_causal_lm
-from tunesmith.model.output import head_inputs
 from tunesmith.model.source import resolve_model
 from tunesmith.objectives import head_loss, nll
 from tunesmith.optim import undecayed

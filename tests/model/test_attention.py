@@ -16,9 +16,9 @@ from torch import Tensor
 from attention_oracle import make_layout, softmax_over_mask, visible
 from tiny import tiny_model
 from tunesmith.errors import ModelError
-from tunesmith.model.attention import MaskRule, layout_attention
+from tunesmith.model.attention.dispatch import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
-from tunesmith.types import Batch, Layout, Shares
+from tunesmith.types import Batch, Layout, TargetOwners
 
 SIZE = 8
 """Of sliding windows and of blocks."""
@@ -162,7 +162,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def batch(ids: Tensor, layout: Layout) -> Batch:
     none = torch.empty(0, dtype=torch.int64)
     nobody = np.empty(0, np.int32)
-    shares = Shares(nobody, nobody, np.empty(0, np.float32))
+    shares = TargetOwners(nobody, nobody, np.empty(0, np.float32))
     position = torch.from_numpy(layout.position).long()
     return Batch(ids, position, layout, none, none, none.float(), shares)
 

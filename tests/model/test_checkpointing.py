@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.errors import ModelError
-from tunesmith.model import attention
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.checkpointing import as_mode, recomputing, set_checkpointing
-from tunesmith.model.footprint import footprint
-from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.offload import offloaded
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.memory.allocator import footprint
+from tunesmith.model.ops.activation_checkpointing import as_mode, recomputing, set_checkpointing
+from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Document, Origin, Segment
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex_module
 
 from attention_oracle import make_layout, softmax_over_mask, visible
-from tunesmith.model.flex import BLOCK, block_mask, flex_tree_attention
-from tunesmith.model.locality import Locality
+from tunesmith.model.attention.flex import BLOCK, block_mask, flex_tree_attention
+from tunesmith.model.attention.window import AttentionWindow
 from tunesmith.types import Chain, Layout
 
 CPU = torch.device("cpu")
@@ -23,11 +23,16 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "gqa": {"groups": 2},
     "own scale": {"scale": 0.7},
-    "sliding": {"locality": Locality(SIZE, chunked=False)},
-    "chunked": {"locality": Locality(SIZE, chunked=True)},
+    "sliding": {"window": AttentionWindow(SIZE, chunked=False)},
+    "chunked": {"window": AttentionWindow(SIZE, chunked=True)},
     "softcap": {"softcap": 1.5, "groups": 2},
     "sinks": {"sinks": True},
-    "all": {"softcap": 1.5, "sinks": True, "locality": Locality(SIZE, chunked=False), "groups": 1},
+    "all": {
+        "softcap": 1.5,
+        "sinks": True,
+        "window": AttentionWindow(SIZE, chunked=False),
+        "groups": 1,
+    },
 }
 
 
@@ -54,25 +59,25 @@ def forest(seed: int) -> Layout:
     return Layout((Chain(0, len(position), ()),), until.astype(np.int32), position.astype(np.int32))
 
 
-def seen(layout: Layout, locality: Locality | None) -> Tensor:
+def seen(layout: Layout, window: AttentionWindow | None) -> Tensor:
     """[T, T] booleans from the definition alone."""
     number = np.arange(len(layout.position))
     found = (number[None] <= number[:, None]) & (number[:, None] < layout.visible_until[None])
     allowed = torch.from_numpy(found)
     position = torch.from_numpy(layout.position)
-    return allowed if locality is None else allowed & locality.allowed(position, position)
+    return allowed if window is None else allowed & window.allowed(position, position)
 
 
 @pytest.mark.parametrize(
-    "locality", [None, Locality(40, chunked=False), Locality(40, chunked=True)]
+    "window", [None, AttentionWindow(40, chunked=False), AttentionWindow(40, chunked=True)]
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_blocks_hold_every_visible_pair_and_whole_ones_no_other(
-    seed: int, locality: Locality | None
+    seed: int, window: AttentionWindow | None
 ) -> None:
     layout = forest(seed)
-    expected, total = seen(layout, locality), len(layout.position)
-    mask = block_mask(layout, locality, CPU)
+    expected, total = seen(layout, window), len(layout.position)
+    mask = block_mask(layout, window, CPU)
     blocks = -(-total // BLOCK)
     listed = _dense(mask.kv_num_blocks, mask.kv_indices, blocks)
     whole = _dense(mask.full_kv_num_blocks, mask.full_kv_indices, blocks)
@@ -104,7 +109,7 @@ def test_far_blocks_of_a_window_and_other_branches_are_left_out() -> None:
         (Chain(0, total, ()),), np.full(total, total, np.int32), np.arange(total, dtype=np.int32)
     )
     assert int(block_mask(one, None, CPU).full_kv_num_blocks.sum()) == 16 * 15 // 2
-    window = block_mask(one, Locality(BLOCK, chunked=False), CPU)
+    window = block_mask(one, AttentionWindow(BLOCK, chunked=False), CPU)
     assert int(window.kv_num_blocks.sum()) == 16 + 15
     apart = Layout(
         (Chain(0, total, ()),),
@@ -115,7 +120,7 @@ def test_far_blocks_of_a_window_and_other_branches_are_left_out() -> None:
 
 
 def test_layers_of_a_micro_batch_share_their_masks() -> None:
-    layout, window = forest(0), Locality(SIZE, chunked=False)
+    layout, window = forest(0), AttentionWindow(SIZE, chunked=False)
     first, local = block_mask(layout, None, CPU), block_mask(layout, window, CPU)
     assert block_mask(layout, None, CPU) is first
     assert block_mask(layout, window, CPU) is local is not first
@@ -125,7 +130,7 @@ def test_layers_of_a_micro_batch_share_their_masks() -> None:
 def compare(case: str, device: torch.device, dtype: torch.dtype, bound: float) -> None:
     options = dict(CASES[case])
     groups, sunk = options.pop("groups", 4), options.pop("sinks", False)
-    locality, scale = options.pop("locality", None), options.pop("scale", 0.25)
+    window, scale = options.pop("window", None), options.pop("scale", 0.25)
     layout = make_layout()
     generator = torch.Generator().manual_seed(0)
     wide = [
@@ -136,12 +141,10 @@ def compare(case: str, device: torch.device, dtype: torch.dtype, bound: float) -
     inputs = [t.to(device, dtype).requires_grad_() for t in wide]
     wide = [t.requires_grad_() for t in wide]
     found = flex_tree_attention(
-        *inputs[:3], layout, scale=scale, locality=locality,
+        *inputs[:3], layout, scale=scale, window=window,
         sinks=inputs[3] if sunk else None, **options,
     )  # fmt: skip
-    mask = visible(
-        layout, size=locality and locality.size, chunked=bool(locality and locality.chunked)
-    )
+    mask = visible(layout, size=window and window.size, chunked=bool(window and window.chunked))
     expected = softmax_over_mask(
         *wide[:3], mask, scale=scale, sinks=wide[3] if sunk else None, **options
     )

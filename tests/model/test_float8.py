@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
-from tunesmith.model import attention, float8
 from tunesmith.model.adapters.targets import candidates
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.kernels import float8
+from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.objectives import head_loss, nll
 from tunesmith.types import Document, Origin, Segment
 

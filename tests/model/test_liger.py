@@ -41,7 +41,7 @@ liger_kernel.ops.geglu.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 import warnings
 warnings.simplefilter("error", UserWarning)
 from test_kernels import assert_same, install, learned, wrapped
-from tunesmith.model.checkpointing import set_checkpointing
+from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.model.kernels import find_liger, trial
 kernels = find_liger(insist=True)
 trial.ROWS = (37,)

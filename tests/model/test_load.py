@@ -55,7 +55,7 @@ def test_bfloat16_leaves_rope_in_float32(folder: Path) -> None:
 
 
 def test_dtype_follows_capability(monkeypatch) -> None:
-    from tunesmith.model import dtype
+    from tunesmith.model.ops import dtype
 
     monkeypatch.setattr(dtype, "cpu_bfloat16", lambda: "AMX")
     assert choose_dtype("auto", "cpu").dtype == torch.bfloat16

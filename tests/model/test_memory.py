@@ -11,11 +11,11 @@ import torch
 
 from tiny import tiny_config, tiny_folder
 from tunesmith.errors import ModelError
-from tunesmith.model import memory
-from tunesmith.model.activations import Cost, choose_micro_tokens, computed_cost
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.memory import (
+from tunesmith.model.memory import estimate as memory
+from tunesmith.model.memory.activations import Cost, choose_micro_tokens, computed_cost
+from tunesmith.model.memory.estimate import (
     ModelSize,
     check_fits,
     estimate,
@@ -145,7 +145,7 @@ def test_a_frozen_copy_is_counted_and_can_be_given_up() -> None:
 
 
 def test_the_estimate_knows_what_each_rule_keeps() -> None:
-    from tunesmith.model.memory import ModelSize, estimate
+    from tunesmith.model.memory.estimate import ModelSize, estimate
 
     size = ModelSize(1_000_000, 100)
 

@@ -59,8 +59,8 @@ def run(family: str, options: dict, *, dtype=torch.float32, max_length: int = 50
 @pytest.mark.parametrize("family", PACKED)
 def test_families_that_pack(family: str, dtype: torch.dtype) -> None:
     causal_lm, result = run(family, PACKED[family], dtype=dtype)
-    assert not result.isolated, result
-    assert not causal_lm.isolated
+    assert not result.unpacked, result
+    assert not causal_lm.unpacked
     assert set(result.differences) == {"head", "causal", "packed", "tree", "neighbour"}
     assert max(result.differences.values()) < 1e-5
     assert not any(module._forward_pre_hooks for module in causal_lm.modules())
@@ -71,16 +71,16 @@ def test_families_that_pack(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", ISOLATED)
 def test_families_that_must_be_isolated(family: str, dtype: torch.dtype) -> None:
     causal_lm, result = run(family, ISOLATED[family], dtype=dtype)
-    assert result.isolated
-    assert causal_lm.isolated
+    assert result.unpacked
+    assert causal_lm.unpacked
     assert causal_lm.config._attn_implementation == causal_lm.native_attention
     assert any("one path at a time" in note for note in (*result.notes, *causal_lm.notes))
 
 
 def test_position_encoding_that_looks_at_neighbours() -> None:
-    assert run("llama", DYNAMIC, max_length=500)[1].isolated
+    assert run("llama", DYNAMIC, max_length=500)[1].unpacked
     short = run("llama", DYNAMIC, max_length=60)[1]
-    assert not short.isolated, short
+    assert not short.unpacked, short
 
 
 def test_wrong_logit_transform_is_refused() -> None:
@@ -102,10 +102,10 @@ def test_model_that_sees_later_tokens_is_refused() -> None:
 
 
 def test_wrong_window_is_found(monkeypatch) -> None:
-    from tunesmith.model import attention
+    from tunesmith.model.attention import dispatch as attention
 
-    monkeypatch.setattr(attention, "_locality", lambda *_: None)
-    assert run("cohere2", {"sliding_window": 8})[1].isolated
+    monkeypatch.setattr(attention, "_window", lambda *_: None)
+    assert run("cohere2", {"sliding_window": 8})[1].unpacked
 
 
 def test_noise_in_training_is_said() -> None:

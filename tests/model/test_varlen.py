@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from attention_oracle import make_layout, softmax_over_mask, visible
-from tunesmith.model import varlen
-from tunesmith.model.attention_trial import Asked, Fused, branched_layout, flat_layout
-from tunesmith.model.locality import Locality
-from tunesmith.model.varlen import VARLEN, is_flat, varlen_attention, varlen_kernels
+from tunesmith.model.attention import varlen
+from tunesmith.model.attention.parity import AttentionFeatures, Fused, branched_layout, flat_layout
+from tunesmith.model.attention.varlen import VARLEN, is_flat, varlen_attention, varlen_kernels
+from tunesmith.model.attention.window import AttentionWindow
 
 CPU = torch.device("cpu")
 FLAT = ((7, ()), (1, ()), (12, ()), (3, ()))
@@ -65,8 +65,8 @@ def compare(
     ]
     inputs = [tensor.to(device, dtype).requires_grad_() for tensor in wide]
     wide = [tensor.requires_grad_() for tensor in wide]
-    local = None if size is None else Locality(size, chunked=False)
-    found = attend(*inputs, layout, scale=0.3, locality=local)
+    local = None if size is None else AttentionWindow(size, chunked=False)
+    found = attend(*inputs, layout, scale=0.3, window=local)
     expected = softmax_over_mask(*wide, visible(layout, size=size), scale=0.3)
     expected = expected if expected.shape == found.shape else expected.transpose(1, 2)
     toward = torch.randn(expected.shape, generator=generator).double()
@@ -88,14 +88,14 @@ def test_what_the_kernels_know_of(monkeypatch: Any) -> None:
     packaged = Fused("flash_attn", varlen_attention, branches=False, instead="")
     for package, kernels in ((None, (VARLEN,)), (packaged, (packaged, VARLEN))):
         monkeypatch.setattr(varlen, "_flash_attn", lambda _, found=package: found)
-        assert varlen_kernels(query, flat, Asked()) == kernels
-        assert varlen_kernels(query, flat, Asked(window=True)) == kernels
-        assert varlen_kernels(query, flat, Asked(softcap=True)) == kernels[:-1]
+        assert varlen_kernels(query, flat, AttentionFeatures()) == kernels
+        assert varlen_kernels(query, flat, AttentionFeatures(window=True)) == kernels
+        assert varlen_kernels(query, flat, AttentionFeatures(softcap=True)) == kernels[:-1]
         for other in (query.float(), query[..., :60], query.repeat(1, 1, 1, 5)):
-            assert varlen_kernels(other, flat, Asked()) == ()
-        for more in (Asked(blocks=True), Asked(sinks=True)):
+            assert varlen_kernels(other, flat, AttentionFeatures()) == ()
+        for more in (AttentionFeatures(blocks=True), AttentionFeatures(sinks=True)):
             assert varlen_kernels(query, flat, more) == ()
-        assert varlen_kernels(query, branched_layout(), Asked()) == ()
+        assert varlen_kernels(query, branched_layout(), AttentionFeatures()) == ()
     assert is_flat(flat)
     assert not is_flat(branched_layout())
 

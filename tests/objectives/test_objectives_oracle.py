@@ -23,7 +23,13 @@ from formulas import (
     with_entropy,
     with_z,
 )
-from tunesmith.objectives import Base, Sides, head_loss, named_objective, with_terms
+from tunesmith.objectives import (
+    ObjectiveInputs,
+    ReferenceHidden,
+    head_loss,
+    named_objective,
+    with_terms,
+)
 from tunesmith.types import LossOutput
 
 T, D, V, N = 11, 16, 37, 9
@@ -39,7 +45,7 @@ class Made:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.hidden, self.weight, self.bias = randn(T, D), randn(V, D), randn(V)
-        self.base = Base(randn(T, D), randn(V, D), randn(V))
+        self.base = ReferenceHidden(randn(T, D), randn(V, D), randn(V))
         self.source = torch.randint(0, T, (targets,), generator=generator)
         self.target = torch.randint(0, V, (targets,), generator=generator)
         self.target_weight = torch.rand(targets, generator=generator) + 0.1
@@ -91,11 +97,11 @@ def oracle(made: Made, formula: Callable[..., Tensor], transform):
 
 def run(made: Made, objective, transform, dtype: torch.dtype, rows: float = 4):
     leaves = [x.to(dtype).requires_grad_() for x in (made.hidden, made.weight, made.bias)]
-    base = Base(*(x.to(dtype) for x in made.base))
+    base = ReferenceHidden(*(x.to(dtype) for x in made.base))
     output: LossOutput = head_loss(
         *leaves, source=made.source, target=made.target, target_weight=made.target_weight,
         objective=objective, transform=transform, chunk_bytes=int(4 * V * rows),
-        sides=Sides(progress=0.3, old_logprob=made.old.to(dtype), base=base),
+        inputs=ObjectiveInputs(progress=0.3, old_logprob=made.old.to(dtype), reference=base),
     )  # fmt: skip
     (output.loss_sum / 2).backward()
     return output, [leaf.grad for leaf in leaves]
@@ -182,7 +188,9 @@ def test_statistics_are_what_their_names_say() -> None:
     for name, values in expected.items():
         assert output.stats[name].item() == pytest.approx(float((w * values).sum()), rel=1e-6), name
     kept = ratio <= 1.1
-    assert torch.allclose(output.effective.exp(), torch.where(kept, ratio, 0.0) / own.exp())
+    assert torch.allclose(
+        output.log_effective_weight.exp(), torch.where(kept, ratio, 0.0) / own.exp()
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,9 @@ def test_effective_weights_are_the_factor_over_the_probability(case: str, streng
     log_p = (made.hidden[made.source] @ made.weight.T + made.bias).log_softmax(-1)
     output, _ = run(made, CASES[case][0], None, torch.float64)
     expected = strength(log_p, made.target) / (-nll(log_p, made.target)).exp()
-    torch.testing.assert_close(output.effective.exp(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        output.log_effective_weight.exp(), expected.double(), rtol=1e-6, atol=0
+    )
 
 
 def test_psft_starts_with_the_gradient_of_nll() -> None:
@@ -231,7 +241,7 @@ def test_psft_starts_with_the_gradient_of_nll() -> None:
 
 def test_an_anchor_to_oneself_pulls_nowhere() -> None:
     made = Made()
-    made.base = Base(made.hidden, made.weight, made.bias)
+    made.base = ReferenceHidden(made.hidden, made.weight, made.bias)
     output, found = run(made, with_terms(lambda c: c.logprob * 0, kl=1.0), None, torch.float64)
     assert abs(output.loss_sum.item()) < 1e-9
     assert all(grad.norm() < 1e-9 for grad in found)

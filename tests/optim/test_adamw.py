@@ -8,7 +8,7 @@ from optim_inputs import make_parameters, set_gradients
 from torch import nn
 
 from tunesmith.optim import AdamW, clip_factor, grad_norm, no_decay, undecayed
-from tunesmith.optim import base as masters
+from tunesmith.optim import optimizer as masters
 
 SHAPES = {"embed": (50, 16), "linear": (33, 16), "bias": (33,), "scalar": ()}
 parameters = functools.partial(make_parameters, SHAPES)
@@ -88,8 +88,8 @@ def test_split_and_join_are_inverse_for_every_kind_of_number(seed):
         torch.empty_like(master, dtype=torch.bfloat16),
         torch.empty_like(master, dtype=torch.int16),
     )
-    masters.split_(master.clone(), upper=upper, low=low)
-    joined = masters.join(upper, low, out=torch.empty_like(master))
+    masters.split_master_(master.clone(), upper=upper, low=low)
+    joined = masters.join_master(upper, low, out=torch.empty_like(master))
     assert torch.equal(joined.view(torch.int32), master.view(torch.int32))
     assert torch.equal(upper.view(torch.int16), round_half_away(master).view(torch.int16))
 
@@ -98,7 +98,7 @@ def test_memory_is_twelve_bytes_a_bfloat16_weight():
     weight = nn.Parameter(torch.zeros(1024, 64, dtype=torch.bfloat16))
     optimizer = AdamW([("w", weight)])
     slot = optimizer._slots["w"]
-    held = [slot.parameter, slot.rest, *slot.state.values()]
+    held = [slot.parameter, slot.low_bits, *slot.state.values()]
     assert sum(t.numel() * t.element_size() for t in held) == 12 * weight.numel()
 
 

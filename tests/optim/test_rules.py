@@ -8,7 +8,7 @@ from optim_inputs import make_parameters, set_gradients
 from torch import nn
 
 from tunesmith.optim import SGD, Adafactor, AdamW, AdamW8bit, Lion, Muon
-from tunesmith.optim import base as masters
+from tunesmith.optim import optimizer as masters
 from tunesmith.optim.adamw import dynamic_map
 
 KINDS = [AdamW, AdamW8bit, Adafactor, Lion, Muon, SGD]

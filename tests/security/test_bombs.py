@@ -19,18 +19,19 @@ import pytest
 
 from tiny import tiny_folder
 from tunesmith.cli.app import run
-from tunesmith.data.preparing import prepare
-from tunesmith.data.preparing.batches import in_batches
-from tunesmith.data.reading.readers import kinds, raw, sizes
-from tunesmith.data.reading.readers.raw import LongRow
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.preprocess import prepare
+from tunesmith.data.preprocess.render_batch import in_batches
+from tunesmith.data.sources.readers import registry, row_sizes
+from tunesmith.data.sources.readers import rows as raw
+from tunesmith.data.sources.readers.rows import LongRow
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.errors import DataError
 
 MIB = 1 << 20
 READ = """
 import resource, sys
 from pathlib import Path
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.errors import DataError
 import pyarrow.parquet, pyarrow.compute
 pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -168,7 +169,7 @@ def test_text_that_expands_out_of_proportion_is_not_read_on(
     with pytest.raises(DataError, match="more than 500 times its size") as caught:
         list(read_rows(Source("rows", path=data)))
     assert caught.value.hint
-    monkeypatch.setitem(kinds.MOST_TIMES, "gzip", 5000)
+    monkeypatch.setitem(registry.MOST_TIMES, "gzip", 5000)
     assert sum(1 for _ in read_rows(Source("rows", path=data))) == MIB
 
 
@@ -255,7 +256,7 @@ def test_sizes_are_counted_as_what_is_made_of_columns() -> None:
     for name, column in columns.items():
         whole = pa.record_batch({name: column})
         for batch in (whole, whole.slice(1, 2), whole.slice(3), whole.slice(4)):
-            ((part, counted),) = sizes.small_batches(batch, "a", 0)
+            ((part, counted),) = row_sizes.small_batches(batch, "a", 0)
             made = [deep(values[name]) for values in part.to_pylist()]
             assert len(counted) == batch.num_rows
             for said, true in zip(counted, made, strict=True):

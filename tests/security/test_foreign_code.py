@@ -73,12 +73,12 @@ def test_model_of_pickles_is_refused_by_every_command(
 ) -> None:
     (model / "model.safetensors").unlink()
     torch.save(Bomb(mark), model / name)
-    weightless = {"preview", "doctor"}  # they read the tokenizer alone
+    zero_weight = {"preview", "doctor"}  # they read the tokenizer alone
     for words in every_command(model, data, tmp_path / "out"):
         code = run(words)
         error = capsys.readouterr().err
         assert not mark.exists(), words
-        if words[0] not in weightless or code:
+        if words[0] not in zero_weight or code:
             assert (code, "pickle" in error, name in error, "hint:" in error) == (
                 2, True, True, True,
             ), (words, error)  # fmt: skip
@@ -151,7 +151,7 @@ def test_no_file_of_a_run_is_a_pickle(model: Path, data: Path, tmp_path: Path) -
 
 
 LOADERS = {
-    r"\bpickle\.loads?\(": {"data/preparing/workers.py"},  # from a process of its own, by a pipe
+    r"\bpickle\.loads?\(": {"data/preprocess/workers.py"},  # from a process of its own, by a pipe
     r"torch\.load\(|np\.load\(|numpy\.load\(|joblib|dill|marshal|shelve": set(),
     r"yaml\.(unsafe_|full_)?load\(|UnsafeLoader|FullLoader": set(),
     r"\b(?<!\.)(eval|exec)\(": set(),

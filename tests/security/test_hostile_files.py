@@ -10,9 +10,9 @@ import pytest
 
 from tiny import chat_rows, tiny_tokenizer
 from tunesmith.cli.app import run
-from tunesmith.data.reading.readers import json as json_reader
-from tunesmith.data.reading.readers import raw
-from tunesmith.data.reading.sources import Source, read_rows
+from tunesmith.data.sources.readers import json as json_reader
+from tunesmith.data.sources.readers import rows as raw
+from tunesmith.data.sources.sources import Source, read_rows
 from tunesmith.errors import DataError
 
 GOOD = json.dumps(chat_rows(1)[0]).encode()

@@ -12,12 +12,13 @@ import pytest
 
 from tiny import chat_rows, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
-from tunesmith.data.faults import RowError
-from tunesmith.data.templates import clock as clocks
-from tunesmith.data.templates import limits
-from tunesmith.data.templates.clock import Clock, TooSlow
-from tunesmith.data.templates.direct import compile_template
-from tunesmith.data.templates.template import Template, wrap_tokenizer
+from tunesmith.data.row_errors import RowError
+from tunesmith.data.templates import sandbox_limits
+from tunesmith.data.templates import timeout as clocks
+from tunesmith.data.templates.fast_render import compile_template
+from tunesmith.data.templates.load import wrap_tokenizer
+from tunesmith.data.templates.template import Template
+from tunesmith.data.templates.timeout import TimeLimit, TooSlow
 from tunesmith.errors import TunesmithError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -142,7 +143,7 @@ ENDLESS = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shorter time, and memory that a bomb would exceed."""
-    monkeypatch.setattr(limits.clock, "seconds", 0.5)
+    monkeypatch.setattr(sandbox_limits.clock, "seconds", 0.5)
 
 
 def template(text: str) -> Template:
@@ -245,7 +246,7 @@ def test_template_that_was_compiled_before_is_bounded_all_the_same() -> None:
     text = "{% set x = 'a' * 20000000 %}{{ x|length }}" + TURN
     cached = chat_template_utils._compile_jinja_template(text)
     assert cached.render(messages=[]) == "20000000"
-    with pytest.raises(limits.TooLarge):
+    with pytest.raises(sandbox_limits.TooLarge):
         compile_template(text).render(messages=[])
 
 
@@ -255,14 +256,14 @@ def test_long_row_is_no_bomb() -> None:
 
 
 def test_clock_spares_who_is_in_time_and_waits_for_nobody() -> None:
-    clock = Clock(seconds=30)
+    clock = TimeLimit(seconds=30)
     for _ in range(1000):
         assert clock.enter() == [0]
         clock.leave()
     assert clock.entry == [0]
 
 
-def forever(clock: Clock) -> None:
+def forever(clock: TimeLimit) -> None:
     clock.enter()
     try:
         while True:
@@ -272,7 +273,7 @@ def forever(clock: Clock) -> None:
 
 
 def test_clock_ends_a_thread_that_is_not_the_main_one() -> None:
-    clock, found = Clock(seconds=0.2), []
+    clock, found = TimeLimit(seconds=0.2), []
 
     def work() -> None:
         try:
@@ -287,7 +288,7 @@ def test_clock_ends_a_thread_that_is_not_the_main_one() -> None:
 
 
 def test_clock_counts_work_not_waiting() -> None:
-    clock = Clock(seconds=0.2)
+    clock = TimeLimit(seconds=0.2)
     clock.enter()
     time.sleep(1.0)
     clock.leave()
@@ -296,7 +297,7 @@ def test_clock_counts_work_not_waiting() -> None:
 def test_clock_watches_again_after_it_has_rested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "_LOOKS", 0.01)
     monkeypatch.setattr(clocks, "_IDLE", 1)
-    clock = Clock(seconds=0.05)
+    clock = TimeLimit(seconds=0.05)
     for _ in range(3):
         time.sleep(0.2)
         with pytest.raises(TooSlow):

@@ -11,10 +11,10 @@ import pytest
 
 from tiny import chat_rows, tiny_folder, tiny_tokenizer, write_jsonl
 from tunesmith.cli.app import run
-from tunesmith.data.reading.files import folder_files, pattern_files
-from tunesmith.data.reading.hub import _check_name
+from tunesmith.data.sources.files import folder_files, pattern_files
+from tunesmith.data.sources.hub import _check_name
 from tunesmith.errors import DataError
-from tunesmith.train.folder import open_run
+from tunesmith.storage.run_folder import open_run
 
 _OPENED: list[str] = []
 _HOOKED: list[bool] = []

@@ -12,8 +12,8 @@ import tunesmith
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run
 from tunesmith.errors import InputError, RecipeError
+from tunesmith.metrics.trackers import GuardedSink
 from tunesmith.redact import redact, secret_keys
-from tunesmith.train.trackers import GuardedSink
 
 SECRETS = {
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlantedPlanted",

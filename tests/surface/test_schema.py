@@ -30,7 +30,7 @@ KEYS = {
     "train": "epochs steps seed result non_finite",
     "device": "kind micro_tokens share_prefixes attention kernels compile gradient_checkpointing "
     "activation_offload paged_optimizer deterministic "
-    "threads watchdog cache prepare_processes ranks rank_timeout context tensor shard "
+    "threads watchdog cache num_proc ranks rank_timeout context_parallel tensor_parallel shard "
     "shard_offload",
     "checkpoint": "every keep background",
     "eval": "every samples max_new_tokens",

@@ -14,11 +14,11 @@ from torch import nn
 import tunesmith
 from gang import losses, records
 from tiny import chat_inputs, tiny_folder, tiny_model
+from tunesmith.build.build import build
 from tunesmith.cli.app import run as command
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
-from tunesmith.model import float8
-from tunesmith.train.build import build
+from tunesmith.model.kernels import float8
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 FLOAT8 = "model.float8=rowwise"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiny import chat_rows, tiny_folder, write_jsonl
-from tunesmith.data.preparing.ledger import Ledger, LedgerError
+from tunesmith.data.preprocess.ledger import Ledger, LedgerError
 from tunesmith.errors import InterruptedRun
 from tunesmith.run import resume, train
 

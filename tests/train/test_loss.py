@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import plan_step
-from tunesmith.model import attention
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.metrics.histogram import log_histogram, quantiles
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logits import read_logit_transform
-from tunesmith.model.noise import EmbeddingNoise
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import named_objective
 from tunesmith.train.loss import StepLoss, path_lengths
-from tunesmith.train.outer import OuterBatch
-from tunesmith.train.pathkeys import path_ends, target_keys, token_keys
-from tunesmith.train.quantiles import log_histogram, quantiles
+from tunesmith.train.old_policy import OldPolicy
+from tunesmith.train.path_hash import path_ends, target_keys, token_keys
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()
@@ -58,7 +58,7 @@ def spelled(plan, token: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, dict(share=False), dict(micro_tokens=7), dict(isolated=True)]
+    "layout", [{}, dict(share_prefixes=False), dict(micro_tokens=7), dict(unpacked=True)]
 )
 def test_a_key_stands_for_a_path_wherever_it_lies(layout: dict) -> None:
     known: dict[int, tuple[int, ...]] = {}
@@ -80,23 +80,23 @@ def test_ends_of_a_document_are_its_longest_ways() -> None:
 
 
 def test_the_old_policy_is_found_in_any_layout() -> None:
-    outer = OuterBatch(first=2, steps=3)
+    outer = OldPolicy(first=2, steps=3)
     assert [outer.begins(step) for step in range(7)] == [
         False, False, True, False, False, True, False,
     ]  # fmt: skip
     plans = plan_step(rows(), micro_tokens=100)
     values = {key: float(i) for i, key in enumerate(target_keys(plans[0]).tolist())}
     outer.take(plans, [torch.tensor(list(values.values()))])
-    again = OuterBatch(first=2, steps=3)
+    again = OldPolicy(first=2, steps=3)
     again.restore(outer.tensors())
-    for plan in plan_step(rows(), micro_tokens=5, share=False):
+    for plan in plan_step(rows(), micro_tokens=5, share_prefixes=False):
         expected = [values[key] for key in target_keys(plan).tolist()]
         assert again.find(plan).tolist() == expected
 
 
 def test_lengths_of_paths() -> None:
     for share in (True, False):
-        for plan in plan_step(rows(), micro_tokens=100, share=share):
+        for plan in plan_step(rows(), micro_tokens=100, share_prefixes=share):
             found = path_lengths(plan.layout)
             for token in range(len(plan.ids)):
                 below = range(token, int(plan.layout.visible_until[token]))
@@ -127,7 +127,7 @@ def test_lengths_do_not_depend_on_neighbours() -> None:
         for document in rows()[:2]
         for plan in plan_step([document], micro_tokens=100)
     ]
-    (together,) = plan_step(rows()[:2], micro_tokens=100, share=False)
+    (together,) = plan_step(rows()[:2], micro_tokens=100, share_prefixes=False)
     assert sorted(path_lengths(together.layout).tolist()) == sorted(np.concatenate(alone).tolist())
 
 
@@ -136,10 +136,10 @@ def test_guesses_replace_targets_where_they_are_read(isolated: bool) -> None:
     """At the last step with probability 1 every target that is read is the model's guess."""
     model = wrapped()
     if isolated:
-        model.isolate()
+        model.run_unpacked()
     loss = StepLoss(named_objective("nll"), steps=5, sampling=1.0, step=4)
     documents = rows()[:2]
-    for plan in plan_step(documents, micro_tokens=100, share=False, isolated=isolated):
+    for plan in plan_step(documents, micro_tokens=100, share_prefixes=False, unpacked=isolated):
         batch = collate(plan, CPU)
         found = loss._with_guesses(model, batch, plan)
         logits = model.head(model.hidden(batch))
@@ -157,7 +157,7 @@ def test_guesses_replace_targets_where_they_are_read(isolated: bool) -> None:
 def test_guesses_are_as_frequent_as_the_step_asks() -> None:
     """At the middle of the run, half of the probability of its end."""
     model = wrapped()
-    (plan,) = plan_step(rows()[:2], micro_tokens=100, share=False)
+    (plan,) = plan_step(rows()[:2], micro_tokens=100, share_prefixes=False)
     batch = collate(plan, CPU)
     all_of_them = StepLoss(named_objective("nll"), steps=5, sampling=1.0, step=4)
     places = all_of_them._with_guesses(model, batch, plan).input_ids != batch.input_ids

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import chat_inputs, tiny_folder
 from tunesmith import transfer
+from tunesmith.build.build import build
+from tunesmith.build.optimizer import make_optimizer
 from tunesmith.config.schema import Recipe
-from tunesmith.model import float8
-from tunesmith.model.flex import block_mask
-from tunesmith.model.locality import Locality
-from tunesmith.train import figures
-from tunesmith.train.assemble.optimizer import make_optimizer
-from tunesmith.train.build import build
+from tunesmith.model.attention.flex import block_mask
+from tunesmith.model.attention.window import AttentionWindow
+from tunesmith.model.kernels import float8
+from tunesmith.train import step as step_module
 from tunesmith.train.job import Job
 from tunesmith.train.step import StepResult, train_step
 from tunesmith.train.trainer import Trainer
@@ -109,7 +109,7 @@ def step_on_meta(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ste
         reads.append(len(tensors))
         return [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
-    monkeypatch.setattr(figures, "to_host", told)
+    monkeypatch.setattr(step_module, "to_host", told)
     trainer = Trainer(job, folder, [])
     number = 3
     # The old policy of psft is read before the first micro-batch of its outer batch.
@@ -153,8 +153,8 @@ def test_so_does_a_step_of(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         job.loss.close()
 
 
-@pytest.mark.parametrize("locality", [None, Locality(8, chunked=False)])
-def test_nor_does_a_block_mask(locality: Locality | None) -> None:
+@pytest.mark.parametrize("locality", [None, AttentionWindow(8, chunked=False)])
+def test_nor_does_a_block_mask(locality: AttentionWindow | None) -> None:
     until, position = np.full(300, 300, np.int32), np.arange(300, dtype=np.int32)
     with Copies() as copies:
         block_mask(Layout((Chain(0, 300, ()),), until, position), locality, META)

@@ -11,8 +11,9 @@ import torch
 import tunesmith
 from gang import losses, records
 from tiny import chat_inputs, tiny_folder
-from tunesmith.model import float8
-from tunesmith.train import figures, trainer
+from tunesmith.model.kernels import float8
+from tunesmith.train import step as step_module
+from tunesmith.train import trainer
 
 pytestmark = pytest.mark.gpu
 GPU = "device.kind=cuda"
@@ -63,7 +64,7 @@ def test_a_step_is_not_waited_for_before_its_end(
     kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch raises at whatever makes the host wait, but for the one reading of the figures."""
-    real, read, steps = trainer.train_step, figures.to_host, []
+    real, read, steps = trainer.train_step, step_module.to_host, []
 
     def reading(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         torch.cuda.set_sync_debug_mode("default")
@@ -82,7 +83,7 @@ def test_a_step_is_not_waited_for_before_its_end(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(figures, "to_host", reading)
+    monkeypatch.setattr(step_module, "to_host", reading)
     monkeypatch.setattr(trainer, "train_step", strict)
     run(given, tmp_path / "run", GPU, "eval.every=null", *KINDS[kind])
     assert len(steps) == 6

@@ -23,9 +23,9 @@ from tunesmith.cli.app import run as tunesmith_command
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.memory import estimate, measure
-from tunesmith.model.quantized import Quantization
-from tunesmith.model.quantized_weight import is_quantized, parameter_count
+from tunesmith.model.memory.estimate import estimate, measure
+from tunesmith.model.ops.packed_weight import is_quantized, parameter_count
+from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.selftest import self_test
 from tunesmith.model.source import ModelSource
 
@@ -102,7 +102,7 @@ def test_layouts_give_the_same_hidden_states(
 ) -> None:
     model = load(bases[family], kind)
     found = self_test(model, max_length=64)
-    assert not found.isolated
+    assert not found.unpacked
     assert found.tolerance < 1e-3
     assert not is_quantized(model.head)
 
@@ -156,7 +156,7 @@ MEASURED = """
 import gc, json, sys, threading, time
 import torch
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.quantized import Quantization
+from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.source import resolve_model
 
 def load(name, kind):
@@ -268,7 +268,7 @@ def test_the_weights_are_torchaos(kind: str, dtype: torch.dtype, bases: dict[str
     """4 bits packed by two are the numbers that torchao keeps one to a byte."""
     from torchao.quantization import quantize_
 
-    from tunesmith.model.quantized_torchao import settings
+    from tunesmith.model.quantization.torchao import settings
 
     source = ModelSource("base", bases["llama"])
     model = load_causal_lm(source, dtype=dtype, quantization=Quantization(kind))
@@ -317,7 +317,7 @@ def test_rows_that_make_no_groups_are_refused(tmp_path: Path) -> None:
 def test_a_device_that_cannot_is_refused(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.model import quantized_torchao
+    from tunesmith.model.quantization import torchao as quantized_torchao
 
     def refuse(*_: Any) -> None:
         raise RuntimeError("Float8_e4m3fn is not supported here\nmore of it")
@@ -332,7 +332,7 @@ def test_a_device_that_cannot_is_refused(
 def test_a_missing_library_is_named(
     kind: str, extra: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.model import quantized
+    from tunesmith.model.quantization import load as quantized
 
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="which is not installed") as caught:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_incident import SECTIONS, poisoned, start
+from test_anomaly import SECTIONS, poisoned, start
 
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
 from tunesmith.errors import DataError, InputError, NonFiniteError
-from tunesmith.train.metrics import read_records
-from tunesmith.train.replay import replay
+from tunesmith.metrics.records import read_records
+from tunesmith.replay import replay
 
 Capture = pytest.CaptureFixture[str]
 

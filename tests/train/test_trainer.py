@@ -21,8 +21,8 @@ from tiny import CHATML, chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.run import resume, train
+from tunesmith.storage.run_folder import is_run
 from tunesmith.train import trainer as trainer_module
-from tunesmith.train.folder import is_run
 
 SECTIONS = {"batch": {"documents": 4}, "train": {"epochs": 2}, "checkpoint": {"every": 1}}
 

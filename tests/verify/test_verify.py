@@ -23,21 +23,22 @@ from tunesmith.config.read import read_recipe
 from tunesmith.run import train
 from tunesmith.train.job import Job
 from tunesmith.types import Batch, Chain, Layout
-from tunesmith.verify import accounts, exported, ranks
-from tunesmith.verify.examine import Verification, verify
+from tunesmith.verify import exported, ranks
+from tunesmith.verify import ledger as accounts
 from tunesmith.verify.gradients import Learned, largest_difference
 from tunesmith.verify.inference import examples, inference_faithful
 from tunesmith.verify.layouts import Layouts, layout_checks
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.resumed import resume_bitwise, run_through
-from tunesmith.verify.subject import (
+from tunesmith.verify.table import markdown
+from tunesmith.verify.verify import Verification, verify
+from tunesmith.verify.workload import (
     STEPS,
     Bounds,
     bounded,
     build_precise,
     chosen_documents,
 )
-from tunesmith.verify.table import markdown
 
 BOUNDS = Bounds(documents=4, rows=12)
 PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}}
@@ -160,7 +161,7 @@ def test_a_fault_in_an_adapter_on_a_quantised_base_fails_p6(
         edited("adapter_config.json", lambda c: c.update(lora_alpha=c["lora_alpha"] * 1.5))(place)
 
     monkeypatch.setattr(exported, "write", other_scale)
-    from tunesmith.verify import examine
+    from tunesmith.verify import verify as examine
 
     monkeypatch.setattr(examine, "write", other_scale)
     recipe = recipe_of(folder, **KINDS["lora, nf4"], optim={"lr": 0.02})
@@ -347,7 +348,7 @@ def test_a_wrong_weight_of_a_target_fails_p2(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_runs_one_path_at_a_time_is_not_said_to_share(folder: Path) -> None:
-    found = layouts_of(precise(folder, device={"attention": "isolated"}))
+    found = layouts_of(precise(folder, device={"attention": "unpacked"}))
     assert found["tree = flat"].verdict == "not checked"
     assert found["packed = alone"].verdict == "holds"
 
@@ -387,10 +388,10 @@ def test_a_ledger_that_miscounts_fails_p4(folder: Path, monkeypatch: pytest.Monk
 def test_a_resume_that_forgets_fails_p5(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.data.order.loader import StepOrder
+    from tunesmith.build.build import build
+    from tunesmith.checkpoint import manager
+    from tunesmith.data.sampling.sampler import BatchSampler
     from tunesmith.optim import Optimizer
-    from tunesmith.train import saving
-    from tunesmith.train.build import build
 
     recipe = bounded(recipe_of(folder, adapter={"kind": "lora", "rank": 4, "dropout": 0.1}), BOUNDS)
     run_through(build(recipe), tmp_path / "run")
@@ -411,11 +412,11 @@ def test_a_resume_that_forgets_fails_p5(
         patch.setattr(Optimizer, "load_state_dict", without_moments)
         assert again().failed
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "restore_rng", lambda state: None)
+        patch.setattr(manager, "restore_rng", lambda state: None)
         assert again().failed  # dropout draws other numbers
     with monkeypatch.context() as patch:
-        indices = StepOrder.step_indices
-        patch.setattr(StepOrder, "step_indices", lambda self, n: indices(self, n)[::-1])
+        indices = BatchSampler.step_indices
+        patch.setattr(BatchSampler, "step_indices", lambda self, n: indices(self, n)[::-1])
         assert again().failed
 
 
@@ -424,7 +425,7 @@ def test_a_resume_that_forgets_fails_p5(
 
 @pytest.fixture(scope="module")
 def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    from tunesmith.train.build import build
+    from tunesmith.build.build import build
 
     place = tmp_path_factory.mktemp("written")
     job = build(bounded(recipe_of(folder), BOUNDS))
@@ -532,7 +533,7 @@ def test_the_command_says_what_fails_and_ends_with_1(
     assert command(["verify", *given, *few]) == 1
     said = capsys.readouterr().out
     assert "packed = alone            fails" in said
-    assert "hint: train with device.attention=isolated" in said
+    assert "hint: train with device.attention=unpacked" in said
     assert "P2 packed = alone" in said.splitlines()[-1]
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tunesmith.estimate.workload import documents_of, planned
 from tunesmith.train.job import Job
-from tunesmith.train.plan.work import documents_of, planned
 from tunesmith.train.step import Optimizer, train_step
 
 LINEAR = "linear maps of the decoder"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.wide import is_slow
+from tunesmith.model.ops.bf16_upcast import needs_upcast
 
 SECONDS = 0.5
 """How long each shape is multiplied."""
@@ -33,7 +33,7 @@ def product_dtype(model: CausalLM) -> torch.dtype:
     for bfloat16.
     """
     weight = model.head.weight
-    return torch.float32 if is_slow(weight) else weight.dtype
+    return torch.float32 if needs_upcast(weight) else weight.dtype
 
 
 def product_shapes(model: CausalLM, tokens: int) -> list[Shape]:

@@ -12,18 +12,18 @@ import torch
 
 from tunesmith.bench.breakdown import breakdown
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
+from tunesmith.build.build import build
+from tunesmith.build.parallelize import for_one_process
 from tunesmith.config.schema import Recipe
-from tunesmith.distributed.together import is_out_of_memory
-from tunesmith.model.quantized_weight import parameter_count
-from tunesmith.train.assemble.ranks import for_one_process
-from tunesmith.train.build import build
+from tunesmith.distributed.oom import is_out_of_memory
+from tunesmith.estimate.flops import training_flops
+from tunesmith.estimate.forecast import memory_parts
+from tunesmith.estimate.probe import activation_bytes_of, run_longest, run_step
+from tunesmith.estimate.workload import Work, count_work, documents_of, planned, spread
+from tunesmith.metrics.records import peak_memory
+from tunesmith.model.ops.packed_weight import parameter_count
 from tunesmith.train.job import Job
-from tunesmith.train.memory_retry import out_of_memory
-from tunesmith.train.metrics import peak_memory
-from tunesmith.train.plan.flops import training_flops
-from tunesmith.train.plan.forecast import memory_parts
-from tunesmith.train.plan.probe import activation_bytes_of, run_longest, run_step
-from tunesmith.train.plan.work import Work, count_work, documents_of, planned, spread
+from tunesmith.train.oom_retry import out_of_memory
 
 STEPS = 5
 

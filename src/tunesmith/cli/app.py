@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import typer
 
-from tunesmith import __version__
 from tunesmith.cli.errors import run_command, show_error
 from tunesmith.errors import RecipeError
+from tunesmith.version import __version__
 
 
 class Command(NamedTuple):

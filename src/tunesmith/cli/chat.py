@@ -107,8 +107,8 @@ class Conversation:
 
     def _ask(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
         """Ids of the turns up to where the answer begins."""
-        from tunesmith.data.faults import RowError
-        from tunesmith.data.shapes.conversation import Chat, Message, Text
+        from tunesmith.data.formats.examples import Chat, Message, Text
+        from tunesmith.data.row_errors import RowError
         from tunesmith.generate import prompt_from
 
         messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)

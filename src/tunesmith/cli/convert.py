@@ -14,8 +14,8 @@ from tunesmith.cli.score import check_output
 from tunesmith.errors import InputError, RecipeError, RunError, first_line
 
 if TYPE_CHECKING:
-    from tunesmith.data.faults import Fault
-    from tunesmith.data.reading.sources import Row, Source
+    from tunesmith.data.row_errors import Fault
+    from tunesmith.data.sources.sources import Row, Source
     from tunesmith.types import Origin
 
 _LINES, _PARQUET = (".jsonl", ".ndjson"), ".parquet"
@@ -44,8 +44,8 @@ def convert(
     ] = False,
 ) -> None:
     """Write the rows of IN in another format; the same turns are learned from either."""
-    from tunesmith.data.preparing.refusals import refusal
-    from tunesmith.data.shapes.convert import TARGETS
+    from tunesmith.data.formats.convert import TARGETS
+    from tunesmith.data.preprocess.errors import refusal
 
     _one_of("--to", to, TARGETS)
     _one_of("--bad-rows", bad_rows, ("error", "drop"))
@@ -83,8 +83,8 @@ def _as_option(error: InputError) -> InputError:
 
 
 def _sources(data: str, format: str, columns: str | None) -> list[Source]:
+    from tunesmith.build.sources import make_sources
     from tunesmith.config.read import read_recipe
-    from tunesmith.train.sources import make_sources
 
     section: dict[str, Any] = {"path": data, "format": format}
     if columns is not None:
@@ -97,8 +97,8 @@ def _converted(
     sources: list[Source], to: str, faults: list[tuple[Origin, Fault]], counts: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """The rows that can be converted; the others' faults are noted."""
-    from tunesmith.data.faults import RowError
-    from tunesmith.data.reading.sources import read_rows
+    from tunesmith.data.row_errors import RowError
+    from tunesmith.data.sources.sources import read_rows
 
     for source in sources:
         chosen = None if source.format == "auto" else source.format
@@ -114,9 +114,9 @@ def _converted(
 
 
 def _one(row: Row, chosen: str | None, to: str) -> tuple[str, dict[str, Any]]:
-    from tunesmith.data.faults import Fault, RowError, listing
-    from tunesmith.data.shapes.convert import convert_row
-    from tunesmith.data.shapes.formats import detect_format
+    from tunesmith.data.formats.convert import convert_row
+    from tunesmith.data.formats.detect import detect_format
+    from tunesmith.data.row_errors import Fault, RowError, listing
 
     if row.values is None:
         raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from tunesmith.distributed.failure import is_told_here, leave_if_lost
+from tunesmith.distributed.rank_failure import exit_if_lost, is_told_here
 from tunesmith.errors import InputError, RecipeError, TunesmithError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -24,7 +24,7 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except TunesmithError as error:
         code = show_error(error) if is_told_here(error) else error.exit_code
-        return leave_if_lost(error, code)
+        return exit_if_lost(error, code)
     except (KeyboardInterrupt, typer.Abort):
         print("error: interrupted", file=sys.stderr)
         return 130

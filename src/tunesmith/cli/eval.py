@@ -23,7 +23,7 @@ from tunesmith.cli.session import (
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
-    from tunesmith.data.preparing.prepare import Prepared
+    from tunesmith.data.preprocess.prepare import Prepared
     from tunesmith.generate import Prompt
     from tunesmith.types import Document
 
@@ -59,8 +59,8 @@ def _asks(session: Session) -> bool:
 
 def read_documents(session: Session, *, last: bool = False) -> Prepared | None:
     """The rows, rendered as in training; `last`: those with an answer, for that alone, if any."""
-    from tunesmith.data.preparing.prepare import prepare
-    from tunesmith.train.assemble.data import resolve_max_length
+    from tunesmith.build.data import resolve_max_length
+    from tunesmith.data.preprocess.prepare import prepare
 
     section = session.recipe.data
     try:

@@ -30,8 +30,8 @@ from tunesmith.cli.session import (
 from tunesmith.errors import DataError, InputError
 
 if TYPE_CHECKING:
-    from tunesmith.data.reading.sources import Row
-    from tunesmith.data.shapes.conversation import Example
+    from tunesmith.data.formats.examples import Example
+    from tunesmith.data.sources.sources import Row
     from tunesmith.generate import Prompt
     from tunesmith.types import Origin
 
@@ -123,8 +123,8 @@ def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Ask
     Raises:
         DataError: rows that hold none, unless the settings drop bad rows.
     """
-    from tunesmith.data.faults import RowError
-    from tunesmith.data.reading.sources import read_rows
+    from tunesmith.data.row_errors import RowError
+    from tunesmith.data.sources.sources import read_rows
     from tunesmith.generate import prompt_from
 
     asked: list[Asked] = []
@@ -152,8 +152,8 @@ def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Ask
 
 
 def _example(session: Session, row: Row, format: str) -> Example:
-    from tunesmith.data.faults import Fault, RowError
-    from tunesmith.data.shapes.formats import detect_format, to_example
+    from tunesmith.data.formats.detect import detect_format, to_example
+    from tunesmith.data.row_errors import Fault, RowError
 
     if row.values is None:
         raise RowError(row.fault or Fault("invalid-row", "the row can't be read"))
@@ -168,8 +168,8 @@ def _example(session: Session, row: Row, format: str) -> Example:
 
 def _unanswered(session: Session, values: dict[str, Any]) -> Example:
     """The prompt of a row that has only that."""
-    from tunesmith.data.shapes.conversation import Text
-    from tunesmith.data.shapes.formats import to_example
+    from tunesmith.data.formats.detect import to_example
+    from tunesmith.data.formats.examples import Text
 
     prompt = values["prompt"]
     if isinstance(prompt, str) and session.raw:

@@ -92,11 +92,13 @@ def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tup
     """
     from tunesmith.launch.need import devices_needed
 
-    together = recipe.device.context * recipe.device.tensor
+    together = recipe.device.context_parallel * recipe.device.tensor_parallel
     if asked is not None and asked * per_node % together:
         raise RecipeError(
             f"{asked} x {per_node} devices can't be divided into groups of {together}",
-            where="device.context" if recipe.device.context > 1 else "device.tensor",
+            where="device.context_parallel"
+            if recipe.device.context_parallel > 1
+            else "device.tensor_parallel",
             hint=f"--nodes {_whole_groups(asked, per_node, together)}",
         )
     try:

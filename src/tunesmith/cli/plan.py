@@ -17,7 +17,7 @@ from tunesmith.cli.inputs import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.train.plan import Forecast
+    from tunesmith.estimate import Forecast
 
 
 def plan(
@@ -33,7 +33,7 @@ def plan(
 
     Returns 0, or 1 if the run does not fit.
     """
-    from tunesmith.train.plan import forecast
+    from tunesmith.estimate import forecast
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
     found = forecast(recipe, folders=folders_of(arguments))
@@ -71,7 +71,7 @@ def lines(found: Forecast) -> list[str]:
             "step"
         )
     if found.packing is not None:
-        from tunesmith.train.assemble.order import packing_line
+        from tunesmith.build.sampler import packing_line
 
         page.append(packing_line(found.packing))
     if work.counted < work.steps:

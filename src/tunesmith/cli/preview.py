@@ -22,9 +22,9 @@ from tunesmith.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Recipe
-    from tunesmith.data.faults import Fault
-    from tunesmith.data.preparing.prepare import PreparedRow
+    from tunesmith.data.preprocess.prepare import PreparedRow
     from tunesmith.data.rendering.render import Rendered
+    from tunesmith.data.row_errors import Fault
     from tunesmith.data.templates.template import Template
 
 SHOWN, SHOWN_ON_PAGE = 3, 1000
@@ -47,7 +47,7 @@ def preview(
     ] = None,
 ) -> None:
     """Show what will be learned from the data; loads the tokenizer, never weights."""
-    from tunesmith.data.faults import Fault
+    from tunesmith.data.row_errors import Fault
 
     recipe = recipe_from_arguments(arguments, model, data)
     template = open_template(recipe)
@@ -75,7 +75,7 @@ def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
     """The tokenizer and chat template that the recipe trains with; those of a run if that is the
     model, with the arguments it was trained under.
     """
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
 
     tokenizer, folder = _folders(recipe)
@@ -108,8 +108,8 @@ def _folders(recipe: Recipe) -> tuple[Path, Path]:
 
 
 def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterator[PreparedRow]:
-    from tunesmith.data.preparing.prepare import iter_prepared
-    from tunesmith.train.sources import make_sources
+    from tunesmith.build.sources import make_sources
+    from tunesmith.data.preprocess.prepare import iter_prepared
 
     section = recipe.data
     folders: list[Path] = []
@@ -136,11 +136,11 @@ def _write_page(
     path: Path, prepared: Iterator[PreparedRow], rows: int, *, recipe: Recipe, template: Template
 ) -> None:
     """Write the page, refused rows in it too; then refuse, as without it."""
-    from tunesmith.data.faults import Fault
-    from tunesmith.data.preparing.ledger import Ledger
-    from tunesmith.data.preparing.prepare import record_outcome
+    from tunesmith.data.preprocess.ledger import Ledger
+    from tunesmith.data.preprocess.prepare import record_outcome
+    from tunesmith.data.row_errors import Fault
     from tunesmith.pages.preview import ShownRow, preview_page, turns_of
-    from tunesmith.train.folder import write_text
+    from tunesmith.storage.atomic import write_text
 
     if not path.parent.is_dir():
         raise InputError("there is no such folder", where=str(path.parent))
@@ -215,7 +215,7 @@ def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
 
 
 def _refused(fault: Fault, recipe: Recipe) -> bool:
-    from tunesmith.data.rendering.rendered import TOO_LONG
+    from tunesmith.data.rendering.result import TOO_LONG
 
     return fault.kind == TOO_LONG or recipe.data.bad_rows == "error"
 
@@ -225,7 +225,7 @@ def _refusal(row: PreparedRow, fault: Fault) -> DataError:
 
 
 def _hint(fault: Fault) -> str:
-    from tunesmith.data.rendering.rendered import TOO_LONG
+    from tunesmith.data.rendering.result import TOO_LONG
 
     if fault.kind == TOO_LONG:
         return fault.hint or ""

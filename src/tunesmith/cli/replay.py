@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tunesmith.train.replay import Replay
+    from tunesmith.replay import Replay
 
 
 def replay(
@@ -28,7 +28,7 @@ def replay(
 
     Returns 0, or 1 if its numbers are not the run's although nothing differs that they depend on.
     """
-    from tunesmith.train.replay import replay as take_again
+    from tunesmith.replay import replay as take_again
 
     found = take_again(
         Path(run),

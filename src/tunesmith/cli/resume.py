@@ -20,8 +20,8 @@ def resume(
     ] = False,
 ) -> int | None:
     """Go on with a run from its newest good checkpoint."""
-    from tunesmith.distributed.launch import start
-    from tunesmith.distributed.launched import speaks
+    from tunesmith.distributed.env import is_main_process
+    from tunesmith.distributed.spawn import start
     from tunesmith.run import ranks_of
     from tunesmith.run import resume as go_on
 
@@ -29,6 +29,6 @@ def resume(
     if count > 1:
         return start(count, ["resume", run, *(overrides or ())])
     finished = go_on(run, overrides=overrides or (), changed_data=changed_data)
-    if speaks():
+    if is_main_process():
         print(finished.model_folder)
     return None

@@ -23,8 +23,8 @@ from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Recipe
-    from tunesmith.data.preparing.prepare import Prepared
-    from tunesmith.data.reading.sources import Source
+    from tunesmith.data.preprocess.prepare import Prepared
+    from tunesmith.data.sources.sources import Source
     from tunesmith.scoring.table import ScoredSource
 
 SECONDS = 10
@@ -112,14 +112,14 @@ def _limited(recipe: Recipe, limit: int | None) -> Recipe:
 
 
 def _sources(recipe: Recipe, folders: Sequence[Path]) -> list[Source]:
-    from tunesmith.train.sources import make_sources
+    from tunesmith.build.sources import make_sources
 
     return make_sources(recipe.data.train, recipe.data, folders=folders)
 
 
 def _prepare(session: Session, sources: Sequence[Source]) -> Prepared:
-    from tunesmith.data.preparing.prepare import prepare
-    from tunesmith.train.assemble.data import resolve_max_length
+    from tunesmith.build.data import resolve_max_length
+    from tunesmith.data.preprocess.prepare import prepare
 
     section = session.recipe.data
     return prepare(
@@ -158,7 +158,7 @@ def _scored(sources: Sequence[Source], prepared: Prepared) -> dict[str, ScoredSo
 
 
 def _about(session: Session) -> dict[str, Any]:
-    from tunesmith import __version__
+    from tunesmith.version import __version__
 
     recipe, template = session.recipe, session.template
     return {

@@ -15,7 +15,7 @@ from tunesmith.cli.score import check_output
 from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
-    from tunesmith.data.reading.sources import Source
+    from tunesmith.data.sources.sources import Source
     from tunesmith.scoring.select import Selection
 
 
@@ -45,7 +45,7 @@ def select(
     """Write the rows that the rules keep, unchanged and in their order, with a ledger beside."""
     from tunesmith.scoring.select import apply_rules, gather, parse_rules
     from tunesmith.scoring.table import read_scores
-    from tunesmith.scoring.written import ledger_of, write_ledger, write_rows
+    from tunesmith.scoring.write_selection import ledger_of, write_ledger, write_rows
 
     ledger_file = out.with_name(f"{out.stem}.ledger.json")
     for path in (out, ledger_file):
@@ -78,8 +78,8 @@ def select(
 
 
 def _sources(paths: Sequence[str]) -> list[Source]:
+    from tunesmith.build.sources import make_sources
     from tunesmith.config.read import read_recipe
-    from tunesmith.train.sources import make_sources
 
     if not paths:
         raise RecipeError("no data to select from", where="--data", hint="give --data FILE")

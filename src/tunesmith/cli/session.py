@@ -16,7 +16,7 @@ from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tunesmith.data.reading.sources import Source
+    from tunesmith.data.sources.sources import Source
     from tunesmith.data.templates.template import Template
     from tunesmith.model.causal_lm import CausalLM
 
@@ -118,11 +118,11 @@ def _run_settings(name: str) -> dict[str, Any]:
 
 def open_session(recipe: Recipe) -> Session:
     """Load the model that the settings name, with the template choice kept beside it."""
-    from tunesmith.data.templates.template import load_template
+    from tunesmith.build.device import choose_device
+    from tunesmith.build.model import chosen_quantization
+    from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
     from tunesmith.model.load import load_causal_lm, resolve_model
-    from tunesmith.train.assemble.model import chosen_quantization
-    from tunesmith.train.device import choose_device
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
     choice = read_choice(source.adapter_folder or source.folder)
@@ -145,14 +145,14 @@ def open_session(recipe: Recipe) -> Session:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model.eval()
-    if recipe.device.attention == "isolated":
-        model.isolate()
+    if recipe.device.attention == "unpacked":
+        model.run_unpacked()
     return Session(recipe, model, template, raw=not template.has_chat_template)
 
 
 def sources_of(recipe: Recipe) -> list[Source]:
     """The files of the settings as the data layer reads them."""
-    from tunesmith.train.sources import make_sources
+    from tunesmith.build.sources import make_sources
 
     return make_sources(recipe.data.train, recipe.data)
 

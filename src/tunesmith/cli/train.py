@@ -32,8 +32,8 @@ def train(
 ) -> int | None:
     """Fine-tune a model on demonstrations."""
     from tunesmith.cli.inputs import split_arguments
-    from tunesmith.distributed.launch import ranks_to_start, start
-    from tunesmith.distributed.launched import speaks
+    from tunesmith.distributed.env import is_main_process
+    from tunesmith.distributed.spawn import ranks_to_start, start
     from tunesmith.run import train_recipe
 
     recipe = recipe_from_arguments(arguments, model, data, eval)
@@ -45,6 +45,6 @@ def train(
         words += ["--resume"] * resume + ["--overwrite"] * overwrite
         return start(count, ["train", *(arguments or ()), *words])
     run = train_recipe(recipe, out=out, resume=resume, overwrite=overwrite, recipe_file=source)
-    if speaks():
+    if is_main_process():
         print(run.model_folder)
     return None

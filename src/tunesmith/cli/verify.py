@@ -18,7 +18,7 @@ from tunesmith.cli.inputs import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.verify.examine import Verification
+    from tunesmith.verify.verify import Verification
 
 
 def verify(
@@ -46,10 +46,10 @@ def verify(
 
     Returns 0, or 1 if a promise does not hold.
     """
-    from tunesmith.train.folder import is_run
-    from tunesmith.verify.examine import verify as examine
-    from tunesmith.verify.subject import Bounds
+    from tunesmith.storage.run_folder import is_run
     from tunesmith.verify.table import keep
+    from tunesmith.verify.verify import verify as examine
+    from tunesmith.verify.workload import Bounds
 
     recipe = recipe_from_arguments(arguments, model, data)
     source, changes = split_arguments(arguments or ())

@@ -1,5 +1,5 @@
-"""Several processes that learn together: who they are, what each does, and how they add up.
+"""Distributed training with torch.distributed: data, context and tensor parallelism, and FSDP2.
 
-The only place, with `train/checkpoint.py`, that knows torch.distributed. A process alone is a group
-of one here, for which nothing is imported and nothing is sent.
+This room and `checkpoint/` alone know torch.distributed. A single process is a world of size one
+here, for which nothing is imported and nothing is sent.
 """

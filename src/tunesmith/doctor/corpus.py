@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tunesmith.data.faults import Fault
-from tunesmith.data.rendering.render import Rendered
-from tunesmith.data.shapes.conversation import (
+from tunesmith.data.formats.examples import (
     Chat,
     Completion,
     Example,
@@ -17,6 +15,8 @@ from tunesmith.data.shapes.conversation import (
     TemplatedText,
     Text,
 )
+from tunesmith.data.rendering.render import Rendered
+from tunesmith.data.row_errors import Fault
 from tunesmith.data.templates.template import Template
 from tunesmith.doctor.words import plain, words_of
 from tunesmith.types import Document, Origin

@@ -10,25 +10,26 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.build.sampler import make_sampler, pack_prepared
+from tunesmith.build.sources import choose_held_out, make_sources
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.preparing.ledger import Ledger
-from tunesmith.data.preparing.prepare import Prepared, PreparedRow, iter_prepared
-from tunesmith.data.preparing.store import source_numbers, token_counts
-from tunesmith.data.reading.sources import Source
+from tunesmith.data.formats.detect import detect_format, to_example
+from tunesmith.data.formats.examples import Example
+from tunesmith.data.preprocess.document_store import source_numbers, token_counts
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.data.preprocess.prepare import Prepared, PreparedRow, iter_prepared
 from tunesmith.data.rendering.render import render_example
-from tunesmith.data.shapes.conversation import Example
-from tunesmith.data.shapes.formats import detect_format, to_example
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.sampling.sampler import BatchSampler
+from tunesmith.data.sources.sources import Source
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.doctor.catalogue import run_checks
 from tunesmith.doctor.corpus import Case, Corpus, Setup
 from tunesmith.doctor.outcome import Finding
 from tunesmith.doctor.summary import summarize
 from tunesmith.errors import ModelError
 from tunesmith.model.source import resolve_model
-from tunesmith.train.assemble.order import pack_prepared, step_order
-from tunesmith.train.sources import choose_held_out, make_sources
 from tunesmith.types import Document
 
 
@@ -124,7 +125,7 @@ def _within(case: Case, example: Example, template: Template, recipe: Recipe, li
     return replace(case, rendered=kept, over_long=True)
 
 
-def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[StepOrder | None, Sequence[Document]]:
+def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[BatchSampler | None, Sequence[Document]]:
     """The order of the steps over what is trained on, None where nothing is, and the documents
     (with `batch.packing` pieces of them) that it numbers.
 
@@ -149,7 +150,7 @@ def plan_order(recipe: Recipe, corpus: Corpus) -> tuple[StepOrder | None, Sequen
     prepared = Prepared(documents, ledger, {}, "", [])
     pack_prepared(recipe, prepared)
     names, numbers = source_numbers(prepared.documents)
-    order = step_order(
+    order = make_sampler(
         recipe,
         recipe.data.train,
         lengths=token_counts(prepared.documents),
@@ -189,7 +190,7 @@ def model_folder(recipe: Recipe) -> Path:
     return resolve_model(recipe.model.name, revision=recipe.model.revision, weights=False).folder
 
 
-def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> Setup:
+def read_setup(recipe: Recipe, template: Template, sampler: BatchSampler | None) -> Setup:
     """What the recipe and its model's files say, as far as checks ask.
 
     Raises:
@@ -205,8 +206,8 @@ def read_setup(recipe: Recipe, template: Template, order: StepOrder | None) -> S
     inner = config.get("text_config") or config
     size = inner.get("vocab_size") or config.get("vocab_size")
     steps = None
-    if order is not None:
-        steps = recipe.train.steps or order.total_steps(recipe.train.epochs or 3)
+    if sampler is not None:
+        steps = recipe.train.steps or sampler.total_steps(recipe.train.epochs or 3)
     return Setup(
         template=template,
         max_length=template.context_length if data.max_length == "auto" else data.max_length,

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.layout.tree import build_forest, measure
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.shapes.conversation import (
+from tunesmith.data.formats.examples import (
     Chat,
     Completion,
     Parts,
@@ -18,6 +16,8 @@ from tunesmith.data.shapes.conversation import (
     Text,
     Tokens,
 )
+from tunesmith.data.microbatch.prefix_tree import build_forest, measure
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.types import Document
 
@@ -26,7 +26,7 @@ _PROBED = 3  # steps whose prefixes are merged
 
 
 def summarize(
-    corpus: Corpus, setup: Setup, order: StepOrder | None, ordered: Sequence[Document]
+    corpus: Corpus, setup: Setup, sampler: BatchSampler | None, ordered: Sequence[Document]
 ) -> dict[str, Any]:
     """Plain values for JSON and for the page; lengths in tokens of the longest path. `order`
     numbers the documents of `ordered`.
@@ -55,9 +55,9 @@ def summarize(
         "targets": _percentiles(targets),
         "tokens": tokens,
         "target_tokens": sum(targets),
-        "steps_per_epoch": order.steps_per_epoch if order is not None else 0,
+        "steps_per_epoch": sampler.steps_per_epoch if sampler is not None else 0,
         "total_steps": setup.total_steps or 0,
-        "shared_prefix_share": _shared(ordered, order),
+        "shared_prefix_share": _shared(ordered, sampler),
     }
 
 
@@ -89,16 +89,16 @@ def _percentiles(values: Iterable[int]) -> dict[str, int]:
     return {f"p{at}": int(level) for at, level in zip(PERCENTILES, levels, strict=True)}
 
 
-def _shared(documents: Sequence[Document], order: StepOrder | None) -> float:
+def _shared(documents: Sequence[Document], sampler: BatchSampler | None) -> float:
     """Share of tokens that needn't be computed because a step's documents begin alike.
 
     Measured on the first steps.
     """
-    if order is None:
+    if sampler is None:
         return 0.0
     whole = needed = 0
-    for step in range(min(_PROBED, order.steps_per_epoch)):
-        chosen = [documents[int(number)] for number in order.step_indices(step)]
-        whole += sum(measure(root) for root in build_forest(chosen, share=False))
-        needed += sum(measure(root) for root in build_forest(chosen, share=True))
+    for step in range(min(_PROBED, sampler.steps_per_epoch)):
+        chosen = [documents[int(number)] for number in sampler.step_indices(step)]
+        whole += sum(measure(root) for root in build_forest(chosen, share_prefixes=False))
+        needed += sum(measure(root) for root in build_forest(chosen, share_prefixes=True))
     return 1 - needed / whole if whole else 0.0

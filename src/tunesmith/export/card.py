@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from tunesmith import __version__
 from tunesmith.export.choice import TemplateChoice
+from tunesmith.version import __version__
 
 _LICENCE = (
     "## Licence\n\nThat of the base model applies; see its page. "

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from tunesmith import __version__
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
 from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
-from tunesmith.model.adapters.initial import OF_QUANTIZED
+from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import OWN_FILE, ModelSource
+from tunesmith.version import __version__
 
 TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",

@@ -18,7 +18,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import ModelCard
 from tunesmith.export.choice import TemplateChoice, read_choice

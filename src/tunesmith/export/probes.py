@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.faults import RowError
+from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates.template import Template
 from tunesmith.export.merge import PROBES
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.templates.template import Template, load_template
+from tunesmith.data.templates.load import load_template
+from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.choice import TemplateChoice, read_choice
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.rendering.contents import check_special_tokens, refuse_special_tokens
-from tunesmith.data.rendering.own_text import prompt_of_own_text
+from tunesmith.data.formats.examples import Chat, Completion, Example, TemplatedText, Text
+from tunesmith.data.rendering.content_checks import check_special_tokens, refuse_special_tokens
+from tunesmith.data.rendering.pretokenized import prompt_of_own_text
 from tunesmith.data.rendering.templated import find_answers
-from tunesmith.data.shapes.conversation import Chat, Completion, Example, TemplatedText, Text
 from tunesmith.data.templates.template import Template
 from tunesmith.generate.batched import visible_text
 from tunesmith.generate.quotes import Quotes

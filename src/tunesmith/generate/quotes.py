@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.data.faults import refuse
+from tunesmith.data.row_errors import refuse
 from tunesmith.data.templates.template import Template
 
 _PLACE = re.compile("\ue000(\\d+)\ue001")

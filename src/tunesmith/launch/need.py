@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tunesmith.build.model import chosen_quantization
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
-from tunesmith.model.activations import activation_bytes, tokens_range
-from tunesmith.model.memory import MemoryEstimate, estimate, measure, read_config, show
+from tunesmith.model.memory.activations import activation_bytes, tokens_range
+from tunesmith.model.memory.estimate import MemoryEstimate, estimate, measure, read_config, show
 from tunesmith.model.source import ModelSource, resolve_model
-from tunesmith.train.assemble.model import chosen_quantization
 
 _USABLE = 0.9
 """Share of a device's memory that is planned with; the rest is the libraries' own."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.attention import NAME
-from tunesmith.model.logits import LogitTransform
-from tunesmith.model.offload import offloaded
-from tunesmith.model.output import head_inputs
-from tunesmith.model.wide import is_slow, widen
+from tunesmith.model.attention.dispatch import NAME
+from tunesmith.model.lm_head import head_inputs
+from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.ops.activation_offload import offloaded
+from tunesmith.model.ops.bf16_upcast import needs_upcast, upcast
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
 
@@ -32,7 +32,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.logits = logits
         self.native_attention = native_attention
-        self.isolated = False
+        self.unpacked = False
         self.offload = False  # activations wait for the backward pass in the host's memory
         self.notes: list[str] = []
         self.untied = False  # head and embedding differ since an adapter of one was merged
@@ -63,11 +63,11 @@ class CausalLM(nn.Module):
         """The output embedding."""
         return self.base.get_output_embeddings()
 
-    def isolate(self) -> None:
+    def run_unpacked(self) -> None:
         """From now on batches carry no layout: one path at a time through the model's own
         attention.
         """
-        self.isolated = True
+        self.unpacked = True
         self.base.set_attn_implementation(self.native_attention)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -91,8 +91,8 @@ class CausalLM(nn.Module):
     def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
         """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""
         hidden, weight, bias = head_inputs(self.head, self.hidden(batch))
-        if is_slow(weight):
-            hidden, weight = widen(hidden), widen(weight)
+        if needs_upcast(weight):
+            hidden, weight = upcast(hidden), upcast(weight)
         return head_loss(
             hidden,
             weight,
@@ -116,5 +116,5 @@ class CausalLM(nn.Module):
             yield self.model
         finally:
             base.config.use_cache = False
-            base.set_attn_implementation(self.native_attention if self.isolated else NAME)
+            base.set_attn_implementation(self.native_attention if self.unpacked else NAME)
             self.train(training)

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.model import attention
+from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.compiled import restore_layers
-from tunesmith.model.dtype import DtypeChoice, choose_dtype
-from tunesmith.model.float8 import restore_products
-from tunesmith.model.heap import freed_at_once
+from tunesmith.model.compile import restore_layers
 from tunesmith.model.kernels import restore_modules
+from tunesmith.model.kernels.float8 import restore_products
 from tunesmith.model.layers import cut_layers
-from tunesmith.model.logits import read_logit_transform
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.ops.bf16_upcast import restore_linear_layers, upcast_linear_layers
+from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
+from tunesmith.model.ops.malloc import freed_at_once
 from tunesmith.model.source import (
     ModelSource,
     read_json,
     refuse_foreign_code,
     resolve_model,
 )
-from tunesmith.model.wide import restore_linear_maps, widen_linear_maps
 
 if TYPE_CHECKING:
-    from tunesmith.model.quantized import Quantization
+    from tunesmith.model.quantization.load import Quantization
 
 __all__ = [
     "DtypeChoice",
@@ -82,7 +82,7 @@ def load_causal_lm(
     chosen = choose_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
     if quantization is not None:
-        from tunesmith.model.quantized import loading_options
+        from tunesmith.model.quantization.load import loading_options
 
         options |= loading_options(
             quantization,
@@ -92,13 +92,13 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
         )
     with nullcontext() if quantization is None else freed_at_once():
-        model, native, isolated = _from_pretrained(source, config, options)
+        model, native, unpacked = _from_pretrained(source, config, options)
     if quantization is None:
         model = model.to(torch.device(device))
     base = model
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
-        from tunesmith.model.vocabulary import make_room_for_adapter
+        from tunesmith.model.resize_embeddings import make_room_for_adapter
 
         make_room_for_adapter(model, source.adapter_folder)
         model = load_adapter(model, source.adapter_folder)
@@ -110,10 +110,10 @@ def load_causal_lm(
 
         causal_lm.of_quantized = began_quantized(source.adapter_folder)
     if quantization is not None:
-        from tunesmith.model.quantized import finish_loading
+        from tunesmith.model.quantization.load import finish_loading
 
         notes.append(finish_loading(causal_lm, quantization))
-    finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, unpacked)
     causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
     return causal_lm
 
@@ -133,17 +133,17 @@ def wrap_causal_lm(model: Any) -> CausalLM:
     notes += _silence_modules(base)
     native = base.config._attn_implementation or "eager"
     attention.register()
-    isolated = False
+    unpacked = False
     try:
         base.set_attn_implementation(attention.NAME)
     except (ValueError, KeyError, ImportError):
-        isolated = True
+        unpacked = True
     if base.config._attn_implementation != attention.NAME:
-        isolated = True
+        unpacked = True
     causal_lm = CausalLM(
         model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
     )
-    finish(causal_lm, notes, isolated)
+    finish(causal_lm, notes, unpacked)
     return causal_lm
 
 
@@ -162,7 +162,7 @@ def settings_kept(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        restore_linear_maps(model)
+        restore_linear_layers(model)
         restore_modules(model)
         restore_layers(model)
         restore_products(model)
@@ -171,14 +171,14 @@ def settings_kept(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def finish(causal_lm: CausalLM, notes: list[str], isolated: bool) -> None:
+def finish(causal_lm: CausalLM, notes: list[str], unpacked: bool) -> None:
     """What every model is given once it is loaded."""
     causal_lm.notes = notes
     causal_lm.base.config.use_cache = False
-    if widen_linear_maps(causal_lm):
+    if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
-    if isolated:
-        causal_lm.isolated = True
+    if unpacked:
+        causal_lm.unpacked = True
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"
         )

@@ -15,14 +15,14 @@ import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.probe import Probe, in_float32, native
+from tunesmith.model.selftest_probe import Probe, in_float32, native
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
     """What was found; `differences` and `tolerance` are relative to the norm of the reference."""
 
-    isolated: bool  # one path at a time, with the model's own attention
+    unpacked: bool  # one path at a time, with the model's own attention
     differences: Mapping[str, float]
     tolerance: float
     noisy: bool  # dropout or noise in routing: training mode gives other hidden states
@@ -78,7 +78,7 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
         ("tree", probe.tree),
         ("neighbour", probe.neighbour),
     ):
-        if causal_lm.isolated:
+        if causal_lm.unpacked:
             break
         with in_float32(causal_lm, probe.widened):
             found = _measure(check)
@@ -88,14 +88,14 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
                 continue
             found = f"{_FOUND[name]} (relative difference {found:.1e})"
         reason = found
-        causal_lm.isolate()
+        causal_lm.run_unpacked()
     notes: list[str] = []
     if reason is not None:
         notes.append(f"{reason}; it runs one path at a time, with its own attention")
     noisy = probe.noisy()
     if noisy:
         notes.append("the model draws random numbers in training; layouts agree on average only")
-    return SelfTest(causal_lm.isolated, differences, probe.tolerance, noisy, tuple(notes))
+    return SelfTest(causal_lm.unpacked, differences, probe.tolerance, noisy, tuple(notes))
 
 
 _REFUSED = {

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from tunesmith.objectives.choice import OBJECTIVES, named_objective, with_terms
 from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
-from tunesmith.objectives.head import Base, Sides, head_loss, likeliest_tokens
+from tunesmith.objectives.head import ObjectiveInputs, ReferenceHidden, argmax_tokens, head_loss
 from tunesmith.objectives.nll import nll
+from tunesmith.objectives.registry import OBJECTIVES, named_objective, with_terms
 
 __all__ = [
     "OBJECTIVES",
-    "Base",
     "Chunk",
     "Objective",
-    "Sides",
+    "ObjectiveInputs",
+    "ReferenceHidden",
+    "argmax_tokens",
     "head_loss",
-    "likeliest_tokens",
     "make_chunk",
     "named_objective",
     "nll",

@@ -33,19 +33,19 @@ class Chunk:
     old_logprob: Tensor | None = None  # [n] log p(target) at the start of the outer batch
     base_logits: Tensor | None = None  # [n, V] of the base model; `divergence` uses them up
     notes: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    strength: Tensor | None = None
+    grad_weight: Tensor | None = None
 
     def note(self, name: str, value: Tensor) -> None:
         """Have the mean of `value` [n] over the step's targets reported under `name`."""
         self.notes[name] = value.detach()
 
-    def weigh(self, strength: Tensor) -> None:
+    def set_grad_weight(self, grad_weight: Tensor) -> None:
         """Say that the loss has the gradient of -strength * log p(target); `strength` [n].
 
         From it the step reports quantiles of strength / p, the weight of a target in a policy
         gradient.
         """
-        self.strength = strength.detach()
+        self.grad_weight = grad_weight.detach()
 
 
 Objective = Callable[[Chunk], Tensor]

@@ -31,7 +31,7 @@ STATS = ("accuracy", "entropy", "logprob")
 """What is reported whatever the objective."""
 
 
-class Base(NamedTuple):
+class ReferenceHidden(NamedTuple):
     """What the base model makes of the same tokens: hidden states, and the head over them."""
 
     hidden: Tensor  # [T, D]
@@ -40,16 +40,16 @@ class Base(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
+class ObjectiveInputs:
     """What some objectives need besides the logits."""
 
     progress: float = 0.0  # share of the run's steps that are done
     old_logprob: Tensor | None = None  # [N]
-    base: Base | None = None
+    reference: ReferenceHidden | None = None
 
 
 @dataclass(slots=True)
-class _Work:
+class _HeadCall:
     """What one call of the head is about, and what it finds besides the sum."""
 
     target: Tensor
@@ -59,9 +59,9 @@ class _Work:
     rows: int
     progress: float
     old_logprob: Tensor | None
-    base: Base | None  # its hidden states gathered: [N, D]
+    reference: ReferenceHidden | None  # its hidden states gathered: [N, D]
     token_loss: Tensor
-    effective: Tensor
+    log_effective_weight: Tensor
     stats: dict[str, Tensor]
 
     def logits(self, part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,9 +73,9 @@ class _Work:
 
     def chunk(self, part: slice, logits: Tensor) -> Chunk:
         base = None
-        if self.base is not None:
+        if self.reference is not None:
             with torch.no_grad():
-                base = self.logits(part, *self.base)
+                base = self.logits(part, *self.reference)
                 base = base if self.transform is None else self.transform(base)
         old = None if self.old_logprob is None else self.old_logprob[part]
         return make_chunk(
@@ -87,10 +87,10 @@ class _Work:
         weight = self.target_weight[part]
         self.token_loss[part] = loss.detach()
         surprise = -chunk.logprob.detach()
-        if chunk.strength is not None:
-            self.effective[part] = surprise + chunk.strength.log()
+        if chunk.grad_weight is not None:
+            self.log_effective_weight[part] = surprise + chunk.grad_weight.log()
         else:
-            self.effective[part] = torch.nan
+            self.log_effective_weight[part] = torch.nan
         values = {
             "accuracy": chunk.likeliest == chunk.target,
             "entropy": chunk.entropy.detach(),
@@ -112,7 +112,7 @@ def head_loss(
     target_weight: Tensor,
     objective: Objective,
     transform: Transform | None = None,
-    sides: Sides | None = None,
+    inputs: ObjectiveInputs | None = None,
     chunk_bytes: int | None = None,
 ) -> LossOutput:
     """Sum of weight * loss over the targets, with stats, never holding [N, V].
@@ -120,25 +120,27 @@ def head_loss(
     Shapes: hidden [T, D], weight [V, D], bias [V], source, target and target_weight [N].
     `chunk_bytes` bounds the float32 logits held at once, in place of the usual choice.
     """
-    sides = sides or Sides()
+    inputs = inputs or ObjectiveInputs()
     if not torch.is_grad_enabled():
         # a custom function would else be asked for gradients of parameters that could have some
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     # index_select and not hidden[source]: its backward adds repeated sources in a fixed order
     gathered = hidden.index_select(0, source)
-    base = sides.base and sides.base._replace(hidden=sides.base.hidden.index_select(0, source))
+    base = inputs.reference and inputs.reference._replace(
+        hidden=inputs.reference.hidden.index_select(0, source)
+    )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    work = _Work(
+    work = _HeadCall(
         target=target,
         target_weight=target_weight.to(dtype),
         objective=objective,
         transform=transform,
         rows=_chunk_rows(len(weight), chunk_bytes),
-        progress=sides.progress,
-        old_logprob=sides.old_logprob,
-        base=base,
+        progress=inputs.progress,
+        old_logprob=inputs.old_logprob,
+        reference=base,
         token_loss=torch.empty(len(target), dtype=dtype, device=hidden.device),
-        effective=torch.empty(len(target), dtype=dtype, device=hidden.device),
+        log_effective_weight=torch.empty(len(target), dtype=dtype, device=hidden.device),
         stats={name: torch.zeros((), dtype=dtype, device=hidden.device) for name in STATS},
     )
     loss_sum = cast(
@@ -150,7 +152,7 @@ def head_loss(
         weight_sum=work.target_weight.sum(),
         token_loss=work.token_loss,
         stats=work.stats,
-        effective=work.effective,
+        log_effective_weight=work.log_effective_weight,
     )
 
 
@@ -160,7 +162,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _HeadCall):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = work.token_loss.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -199,7 +201,7 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _through(raw: Tensor, part: slice, work: _Work, *, differentiate: bool) -> Tensor | None:
+def _through(raw: Tensor, part: slice, work: _HeadCall, *, differentiate: bool) -> Tensor | None:
     """Notes loss and statistics of a chunk; its gradient in the raw logits [n, V]."""
     with torch.set_grad_enabled(differentiate):
         leaf = raw.requires_grad_(differentiate)
@@ -229,7 +231,7 @@ def _chunk_rows(vocabulary: int, chunk_bytes: int | None) -> int:
 
 
 @torch.no_grad()
-def likeliest_tokens(
+def argmax_tokens(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

@@ -10,7 +10,7 @@ from tunesmith.objectives.chunk import Chunk
 
 def nll(chunk: Chunk) -> Tensor:
     """-log p(target)."""
-    chunk.weigh(torch.ones_like(chunk.logprob))
+    chunk.set_grad_weight(torch.ones_like(chunk.logprob))
     return -chunk.logprob
 
 

@@ -21,5 +21,5 @@ def psft(chunk: Chunk, *, eps_low: float = 0.2, eps_high: float = 0.28) -> Tenso
     clipped = ratio.detach() > 1 + eps_high
     chunk.note("clipped", clipped.float())
     chunk.note("fallen", (ratio.detach() < 1 - eps_low).float())
-    chunk.weigh(ratio.detach().masked_fill(clipped, 0.0))
+    chunk.set_grad_weight(ratio.detach().masked_fill(clipped, 0.0))
     return -torch.minimum(ratio, ratio.clamp(1 - eps_low, 1 + eps_high))

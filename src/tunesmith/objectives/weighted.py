@@ -33,7 +33,7 @@ def eaft(chunk: Chunk, *, alpha: float = 1.0, smoothing: float = 0.0) -> Tensor:
     return _weighted(chunk, (entropy / ENTROPY_SCALE) ** alpha, smoothing)
 
 
-def _weighted(chunk: Chunk, strength: Tensor, smoothing: float) -> Tensor:
-    chunk.note("mean_weight", strength)
-    chunk.weigh(strength)
-    return strength * cross_entropy(chunk, smoothing)
+def _weighted(chunk: Chunk, grad_weight: Tensor, smoothing: float) -> Tensor:
+    chunk.note("mean_weight", grad_weight)
+    chunk.set_grad_weight(grad_weight)
+    return grad_weight * cross_entropy(chunk, smoothing)

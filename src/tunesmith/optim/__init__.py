@@ -1,12 +1,12 @@
 """The optimizer and the learning rate of each step."""
 
 from tunesmith.optim.adamw import AdamW, AdamW8bit
-from tunesmith.optim.base import Optimizer
-from tunesmith.optim.decay import no_decay, undecayed
-from tunesmith.optim.norm import clip_factor, grad_norm
+from tunesmith.optim.clipping import clip_factor, grad_norm
+from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.paging import Pages
 from tunesmith.optim.rules import SGD, Adafactor, Lion, Muon
 from tunesmith.optim.schedules import auto_lr, schedule, warmup_steps
+from tunesmith.optim.weight_decay import no_decay, undecayed
 
 __all__ = [
     "SGD",

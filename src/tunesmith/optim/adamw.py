@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.optim.base import Optimizer, Slot
+from tunesmith.optim.optimizer import Optimizer, ParamState
 
 
 class AdamW(Optimizer):
@@ -35,16 +35,23 @@ class AdamW(Optimizer):
         self.eps = eps
         super().__init__(named_parameters, **shared)
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """Two moments."""
-        return {"exp_avg": self.zeros(slot), "exp_avg_sq": self.zeros(slot)}
+        return {"exp_avg": self.zeros(param), "exp_avg_sq": self.zeros(param)}
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of Adam."""
-        moments = slot.state["exp_avg"][span], slot.state["exp_avg_sq"][span]
-        self.adam(master, grad, moments, lr=lr, decay=self.decay(slot), counter=counter)
+        moments = param.state["exp_avg"][span], param.state["exp_avg_sq"][span]
+        self.adam(master, grad, moments, lr=lr, decay=self.decay(param), counter=counter)
 
     def adam(
         self,
@@ -92,43 +99,50 @@ class AdamW8bit(AdamW):
         self._maps: dict[tuple[str, torch.device], Tensor] = {}
         super().__init__(named_parameters, **options)
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """For both moments the bytes and the scales of their blocks."""
-        if slot.flat.numel() < SMALL:
-            return super().new_state(name, slot)
+        if param.flat.numel() < SMALL:
+            return super().new_state(name, param)
         state: dict[str, Tensor] = {}
         for kind in ("exp_avg", "exp_avg_sq"):
-            flat = slot.flat
+            flat = param.flat
             block = torch.zeros(BLOCK, device=flat.device)
             entries, scale = quantize(block, self._map(kind, flat.device))
             numbers = entries[:1].expand(flat.numel()).contiguous()
-            state[kind] = numbers if self.pages is None else self.pages.rest(numbers)
+            state[kind] = numbers if self.pages is None else self.pages.paged(numbers)
             state[f"{kind}_scale"] = scale.expand(-(-flat.numel() // BLOCK)).contiguous()
         return state
 
-    def joins(self, slot: Slot) -> bool:
+    def can_group(self, param: ParamState) -> bool:
         """Unless a block would reach into the next parameter."""
-        return "exp_avg_scale" not in slot.state or slot.flat.numel() % BLOCK == 0
+        return "exp_avg_scale" not in param.state or param.flat.numel() % BLOCK == 0
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of Adam on the moments read from 8 bits."""
-        if "exp_avg_scale" not in slot.state:
-            super().rule(slot, span, master=master, grad=grad, lr=lr, counter=counter)
+        if "exp_avg_scale" not in param.state:
+            super().rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
             return
         blocks = slice(span.start // BLOCK, -(-span.stop // BLOCK))
         kinds = ("exp_avg", "exp_avg_sq")
         maps = [self._map(kind, master.device) for kind in kinds]
         first, second = (
-            dequantize(slot.state[kind][span], slot.state[f"{kind}_scale"][blocks], entries)
+            dequantize(param.state[kind][span], param.state[f"{kind}_scale"][blocks], entries)
             for kind, entries in zip(kinds, maps, strict=True)
         )
-        self.adam(master, grad, (first, second), lr=lr, decay=self.decay(slot), counter=counter)
+        self.adam(master, grad, (first, second), lr=lr, decay=self.decay(param), counter=counter)
         for kind, moment, entries in zip(kinds, (first, second), maps, strict=True):
             quantized, scale = quantize(moment, entries)
-            slot.state[kind][span].copy_(quantized)
-            slot.state[f"{kind}_scale"][blocks].copy_(scale)
+            param.state[kind][span].copy_(quantized)
+            param.state[f"{kind}_scale"][blocks].copy_(scale)
 
     def _map(self, kind: str, device: torch.device) -> Tensor:
         if (kind, device) not in self._maps:

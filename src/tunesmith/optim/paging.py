@@ -51,7 +51,7 @@ class Pages:
         place, clean = self._place(flat.numel(), torch.float32, flat.device)
         return place if clean else place.zero_()
 
-    def rest(self, tensor: Tensor) -> Tensor:
+    def paged(self, tensor: Tensor) -> Tensor:
         """The tensor [n], moved here if it is large.
 
         Raises:
@@ -63,22 +63,22 @@ class Pages:
         return place.copy_(tensor)
 
     @contextmanager
-    def at_hand(self, slot: HoldsState) -> Iterator[None]:
+    def at_hand(self, param: HoldsState) -> Iterator[None]:
         """Have the slot's state on its parameter's device inside; changes are kept."""
-        device, resting = slot.parameter.device, slot.state
+        device, resting = param.parameter.device, param.state
         if device.type == "cpu":
             yield
             return
         self._device = device
-        slot.state = {name: t.to(device, non_blocking=True) for name, t in resting.items()}
+        param.state = {name: t.to(device, non_blocking=True) for name, t in resting.items()}
         try:
             yield
         finally:
             for name, tensor in resting.items():
                 if tensor.device != device:
                     # What reads it on the device again is queued behind this; see `settle`.
-                    tensor.copy_(slot.state[name], non_blocking=True)
-            slot.state = resting
+                    tensor.copy_(param.state[name], non_blocking=True)
+            param.state = resting
 
     def settle(self) -> None:
         """Wait until what was changed on a device has arrived, once for all parameters."""

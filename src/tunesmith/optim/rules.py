@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.adamw import AdamW
-from tunesmith.optim.base import Optimizer, Slot
+from tunesmith.optim.optimizer import Optimizer, ParamState
 
 
 class _OneMoment(Optimizer):
     """A rule that keeps one tensor for a weight."""
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """The momentum."""
-        return {"momentum": self.zeros(slot)}
+        return {"momentum": self.zeros(param)}
 
 
 class SGD(_OneMoment):
@@ -41,11 +41,18 @@ class SGD(_OneMoment):
         super().__init__(named_parameters, **shared)
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of descent."""
-        buffer = slot.state["momentum"][span].mul_(self.momentum).add_(grad)
-        master.mul_(1 - lr * self.decay(slot)).add_(buffer, alpha=-lr)
+        buffer = param.state["momentum"][span].mul_(self.momentum).add_(grad)
+        master.mul_(1 - lr * self.decay(param)).add_(buffer, alpha=-lr)
 
 
 class Lion(_OneMoment):
@@ -65,12 +72,19 @@ class Lion(_OneMoment):
         super().__init__(named_parameters, **shared)
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of Lion."""
-        momentum = slot.state["momentum"][span]
+        momentum = param.state["momentum"][span]
         direction = (momentum * self.betas[0]).add_(grad, alpha=1 - self.betas[0]).sign_()
-        master.mul_(1 - lr * self.decay(slot)).add_(direction, alpha=-lr)
+        master.mul_(1 - lr * self.decay(param)).add_(direction, alpha=-lr)
         momentum.mul_(self.betas[1]).add_(grad, alpha=1 - self.betas[1])
 
 
@@ -82,47 +96,54 @@ class Adafactor(Optimizer):
     is scaled down to 1. Vectors keep their whole second moment.
     """
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """Means over the last and the last but one dimension; of a vector the second moment."""
-        shape = slot.parameter.shape
+        shape = param.parameter.shape
         if len(shape) < 2:
-            return {"exp_avg_sq": self.zeros(slot)}
-        flat = slot.flat
+            return {"exp_avg_sq": self.zeros(param)}
+        flat = param.flat
         options: dict[str, Any] = {"dtype": torch.float32, "device": flat.device}
         return {
             "row": torch.zeros(shape[:-1], **options),
             "column": torch.zeros((*shape[:-2], shape[-1]), **options),
         }
 
-    def whole(self, slot: Slot) -> bool:
+    def whole(self, param: ParamState) -> bool:
         """Always: the update's size is that of the whole parameter."""
         return True
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of Adafactor."""
         kept = 1.0 - math.pow(self.steps, -0.8)
-        grad = grad.view(slot.parameter.shape)
+        grad = grad.view(param.parameter.shape)
         square = grad.square().add_(1e-30)
-        if "row" in slot.state:
-            row, column = slot.state["row"], slot.state["column"]
+        if "row" in param.state:
+            row, column = param.state["row"], param.state["column"]
             row.mul_(kept).add_(square.mean(dim=-1), alpha=1 - kept)
             column.mul_(kept).add_(square.mean(dim=-2), alpha=1 - kept)
             row_root = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
             update = torch.mul(row_root, column.unsqueeze(-2).rsqrt()).mul_(grad)
         else:
-            moment = slot.state["exp_avg_sq"]
+            moment = param.state["exp_avg_sq"]
             moment.mul_(kept).add_(square.view(-1), alpha=1 - kept)
             update = moment.rsqrt().mul_(grad.reshape(-1))
-        if slot.stack == 1:
+        if param.stack == 1:
             size = update.norm(2) / update.numel() ** 0.5
             update.div_(size.clamp_(min=1.0)).mul_(lr)
         else:  # each by its own size
-            each = update.view(slot.stack, -1)
+            each = update.view(param.stack, -1)
             size = each.norm(2, dim=1, keepdim=True) / each.shape[1] ** 0.5
             each.div_(size.clamp_(min=1.0)).mul_(lr)
-        master.mul_(1 - lr * self.decay(slot)).sub_(update.view(-1))
+        master.mul_(1 - lr * self.decay(param)).sub_(update.view(-1))
 
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -179,26 +200,33 @@ class Muon(AdamW):
         self.matrices = matrices
         super().__init__(named_parameters, **options)
 
-    def new_state(self, name: str, slot: Slot) -> dict[str, Tensor]:
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """The momentum of a matrix, two moments of others."""
-        chosen = slot.decay if self.matrices is None else name in self.matrices
-        if chosen and slot.parameter.ndim >= 2:
-            return {"momentum": self.zeros(slot)}
-        return super().new_state(name, slot)
+        chosen = param.decay if self.matrices is None else name in self.matrices
+        if chosen and param.parameter.ndim >= 2:
+            return {"momentum": self.zeros(param)}
+        return super().new_state(name, param)
 
-    def whole(self, slot: Slot) -> bool:
+    def whole(self, param: ParamState) -> bool:
         """For matrices."""
-        return "momentum" in slot.state
+        return "momentum" in param.state
 
     def rule(
-        self, slot: Slot, span: slice, *, master: Tensor, grad: Tensor, lr: float, counter: Tensor
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
     ) -> None:
         """One step of Muon or AdamW."""
-        if "momentum" not in slot.state:
-            super().rule(slot, span, master=master, grad=grad, lr=lr, counter=counter)
+        if "momentum" not in param.state:
+            super().rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
             return
-        momentum = slot.state["momentum"].lerp_(grad, 1 - self.momentum)
-        shape = slot.parameter.shape
+        momentum = param.state["momentum"].lerp_(grad, 1 - self.momentum)
+        shape = param.parameter.shape
         update = orthogonalised(grad.lerp(momentum, self.momentum).view(shape))
         rate = lr * 0.2 * math.sqrt(max(shape[-2:]))
-        master.mul_(1 - lr * self.decay(slot)).add_(update.reshape(-1), alpha=-rate)
+        master.mul_(1 - lr * self.decay(param)).add_(update.reshape(-1), alpha=-rate)

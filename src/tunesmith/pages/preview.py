@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.faults import RowError
-from tunesmith.data.preparing.ledger import Ledger
-from tunesmith.data.shapes.conversation import Chat
-from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.data.formats.detect import detect_format, to_example
+from tunesmith.data.formats.examples import Chat
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.data.row_errors import RowError
 from tunesmith.pages.html import page, table, text
 from tunesmith.pages.preview_style import SCRIPT, STYLE
 from tunesmith.pages.tokens import TokenTexts, TurnText, document_tree

@@ -1,6 +1,6 @@
 """The main job, end to end: from a recipe to a run folder with a model in it."""
 
-from tunesmith.run.calls import ranks_of, resume, train, train_recipe
-from tunesmith.run.conduct import Run
+from tunesmith.run.api import ranks_of, resume, train, train_recipe
+from tunesmith.run.runner import Run
 
 __all__ = ["Run", "ranks_of", "resume", "train", "train_recipe"]

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import Chunk, head_loss, nll
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
@@ -82,7 +82,7 @@ def measure_targets(
     """The targets of each document, in the documents' order. The model is to be in eval mode."""
     for _, group in document_groups(documents, micro_tokens * GROUP_TOKENS):
         found: list[list[Targets]] = [[] for _ in group]
-        for plan in plan_step(group, micro_tokens=micro_tokens, isolated=model.isolated):
+        for plan in plan_step(group, micro_tokens=micro_tokens, unpacked=model.unpacked):
             recorder = _Recorder()
             model(collate(plan, device), functools.partial(head_loss, objective=recorder))
             for document, targets in _by_document(plan, recorder.arrays()):

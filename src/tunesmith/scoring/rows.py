@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.data.preparing.prepare import UNUSED, Prepared
+from tunesmith.data.preprocess.prepare import UNUSED, Prepared
 from tunesmith.data.templates.template import Template
-from tunesmith.scoring.alone import Alone, answer_headers, answers_alone
+from tunesmith.scoring.ifd import AnswerOnly, answer_headers, answers_without_prompt
 from tunesmith.scoring.measure import Targets, measure_targets
 from tunesmith.types import NO_MESSAGE, Document
 
@@ -80,7 +80,9 @@ def score_rows(
         alone = [
             None
             if everything or prepared.formats.get(document.origin.source) == "text"
-            else answers_alone(document, _headers(document, headers), bos_id=template.bos_id)
+            else answers_without_prompt(
+                document, _headers(document, headers), bos_id=template.bos_id
+            )
             for document in group
         ]
         roots = [found.document for found in alone if found is not None]
@@ -103,7 +105,7 @@ def _headers(document: Document, headers: list[list[int]]) -> list[list[int]]:
     return [[]] if raw else headers
 
 
-def _ifd(targets: Targets, without: Alone, alone: Targets) -> tuple[float, float | None]:
+def _ifd(targets: Targets, without: AnswerOnly, alone: Targets) -> tuple[float, float | None]:
     """(loss of the answers alone, IFD)."""
     same = targets.without(without.unpredicted)
     loss_alone = alone.mean(alone.nll)

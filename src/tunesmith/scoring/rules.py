@@ -41,7 +41,7 @@ class Outcome:
     column. `bounds` are the values that quantiles became.
     """
 
-    kept: Kept
+    stateful: Kept
     missing: int = 0
     bounds: tuple[float, float] | None = None
 

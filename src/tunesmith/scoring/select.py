@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.preparing.holdout import row_digest
-from tunesmith.data.reading.sources import Source, content_hash, read_rows, rename_columns
-from tunesmith.data.shapes.formats import CONTENT
+from tunesmith.data.formats.detect import CONTENT
+from tunesmith.data.preprocess.holdout import row_digest
+from tunesmith.data.sources.sources import Source, content_hash, read_rows, rename_columns
 from tunesmith.doctor.minhash import near_pairs
 from tunesmith.doctor.words import words_of
 from tunesmith.errors import DataError
@@ -161,11 +161,11 @@ def apply_rules(selection: Selection, rules: Sequence[Rule]) -> Selection:
     pool = selection.pool
     for rule in rules:
         outcome = rule.apply(_remaining(pool, kept))
-        out = kept[~outcome.kept]
+        out = kept[~outcome.stateful]
         rows = list(zip(pool.source[out].tolist(), pool.row[out].tolist(), strict=True))
         tokens = int(pool.numbers["target_tokens"][out].sum())
         steps.append(Step(rule.text, rows, tokens, outcome.missing, outcome.bounds))
-        kept = kept[outcome.kept]
+        kept = kept[outcome.stateful]
     return Selection(pool, kept, steps)
 
 

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.dealt import Costs, own_plans, step_plans
-from tunesmith.train.figures import read_figures
-from tunesmith.train.step import add_document_losses
+from tunesmith.train.microbatches import WorkModel, local_plans, step_plans
+from tunesmith.train.step import add_document_losses, read_figures
 from tunesmith.types import Document, LossOutput
 
-ALONE, COSTS = Ranks(), Costs()
+ALONE, COSTS = World(), WorkModel()
 GROUP_TOKENS = 8
 """Documents are planned together until they hold this many times `micro_tokens`, so that shared
 prefixes meet.
@@ -54,8 +53,8 @@ def evaluate(
     *,
     micro_tokens: int,
     device: torch.device | str = "cpu",
-    ranks: Ranks = ALONE,
-    costs: Costs = COSTS,
+    world: World = ALONE,
+    work_model: WorkModel = COSTS,
     before_each: Callable[[], None] | None = None,
     together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> EvalResult:
@@ -64,7 +63,7 @@ def evaluate(
     is where ranks agree that all got through.
     """
     head = functools.partial(head_loss, objective=nll)
-    training, at_once = model.training, micro_tokens * ranks.context.count
+    training, at_once = model.training, micro_tokens * world.cp.size
     model.eval()
     loss, weight = np.zeros(len(documents)), np.zeros(len(documents))
     sums = {"accuracy": 0.0, "entropy": 0.0}
@@ -73,9 +72,13 @@ def evaluate(
             for first, group in document_groups(documents, at_once * GROUP_TOKENS):
                 numbers = slice(first, first + len(group))
                 plans = step_plans(
-                    group, ranks, costs=costs, micro_tokens=micro_tokens, isolated=model.isolated
+                    group,
+                    world,
+                    work_model=work_model,
+                    micro_tokens=micro_tokens,
+                    unpacked=model.unpacked,
                 )
-                own, outputs = own_plans(plans, ranks, costs=costs), list[LossOutput]()
+                own, outputs = local_plans(plans, world, work_model=work_model), list[LossOutput]()
                 for plan in own:
                     if before_each is not None:
                         before_each()
@@ -88,7 +91,7 @@ def evaluate(
                         sums[name] += found.stats[name]
     finally:
         model.train(training)
-    measured = ranks.add(np.concatenate([loss, weight, list(sums.values())]))
+    measured = world.all_reduce_sum(np.concatenate([loss, weight, list(sums.values())]))
     loss, weight, (accuracy, entropy) = np.split(measured, [len(loss), 2 * len(loss)])
     total = float(weight.sum())
     return EvalResult(

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith.config.schema import Recipe
-from tunesmith.data.order.loader import StepOrder
-from tunesmith.data.preparing.prepare import Prepared
+from tunesmith.data.preprocess.prepare import Prepared
+from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.data.templates.template import Template
-from tunesmith.distributed.ranks import Ranks
-from tunesmith.distributed.reduce import Alone
+from tunesmith.distributed.grad_sync import NoSync
+from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
-from tunesmith.train.dealt import Costs
 from tunesmith.train.loss import StepLoss
-from tunesmith.train.own_objective import OwnObjective
+from tunesmith.train.microbatches import WorkModel
+from tunesmith.train.user_objective import UserObjective
 from tunesmith.types import Document
 
 
@@ -43,41 +42,23 @@ class Job:
     template: Template
     prepared: Prepared
     eval_sets: Sequence[EvalSet]
-    order: StepOrder
+    sampler: BatchSampler
     total_steps: int
     lr: Callable[[int], float]
     optimizer: Optimizer
     loss: StepLoss
     device: torch.device
     micro_tokens: int
-    share: bool
+    share_prefixes: bool
     trained_parameters: int
     chosen: dict[str, Any]  # what `auto` became, for machine.json
-    own_objective: OwnObjective | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    reduce: Alone = field(default_factory=Alone)
-    costs: Costs = field(default_factory=Costs)
+    user_objective: UserObjective | None = None
+    world: World = field(default_factory=World)
+    grad_sync: NoSync = field(default_factory=NoSync)
+    work: WorkModel = field(default_factory=WorkModel)
     notes: list[str] = field(default_factory=list)  # for the start-up lines
 
     @property
     def documents(self) -> Sequence[Document]:
         """The documents that are learned from."""
         return self.prepared.documents
-
-
-def run_files(folder: Path) -> dict[str, Path]:
-    """Paths of what a run leaves behind, by what they are."""
-    names = {
-        "recipe": "recipe.yaml",
-        "machine": "machine.json",
-        "ledger": "ledger.json",
-        "metrics": "metrics.jsonl",
-        "rows": "rows.parquet",
-        "samples": "samples.jsonl",
-        "objective": "objective.py",
-        "faults": "faults.jsonl",
-        "model": "model",
-        "report": "report.html",
-        "checkpoints": "checkpoints",
-    }
-    return {name: folder / file for name, file in names.items()}

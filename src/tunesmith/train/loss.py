@@ -17,16 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.batch import collate
-from tunesmith.data.layout.packing import MicrobatchPlan
-from tunesmith.distributed.sharers import Sharers
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.data.microbatch.planner import MicrobatchPlan
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.noise import EmbeddingNoise
-from tunesmith.model.router import Routers, balance_loss
-from tunesmith.objectives import Base, Objective, Sides, head_loss, likeliest_tokens, nll
-from tunesmith.train.dealt import own_part
-from tunesmith.train.outer import OuterBatch
-from tunesmith.train.pathkeys import path_ends, token_keys
+from tunesmith.model.moe_router import Routers, balance_loss
+from tunesmith.model.neftune import EmbeddingNoise
+from tunesmith.objectives import (
+    Objective,
+    ObjectiveInputs,
+    ReferenceHidden,
+    argmax_tokens,
+    head_loss,
+    nll,
+)
+from tunesmith.train.microbatches import local_part
+from tunesmith.train.old_policy import OldPolicy
+from tunesmith.train.path_hash import path_ends, token_keys
 from tunesmith.transfer import to_device
 from tunesmith.types import Batch, Document, HeadLoss, Layout, LossOutput
 
@@ -35,18 +42,18 @@ PlanOf = Callable[[int], tuple[Sequence[Document], Sequence[MicrobatchPlan]]]
 
 
 @dataclass(slots=True)
-class BaseModel:
+class ReferenceModel:
     """The model as it was before training: a frozen copy, or the model without its adapter."""
 
     frozen: CausalLM | None
 
-    def __call__(self, model: CausalLM, batch: Batch) -> Base:
+    def __call__(self, model: CausalLM, batch: Batch) -> ReferenceHidden:
         with torch.no_grad(), ExitStack() as stack:
             if self.frozen is None:
-                stack.enter_context(at_rest(model))
+                stack.enter_context(eval_mode(model))
                 stack.enter_context(model.model.disable_adapter())
-            found = (self.frozen or model)(batch, _keep)
-        assert isinstance(found, Base)
+            found = (self.frozen or model)(batch, _hidden_only)
+        assert isinstance(found, ReferenceHidden)
         return found
 
 
@@ -91,12 +98,12 @@ class StepLoss:
     objective: Objective
     steps: int  # of the whole run
     warmup: Objective = nll  # before the outer batches begin
-    base: BaseModel | None = None
-    outer: OuterBatch | None = None
+    reference: ReferenceModel | None = None
+    old_policy: OldPolicy | None = None
     sampling: float = 0.0  # probability of a guess at the last step
     noise: EmbeddingNoise | None = None
     balance: RouterBalance | None = None
-    sharers: Sharers = field(default_factory=Sharers)  # of each micro-batch
+    group: ModelParallelGroup = field(default_factory=ModelParallelGroup)  # of each micro-batch
     step: int = 0
 
     def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:
@@ -104,17 +111,17 @@ class StepLoss:
         self.step = step
         if self.balance is not None:
             self.balance.begin(*plan_of(step))
-        if self.outer is not None and self.outer.begins(step):
-            last = min(step + self.outer.steps, self.steps)
+        if self.old_policy is not None and self.old_policy.begins(step):
+            last = min(step + self.old_policy.steps, self.steps)
             plans = [plan for number in range(step, last) for plan in plan_of(number)[1]]
             head = functools.partial(head_loss, objective=nll)
-            with torch.no_grad(), at_rest(model):
+            with torch.no_grad(), eval_mode(model):
                 found = [self._logprob(model, plan, head, device) for plan in plans]
-            self.outer.take(plans, found)
+            self.old_policy.take(plans, found)
 
     def __call__(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
         """The loss of one micro-batch, differentiable."""
-        return self._loss(model, plan, device, old=self._old(plan, device))
+        return self._loss(model, plan, device, old=self._old_logprob(plan, device))
 
     def probe(
         self, model: CausalLM, document: Document, plan: MicrobatchPlan, device: torch.device
@@ -128,18 +135,18 @@ class StepLoss:
         self, model: CausalLM, plan: MicrobatchPlan, device: torch.device, *, old: Tensor | None
     ) -> LossOutput:
         batch = self._with_guesses(model, collate(plan, device), plan)
-        sides = Sides(
+        sides = ObjectiveInputs(
             progress=self.step / self.steps,
             old_logprob=old,
-            base=None if self.base is None else self.base(model, batch),
+            reference=None if self.reference is None else self.reference(model, batch),
         )
-        warming = self.outer is not None and self.step < self.outer.first
+        warming = self.old_policy is not None and self.step < self.old_policy.first
         head = functools.partial(
-            head_loss, objective=self.warmup if warming else self.objective, sides=sides
+            head_loss, objective=self.warmup if warming else self.objective, inputs=sides
         )
         with ExitStack() as stack:
             if self.noise is not None:
-                lengths = path_lengths(plan.layout)[plan.layout.own]
+                lengths = path_lengths(plan.layout)[plan.layout.local]
                 stack.enter_context(self.noise.over(to_device(lengths, device)))
             if self.balance is None:
                 return model(batch, head)
@@ -153,16 +160,16 @@ class StepLoss:
     @property
     def frozen(self) -> CausalLM | None:
         """The copy of the model as it was before training, if there is one."""
-        return None if self.base is None else self.base.frozen
+        return None if self.reference is None else self.reference.frozen
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
-        return {} if self.outer is None else self.outer.tensors()
+        return {} if self.old_policy is None else self.old_policy.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint holds."""
-        if self.outer is not None:
-            self.outer.restore(tensors)
+        if self.old_policy is not None:
+            self.old_policy.restore(tensors)
 
     def close(self) -> None:
         """Leave the model as it was; nothing is asked for after this."""
@@ -175,18 +182,18 @@ class StepLoss:
         self, model: CausalLM, plan: MicrobatchPlan, head: HeadLoss, device: torch.device
     ) -> Tensor:
         """Of each target of a whole micro-batch, [N], on every rank."""
-        part = own_part(plan, self.sharers)
+        part = local_part(plan, self.group)
         found = -model(collate(part, device), head).token_loss
         if part.part is None:
             return found
         whole = found.new_zeros(len(plan.target))
         whole[to_device(part.part.targets.astype(np.int64), device)] = found
-        return self.sharers.add(whole)
+        return self.group.all_reduce(whole)
 
-    def _old(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
-        if self.outer is None or self.outer.empty or self.step < self.outer.first:
+    def _old_logprob(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
+        if self.old_policy is None or self.old_policy.empty or self.step < self.old_policy.first:
             return None
-        return to_device(self.outer.find(plan), device)
+        return to_device(self.old_policy.find(plan), device)
 
     def _with_guesses(self, model: CausalLM, batch: Batch, plan: MicrobatchPlan) -> Batch:
         """The batch with some target tokens replaced, where they are read, by the likeliest token
@@ -195,8 +202,8 @@ class StepLoss:
         probability = self.sampling * self.step / max(1, self.steps - 1)
         if probability == 0:
             return batch
-        with torch.no_grad(), at_rest(model):
-            guesses = model(batch, likeliest_tokens)
+        with torch.no_grad(), eval_mode(model):
+            guesses = model(batch, argmax_tokens)
         assert isinstance(guesses, Tensor)
         after = plan.source + 1
         read = (after < plan.layout.visible_until[plan.source]) & (
@@ -212,7 +219,7 @@ class StepLoss:
 
 
 @contextmanager
-def at_rest(model: CausalLM) -> Iterator[None]:
+def eval_mode(model: CausalLM) -> Iterator[None]:
     """Without dropout, as in evaluation; the mode is restored on leaving."""
     training = model.training
     model.eval()
@@ -233,5 +240,7 @@ def path_lengths(layout: Layout) -> NDArray[np.int64]:
     return np.maximum.reduceat(padded, spans)[::2] + 1
 
 
-def _keep(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Base:
-    return Base(hidden, weight, bias)
+def _hidden_only(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
+) -> ReferenceHidden:
+    return ReferenceHidden(hidden, weight, bias)

@@ -2,13 +2,14 @@
 
 Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
 however they are cut into micro-batches and on however many ranks; gradients are added up in
-float32.
+float32. Between a step's first micro-batch and `read_figures` nothing asks the device for a value,
+so that it always has work queued.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,32 +19,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.packing import MicrobatchPlan
-from tunesmith.distributed.reduce import Alone
+from tunesmith.data.microbatch.planner import MicrobatchPlan
+from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.errors import NonFiniteError
+from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
-from tunesmith.train.figures import Figures, read_figures
-from tunesmith.train.quantiles import EMPTY_HISTOGRAM, log_histogram, quantiles
-from tunesmith.types import LossOutput, Shares
+from tunesmith.transfer import to_host
+from tunesmith.types import LossOutput, TargetOwners
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
 """The loss of a micro-batch, differentiable; `train.loss` makes it."""
 
-ALONE = Alone()
+NO_SYNC = NoSync()
 
 
-class Reduce(Protocol):
+class GradSync(Protocol):
     """How the ranks of a step add up; `distributed.reduce` has them. Alone, sums stay as they
     are.
     """
 
     @property
-    def first(self) -> bool: ...
-    def all_or_none(self) -> AbstractContextManager[None]: ...
-    def add(self, values: NDArray[np.float64]) -> NDArray[np.float64]: ...
-    def begin(self, *, last: bool) -> None: ...
-    def add_gradients(self) -> None: ...
+    def is_main(self) -> bool: ...
+    def all_ranks_or_none(self) -> AbstractContextManager[None]: ...
+    def all_reduce_sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def begin_microbatch(self, *, last: bool) -> None: ...
+    def sync_gradients(self) -> None: ...
 
 
 class Optimizer(Protocol):
@@ -95,7 +96,7 @@ def train_step(
     lr: float,
     max_grad_norm: float | None,
     device: torch.device,
-    reduce: Reduce = ALONE,
+    grad_sync: GradSync = NO_SYNC,
     begin: Callable[[], None] | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> StepResult:
@@ -106,22 +107,22 @@ def train_step(
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights are then unchanged.
     """
-    total = _total_weight(plans, reduce)
+    total = _total_weight(plans, grad_sync)
     outputs: list[LossOutput] = []  # on the device, without their graphs
-    with reduce.all_or_none():
+    with grad_sync.all_ranks_or_none():
         if begin is not None:
             begin()
         for number, plan in enumerate(plans, start=1):
-            reduce.begin(last=number == len(plans))
+            grad_sync.begin_microbatch(last=number == len(plans))
             output = loss(model, plan, device)
             (output.loss_sum / total).backward()
             outputs.append(_detached(output))
-    reduce.add_gradients()
+    grad_sync.sync_gradients()
     norm = optimizer.grad_norm()
     if meanwhile is not None:
         meanwhile()
     figures, (grad_norm,) = read_figures(outputs, norm)
-    result = _sum_up(plans, figures, documents=documents, grad_norm=grad_norm, reduce=reduce)
+    result = _sum_up(plans, figures, documents=documents, grad_norm=grad_norm, grad_sync=grad_sync)
     if not result.finite:
         optimizer.zero_grad()
         raise NonFiniteStep(result)
@@ -134,10 +135,10 @@ def _detached(output: LossOutput) -> LossOutput:
     return replace(output, loss_sum=output.loss_sum.detach())
 
 
-def _total_weight(plans: Sequence[MicrobatchPlan], reduce: Reduce) -> float:
+def _total_weight(plans: Sequence[MicrobatchPlan], grad_sync: GradSync) -> float:
     """The weight of all targets of the step, on all ranks."""
     own = sum(plan.weight.sum(dtype=np.float64) for plan in plans)
-    return float(reduce.add(np.asarray([own], np.float64))[0])
+    return float(grad_sync.all_reduce_sum(np.asarray([own], np.float64))[0])
 
 
 def _sum_up(
@@ -146,7 +147,7 @@ def _sum_up(
     *,
     documents: int,
     grad_norm: float,
-    reduce: Reduce,
+    grad_sync: GradSync,
 ) -> StepResult:
     """The step's numbers; those of all ranks are added in one go, so that what is decided by them
     is decided everywhere alike.
@@ -164,7 +165,7 @@ def _sum_up(
                 sum(found.loss_sum for found in figures),
                 sum(plan.counted for plan in plans),
                 sum(len(plan.shares.weight) for plan in plans),
-                grad_norm if reduce.first else 0.0,
+                grad_norm if grad_sync.is_main else 0.0,
                 not math.isfinite(grad_norm),
             ],
             np.float64,
@@ -174,7 +175,7 @@ def _sum_up(
         weight,
         _effective_weight(plans, figures).reshape(-1),
     ]
-    summed = reduce.add(np.concatenate(own))
+    summed = grad_sync.all_reduce_sum(np.concatenate(own))
     bounds = np.cumsum([len(part) for part in own])[:-1]
     sums, means, loss, weight, histogram = np.split(summed, bounds)
     weight_sum = float(weight.sum())
@@ -211,7 +212,7 @@ def _effective_weight(
 
 
 def add_document_losses(
-    loss: NDArray[np.float64], weight: NDArray[np.float64], shares: Shares, token_loss: Tensor
+    loss: NDArray[np.float64], weight: NDArray[np.float64], shares: TargetOwners, token_loss: Tensor
 ) -> None:
     """Add a micro-batch's losses, in the host's memory, to those of the documents that asked for
     them; all arrays by document number.
@@ -220,3 +221,32 @@ def add_document_losses(
     share = shares.weight.astype(np.float64)
     loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))
     weight += np.bincount(shares.document, weights=share, minlength=len(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the host keeps of a micro-batch's loss; tensors in its memory."""
+
+    loss_sum: float
+    token_loss: Tensor  # [N], unweighted
+    stats: Mapping[str, float]  # sums
+    effective: Tensor | None  # [N], see `LossOutput`
+
+
+def read_figures(outputs: Sequence[LossOutput], *more: Tensor) -> tuple[list[Figures], list[float]]:
+    """The figures of each output, and the values of `more`, scalars."""
+    asked: list[Tensor] = []
+    for output in outputs:
+        known = [] if output.log_effective_weight is None else [output.log_effective_weight]
+        asked += [output.loss_sum, output.token_loss, *output.stats.values(), *known]
+    values = iter(to_host([*asked, *more]))
+    figures = [
+        Figures(
+            loss_sum=float(next(values)),
+            token_loss=next(values),
+            stats={name: float(next(values)) for name in output.stats},
+            effective=None if output.log_effective_weight is None else next(values),
+        )
+        for output in outputs
+    ]
+    return figures, [float(value) for value in values]

@@ -13,29 +13,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
-from tunesmith.data.preparing.store import longest_paths
+from tunesmith.checkpoint.manager import CheckpointManager, Progress, Stateful
+from tunesmith.checkpoint.rng import preserved_rng, seed_step
+from tunesmith.checkpoint.writer_thread import WriterState
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
+from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.errors import InterruptedRun
+from tunesmith.metrics.records import Sink, peak_memory
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.train.ahead import Ahead
-from tunesmith.train.background import State
-from tunesmith.train.dealt import own_part
-from tunesmith.train.due import Due
+from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.guard import Guard
 from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.memory_retry import (
+from tunesmith.train.microbatches import StepPlanner, local_part
+from tunesmith.train.oom_retry import (
     largest_microbatch,
-    leave_word,
+    retry_on_oom,
     retry_record,
-    with_less_memory,
+    write_hint,
 )
-from tunesmith.train.metrics import Sink, peak_memory
-from tunesmith.train.rng import rng_kept, seed_step
-from tunesmith.train.rows import RowLosses
-from tunesmith.train.saving import Kept, Saving, Standing
+from tunesmith.train.row_losses import RowLosses
+from tunesmith.train.signals import AbandonedError, SignalHandler
 from tunesmith.train.step import NonFiniteStep, StepResult, train_step
-from tunesmith.train.stopping import AbandonedError, Stopping
+from tunesmith.train.triggers import Trigger
 from tunesmith.train.watchdog import Watchdog
 from tunesmith.types import Document, LossOutput, StepMetrics
 
@@ -57,21 +56,21 @@ class Trainer:
         self.on_eval = on_eval
         self.step = 0
         self.rows = RowLosses()
-        self._ahead = Ahead(job)
+        self._planner = StepPlanner(job)
         log = job.recipe.log
         self.guard = Guard(
             folder, job.template.decode, non_finite=job.recipe.train.non_finite,
             limits={"loss": log.spike_loss, "grad_norm": log.spike_grad_norm},
-            stops=log.on_spike == "stop", ranks=job.ranks,
+            stops=log.on_spike == "stop", world=job.world,
         )  # fmt: skip
         self.best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
-        self.stopping = Stopping()
-        rank = None if job.ranks.alone else job.ranks.rank
+        self.signals = SignalHandler()
+        rank = None if job.world.is_single else job.world.rank
         self.watchdog = Watchdog(job.recipe.device.watchdog, folder, rank=rank)
-        self.saving = Saving(job, folder, self._emit)
+        self.checkpoints = CheckpointManager(job, folder, self._emit)
         self._owed = False  # an evaluation of this step that was left in the middle
-        self._eval_due = Due(job.recipe.eval.every, job.order.epoch_after)
-        self._save_due = Due(job.recipe.checkpoint.every, job.order.epoch_after)
+        self._eval_trigger = Trigger(job.recipe.eval.every, job.sampler.epoch_after)
+        self._save_trigger = Trigger(job.recipe.checkpoint.every, job.sampler.epoch_after)
 
     def fit(self) -> None:
         """Run to the end, evaluating before the first and after the last step; the end is always a
@@ -82,24 +81,24 @@ class Trainer:
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
-        with self.watchdog.watching(), self.job.ranks.guarded(), self._writing_ended():
+        with self.watchdog.watching(), self.job.world.naming_lost_rank(), self._writer_closed():
             self._try_longest()
             if self.step == 0 or self._owed:
                 self._evaluate()
-            with self.stopping.listening():
+            with self.signals.listening():
                 while self.step < self.job.total_steps:
                     try:
                         self._advance()
                     except AbandonedError:
-                        self._stop(self.stopping.signal)
-                self._settle()
+                        self._stop(self.signals.signal)
+                self._wait_for_writer()
 
     def _advance(self) -> None:
         """A step, and what is due after it."""
         self._one_step()
         last = self.step == self.job.total_steps
-        evaluates, saves, stop, writing = self._agreed(self.stopping.signal)
-        self.saving.proceed(writing)
+        evaluates, saves, stop, writing = self._agreed(self.signals.signal)
+        self.checkpoints.poll(writing)
         if last or evaluates:
             self._evaluate()
         if last or stop or saves:
@@ -109,39 +108,39 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, to the bit where it was saved."""
-        at = self.saving.restore(checkpoint, self._kept)
+        at = self.checkpoints.restore(checkpoint, self._stateful)
         self.step, self.best, self._owed = at.step, at.best, at.owed
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless that was just done."""
         self.watchdog.beat(f"the checkpoint of step {self.step}")
-        self.saving.save(self._standing, self._kept)
+        self.checkpoints.save(self._progress, self._stateful)
 
-    def _settle(self) -> None:
+    def _wait_for_writer(self) -> None:
         self.watchdog.beat("the writing of a checkpoint")
-        self.saving.settle()
+        self.checkpoints.wait()
 
     @contextmanager
-    def _writing_ended(self) -> Iterator[None]:
+    def _writer_closed(self) -> Iterator[None]:
         """Afterwards no checkpoint is being written any more."""
         try:
             yield
         except BaseException as error:
-            self.saving.leave(error)
+            self.checkpoints.abort(error)
             raise
         finally:
-            self.saving.close()
+            self.checkpoints.close()
 
     def meta(self) -> dict[str, Any]:
         """What a resume must find the same, and what it takes over."""
-        return self.saving.meta(self._standing)
+        return self.checkpoints.meta(self._progress)
 
     @property
-    def _standing(self) -> Standing:
-        return Standing(self.step, self.best, self._owed)
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.best, self._owed)
 
     @property
-    def _kept(self) -> tuple[Kept, ...]:
+    def _stateful(self) -> tuple[Stateful, ...]:
         return self.rows, self.guard, self.job.loss
 
     def advance_to(self, step: int) -> None:
@@ -152,14 +151,14 @@ class Trainer:
     def _one_step(self) -> None:
         job, number = self.job, self.step
         started = time.monotonic()
-        indices = job.order.step_indices(number)
+        indices = job.sampler.step_indices(number)
         lr = job.lr(number)
         documents = [job.documents[int(i)] for i in indices]
         self.watchdog.beat(f"step {number + 1}")
-        if not job.ranks.alone:
-            seed_step(job.recipe.train.seed, number, job.ranks.drawing)
+        if not job.world.is_single:
+            seed_step(job.recipe.train.seed, number, job.world.rng_rank)
         try:
-            result = self._with_less_memory(
+            result = self._retry_on_oom(
                 lambda: self._learn(number, lr), documents, f"at step {number + 1}", number + 1
             )
         except NonFiniteStep as error:
@@ -177,12 +176,12 @@ class Trainer:
 
     def _learn(self, number: int, lr: float) -> StepResult:
         job = self.job
-        planned = self._ahead.step(number)
+        planned = self._planner.step(number)
         return train_step(
-            job.model, job.optimizer, planned.own, self._loss,
+            job.model, job.optimizer, planned.local, self._loss,
             begin=lambda: job.loss.begin(job.model, number, self.planned, job.device),
-            meanwhile=lambda: self._ahead.prepare(number + 1),
-            documents=len(planned.documents), lr=lr, reduce=job.reduce,
+            meanwhile=lambda: self._planner.prepare(number + 1),
+            documents=len(planned.documents), lr=lr, grad_sync=job.grad_sync,
             max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
         )  # fmt: skip
 
@@ -193,51 +192,51 @@ class Trainer:
     def _between(self) -> None:
         """Before each micro-batch. Several ranks stop together, after a step."""
         self.watchdog.beat()
-        if self.job.ranks.alone:
-            self.stopping.check()
+        if self.job.world.is_single:
+            self.signals.check()
 
-    def _with_less_memory(
+    def _retry_on_oom(
         self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int,
         *, grouped: bool = False,
     ) -> T:  # fmt: skip
         job = self.job
-        return with_less_memory(
+        return retry_on_oom(
             attempt,
             job,
             largest=lambda tokens: largest_microbatch(job, documents, tokens, grouped=grouped),
             note=lambda before, now, ranks: self._emit(
                 retry_record(where, step, before, now, ranks=ranks)
             ),
-            leave=lambda now: leave_word(
+            leave=lambda now: write_hint(
                 self.folder, asked=self.meta()["micro_tokens_asked"], now=now
             ),
         )
 
     def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
         """Documents and micro-batches of a step, counted from 0, for all ranks."""
-        planned = self._ahead.step(number)
+        planned = self._planner.step(number)
         return planned.documents, planned.plans
 
-    def _agreed(self, received: int) -> tuple[bool, bool, int, State]:
+    def _agreed(self, received: int) -> tuple[bool, bool, int, WriterState]:
         """Whether an evaluation and a checkpoint are due by the first rank's clock, the signal that
         came to any rank, 0 for none, and how far all ranks are with a checkpoint.
         """
-        first = self.job.ranks.first
+        first = self.job.world.is_main
         own = [
-            first and self._eval_due.after(self.step),
-            first and self._save_due.after(self.step),
+            first and self._eval_trigger.due(self.step),
+            first and self._save_trigger.due(self.step),
             received,
-            self.saving.state,
+            self.checkpoints.state,
         ]
-        evaluates, saves, stop, writing = self.job.ranks.most(own)
-        return bool(evaluates), bool(saves), int(stop), State(int(writing))
+        evaluates, saves, stop, writing = self.job.world.all_reduce_max(own)
+        return bool(evaluates), bool(saves), int(stop), WriterState(int(writing))
 
     def _metrics(
         self, result: StepResult, tokens: list[int], lr: float, seconds: float
     ) -> StepMetrics:
         return StepMetrics(
             step=self.step,
-            epoch=round(self.job.order.epoch_after(self.step - 1), 6),
+            epoch=round(self.job.sampler.epoch_after(self.step - 1), 6),
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -262,11 +261,11 @@ class Trainer:
             self.best = {"step": self.step, "nll": records[0]["nll"]}
         if job.eval_sets and self.on_eval is not None:
             self.watchdog.beat(f"the samples after step {self.step}")
-            with rng_kept():
+            with preserved_rng():
                 self.on_eval(self.step)
         self._owed = False
         if again:
-            self.saving.forget()
+            self.checkpoints.invalidate()
             self.save()
         # Last, since a resume does not repeat the evaluation of the step it goes on from.
         if job.recipe.train.result == "best" and self.best and self.best["step"] == self.step:
@@ -277,11 +276,11 @@ class Trainer:
         job = self.job
         started = time.monotonic()
         self.watchdog.beat(f"the evaluation after step {self.step}")
-        found = self._with_less_memory(
+        found = self._retry_on_oom(
             lambda: evaluate(
                 job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device,
-                ranks=job.ranks, costs=job.costs, before_each=self._between,
-                together=job.reduce.all_or_none,
+                world=job.world, work_model=job.work, before_each=self._between,
+                together=job.grad_sync.all_ranks_or_none,
             ),
             held_out.documents, f"in the evaluation after step {self.step}", self.step,
             grouped=True,
@@ -289,7 +288,7 @@ class Trainer:
         return {
             "kind": "eval",
             "step": self.step,
-            "epoch": round(job.order.epoch_after(self.step - 1), 6) if self.step else 0.0,
+            "epoch": round(job.sampler.epoch_after(self.step - 1), 6) if self.step else 0.0,
             "set": held_out.name,
             "content_hash": held_out.content_hash,
             "rows": found.documents,
@@ -306,7 +305,7 @@ class Trainer:
         saved = "it is saved" if self.step else "there was nothing to save"
         if self.step:
             self.save()
-            self._settle()
+            self._wait_for_writer()
         self._emit({"kind": "event", "event": "interrupted", "signal": name, "step": self.step})
         raise InterruptedRun(
             f"stopped by {name} after step {self.step} of {self.job.total_steps}; {saved}",
@@ -322,14 +321,14 @@ class Trainer:
         longest = job.documents[int(longest_paths(job.documents).argmax())]
 
         def attempt() -> None:
-            plans = plan_step([longest], micro_tokens=job.micro_tokens, isolated=job.model.isolated)
-            with job.reduce.all_or_none():
+            plans = plan_step([longest], micro_tokens=job.micro_tokens, unpacked=job.model.unpacked)
+            with job.grad_sync.all_ranks_or_none():
                 for plan in plans[:1]:
-                    plan = own_part(plan, job.ranks.sharers)
+                    plan = local_part(plan, job.world.model_parallel)
                     job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
 
-        with rng_kept():
-            self._with_less_memory(attempt, [longest], "with the longest document", self.step)
+        with preserved_rng():
+            self._retry_on_oom(attempt, [longest], "with the longest document", self.step)
         job.optimizer.zero_grad()
 
     def _emit(self, record: Mapping[str, Any]) -> None:

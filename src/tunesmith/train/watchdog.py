@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.distributed.alarm import Alarm
+from tunesmith.distributed.hang_alarm import HangAlarm
 
 AUTO_SECONDS = 3600.0
 """The shortest limit that is chosen by itself."""
@@ -53,7 +53,7 @@ class Watchdog:
         self._last = clock()
         self._longest = 0.0
         self._at = "the start"
-        self._alarm = None if rank is None else Alarm(rank)
+        self._alarm = None if rank is None else HangAlarm(rank)
         self._done = threading.Event()
         self.stacks = folder / ("stacks.txt" if rank is None else f"stacks-rank-{rank}.txt")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.data.shapes.conversation import Chat, Example
+from tunesmith.data.formats.examples import Chat, Example
 from tunesmith.export import ModelCard, TemplateChoice, write_model
 from tunesmith.train.job import Job
 from tunesmith.types import Document

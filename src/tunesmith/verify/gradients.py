@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.layout.packing import MicrobatchPlan, plan_step
+from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.probe import native
+from tunesmith.model.selftest_probe import native
 from tunesmith.objectives import nll
 from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss
@@ -60,7 +60,7 @@ def packed(
     documents: Sequence[Document],
     *,
     micro_tokens: int,
-    share: bool,
+    share_prefixes: bool,
     loss: StepLoss | None = None,
 ) -> Learned:
     """The same by one step of this package with that layout; nothing is learned. `loss` is nll
@@ -68,8 +68,8 @@ def packed(
     """
     loss = loss or StepLoss(objective=nll, steps=1)
     plans = plan_step(
-        documents, micro_tokens=micro_tokens, share=share and not job.model.isolated,
-        isolated=job.model.isolated,
+        documents, micro_tokens=micro_tokens,
+        share_prefixes=share_prefixes and not job.model.unpacked, unpacked=job.model.unpacked,
     )  # fmt: skip
     _forget(job.model)
     keeper = _Keeper(job.model)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.reading.sources import read_rows
-from tunesmith.data.shapes.conversation import Chat, Completion, Example, Text
-from tunesmith.data.shapes.formats import detect_format, to_example
+from tunesmith.build.sources import make_sources
+from tunesmith.data.formats.detect import detect_format, to_example
+from tunesmith.data.formats.examples import Chat, Completion, Example, Text
+from tunesmith.data.sources.sources import read_rows
 from tunesmith.data.templates.template import Template
 from tunesmith.train.job import Job
-from tunesmith.train.sources import make_sources
 from tunesmith.types import Document, Origin
 from tunesmith.verify.outcome import Outcome
 

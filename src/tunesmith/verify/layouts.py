@@ -7,22 +7,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tunesmith.build.objective import noisy_objective
 from tunesmith.errors import TunesmithError
 from tunesmith.objectives import nll
-from tunesmith.train.assemble.objective import noisy_objective
 from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss
 from tunesmith.types import Document
 from tunesmith.verify.gradients import Learned, largest_difference, packed, plain
 from tunesmith.verify.outcome import Outcome, judged
-from tunesmith.verify.subject import tolerance_of
+from tunesmith.verify.workload import tolerance_of
 
 ALL_AT_ONCE = 10**9
 """`micro_tokens` that cut nothing."""
 NOISE = 0.02
 """Of parameters that an adapter begins at zero, whose partners would have no gradient."""
 ADVICE = (
-    "train with device.attention=isolated, which runs one path at a time, and report the model's "
+    "train with device.attention=unpacked, which runs one path at a time, and report the model's "
     "architecture"
 )
 
@@ -65,9 +65,11 @@ def packed_alone(subject: Layouts, reference: Learned) -> Outcome:
     """P2: all documents in one forward pass, nothing shared."""
 
     def run() -> Learned:
-        return packed(subject.job, subject.documents, micro_tokens=ALL_AT_ONCE, share=False)
+        return packed(
+            subject.job, subject.documents, micro_tokens=ALL_AT_ONCE, share_prefixes=False
+        )
 
-    isolated = subject.job.model.isolated
+    unpacked = subject.job.model.unpacked
     return _line(
         subject,
         reference,
@@ -76,7 +78,7 @@ def packed_alone(subject: Layouts, reference: Learned) -> Outcome:
         name="packed = alone",
         compared="loss, each document's loss and every gradient of one packed pass",
         oracle="plain transformers, one path at a time, labels made by hand",
-        note="this model runs one path at a time anyway" if isolated else "",
+        note="this model runs one path at a time anyway" if unpacked else "",
     )
 
 
@@ -85,7 +87,7 @@ def tree_flat(subject: Layouts) -> Outcome:
     job, compared = subject.job, "loss, each document's loss and every gradient, prefixes shared"
     repeated = replace(subject, documents=[*subject.documents, subject.documents[0]])
     oracle = "plain transformers, one path at a time, labels made by hand"
-    if job.model.isolated:
+    if job.model.unpacked:
         return Outcome(
             promise="P2",
             name="tree = flat",
@@ -97,7 +99,7 @@ def tree_flat(subject: Layouts) -> Outcome:
         )
 
     def run() -> Learned:
-        return packed(job, repeated.documents, micro_tokens=ALL_AT_ONCE, share=True)
+        return packed(job, repeated.documents, micro_tokens=ALL_AT_ONCE, share_prefixes=True)
 
     return _line(
         repeated,
@@ -121,13 +123,13 @@ def micro_batches(subject: Layouts) -> Outcome:
         def run() -> Learned:
             given = list(documents)[::-1] if turned else documents
             found = packed(
-                job, given, micro_tokens=micro_tokens, share=job.share, loss=loss
+                job, given, micro_tokens=micro_tokens, share_prefixes=job.share_prefixes, loss=loss
             )  # fmt: skip
             return replace(found, document_loss=found.document_loss[::-1]) if turned else found
 
         return run
 
-    alone = packed(job, documents, micro_tokens=1, share=False, loss=loss)
+    alone = packed(job, documents, micro_tokens=1, share_prefixes=False, loss=loss)
     return _line(
         subject,
         alone,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tunesmith.checkpoint.folder import load_checkpoint
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Recipe
 from tunesmith.config.sections.device import DeviceSection
-from tunesmith.train.checkpoint import load_checkpoint
 from tunesmith.verify.outcome import Outcome, judged
-from tunesmith.verify.subject import STEPS
+from tunesmith.verify.workload import STEPS
 
 NAME = "1 = N ranks"
 COMPARED = {
@@ -42,7 +42,7 @@ def for_ranks(recipe: Recipe, asked: DeviceSection, ranks: int) -> Recipe:
     """The recipe with model and sequences shared as `asked`, as far as so many ranks can."""
     shared = {
         "shard": "none" if asked.shard == "none" else "full",
-        "context": 1 if ranks % asked.context else asked.context,
+        "context_parallel": 1 if ranks % asked.context_parallel else asked.context_parallel,
     }
     return recipe.model_copy(update={"device": recipe.device.model_copy(update=shared)})
 

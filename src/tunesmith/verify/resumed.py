@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunesmith.train.checkpoint import TENSOR_FILES, load_checkpoint
+from tunesmith.checkpoint.folder import TENSOR_FILES, load_checkpoint
 from tunesmith.train.job import Job
 from tunesmith.train.trainer import Trainer
 from tunesmith.verify.outcome import Outcome
-from tunesmith.verify.subject import STEPS
+from tunesmith.verify.workload import STEPS
 
 HALF = STEPS // 2
 

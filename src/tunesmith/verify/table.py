@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tunesmith.train.folder import write_json, write_text
-from tunesmith.verify.examine import Verification
+from tunesmith.storage.atomic import write_json, write_text
 from tunesmith.verify.outcome import Outcome
+from tunesmith.verify.verify import Verification
 
 FILES = ("verify.md", "verify.json")
 

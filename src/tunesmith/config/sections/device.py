@@ -22,9 +22,9 @@ class DeviceSection(Section):
     share_prefixes: Literal["auto"] | bool = Field(
         default="auto", description="compute a prefix that rows of a step share once"
     )
-    attention: Literal["auto", "sdpa", "isolated"] = Field(
+    attention: Literal["auto", "sdpa", "unpacked"] = Field(
         default="auto",
-        description="sdpa: packed, by torch's own kernels; isolated: one path at a time, by the "
+        description="sdpa: packed, by torch's own kernels; unpacked: one path at a time, by the "
         "model's own attention",
     )
     kernels: Literal["auto", "torch", "liger"] = Field(
@@ -68,7 +68,7 @@ class DeviceSection(Section):
         description="keep prepared documents for the next run: true, false or a folder; true is "
         "TUNESMITH_CACHE, else the user's cache folder",
     )
-    prepare_processes: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+    num_proc: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
         default="auto",
         description="processes that prepare the data; auto: more than one where it takes long",
     )
@@ -82,12 +82,12 @@ class DeviceSection(Section):
         description="minutes that a rank waits for the others, in a step or for a save, before it "
         "calls them lost",
     )
-    context: Annotated[Count, Field(ge=1)] = Field(
+    context_parallel: Annotated[Count, Field(ge=1)] = Field(
         default=1,
         description="how many ranks share the tokens of each micro-batch, for sequences that do "
         "not fit one device; divides the ranks and the model's attention heads",
     )
-    tensor: Annotated[Count, Field(ge=1)] = Field(
+    tensor_parallel: Annotated[Count, Field(ge=1)] = Field(
         default=1,
         description="how many ranks hold one copy of the layers, each a part of every linear map; "
         "divides the ranks and the model's attention heads",

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from tunesmith.data.packing.pieces import Pieces
 from tunesmith.data.packing.strategies import Numbers, Spans, split, wrap
-from tunesmith.data.preparing.ledger import HELD_OUT, Ledger
-from tunesmith.data.preparing.prepare import UNUSED, Prepared
-from tunesmith.data.preparing.store import (
+from tunesmith.data.preprocess.document_store import (
     longest_paths,
     source_numbers,
     target_counts,
     token_counts,
 )
+from tunesmith.data.preprocess.ledger import HELD_OUT, Ledger
+from tunesmith.data.preprocess.prepare import UNUSED, Prepared
 from tunesmith.errors import DataError
 from tunesmith.types import Document
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.packing.strategies import Numbers, Spans
-from tunesmith.data.preparing.store import (
+from tunesmith.data.preprocess.document_store import (
     Counted,
     longest_paths,
     source_numbers,

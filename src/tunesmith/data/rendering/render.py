@@ -6,19 +6,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.rendering.contents import (
-    check_contents,
-    check_special_tokens,
-    refuse_special_tokens,
-)
-from tunesmith.data.rendering.encoding import Wanted
-from tunesmith.data.rendering.own_text import render_parts, render_tokens
-from tunesmith.data.rendering.paths import TokenPath, fit_paths, fit_stream
-from tunesmith.data.rendering.rendered import NO_TARGETS, Limit, Rendered, Rendering
-from tunesmith.data.rendering.templated import render_templated
-from tunesmith.data.rendering.turns import Turn, read_turns, render_all
-from tunesmith.data.shapes.conversation import (
+from tunesmith.data.formats.examples import (
     Chat,
     Completion,
     Example,
@@ -27,6 +15,18 @@ from tunesmith.data.shapes.conversation import (
     Text,
     Tokens,
 )
+from tunesmith.data.rendering.content_checks import (
+    check_contents,
+    check_special_tokens,
+    refuse_special_tokens,
+)
+from tunesmith.data.rendering.pretokenized import render_parts, render_tokens
+from tunesmith.data.rendering.result import NO_TARGETS, Limit, Rendered, Rendering
+from tunesmith.data.rendering.templated import render_templated
+from tunesmith.data.rendering.token_paths import TokenPath, fit_paths, fit_stream
+from tunesmith.data.rendering.tokenize import Wanted
+from tunesmith.data.rendering.turns import Turn, read_turns, render_all
+from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.templates.template import Template
 from tunesmith.types import IntArray, Origin
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.data.faults import refuse
-from tunesmith.data.rendering.own_text import refuse_roles
-from tunesmith.data.rendering.paths import TokenPath, fit_paths, fit_stream
-from tunesmith.data.rendering.rendered import Limit, Rendering
-from tunesmith.data.shapes.conversation import TemplatedText
+from tunesmith.data.formats.examples import TemplatedText
+from tunesmith.data.rendering.pretokenized import refuse_roles
+from tunesmith.data.rendering.result import Limit, Rendering
+from tunesmith.data.rendering.token_paths import TokenPath, fit_paths, fit_stream
+from tunesmith.data.row_errors import refuse
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_form import TurnForm, answer_end, turn_form
+from tunesmith.data.templates.turn_pattern import TurnPattern, answer_end, turn_form
 from tunesmith.types import NO_MESSAGE, Origin
 
 _SHOWN = 40
@@ -100,19 +100,19 @@ def find_answers(
     return text, spans
 
 
-def _openings(text: str, form: TurnForm) -> list[int]:
+def _openings(text: str, pattern: TurnPattern) -> list[int]:
     """Where answers begin, after what opens them."""
     places: list[int] = []
-    key, at = form.anchor + form.opening, 0
+    key, at = pattern.anchor + pattern.opening, 0
     while (at := text.find(key, at)) >= 0:
         at += len(key)
         places.append(at)
     return places
 
 
-def _check_pieces(text: str, form: TurnForm) -> None:
+def _check_pieces(text: str, pattern: TurnPattern) -> None:
     """Raises RowError where a control token stands where the template writes none."""
-    odd = form.odd_piece(text)
+    odd = pattern.odd_piece(text)
     if odd is None:
         return
     before, between, after = odd
@@ -127,18 +127,18 @@ def _check_pieces(text: str, form: TurnForm) -> None:
 
 
 def _check_answers(
-    text: str, spans: list[_Span], form: TurnForm, *, opened: int, last_only: bool
+    text: str, spans: list[_Span], pattern: TurnPattern, *, opened: int, last_only: bool
 ) -> None:
-    answers = form.answers(text)
-    if answers != opened and not (last_only and form.answers(text[spans[-1][0] :]) == 0):
+    answers = pattern.answers(text)
+    if answers != opened and not (last_only and pattern.answers(text[spans[-1][0] :]) == 0):
         refuse(
             "generation-prompt-mismatch",
-            f"{answers - opened} of {answers} answers begin with {form.header!r}, but the model "
-            f"is asked for one with {form.opening!r}",
+            f"{answers - opened} of {answers} answers begin with {pattern.header!r}, but the model "
+            f"is asked for one with {pattern.opening!r}",
             "give data.template_kwargs='{enable_thinking: false}' if the template knows it",
         )
     for number, (start, end) in enumerate(spans):
-        if not form.tokens.sub("", text[start:end]).strip():
+        if not pattern.tokens.sub("", text[start:end]).strip():
             refuse(
                 "empty-answer",
                 f"answer {number} is empty, so there is nothing to learn",

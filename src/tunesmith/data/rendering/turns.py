@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.faults import Fault, RowError
-from tunesmith.data.rendering.contents import check_contents, check_special_tokens
-from tunesmith.data.shapes.conversation import Chat, Message
+from tunesmith.data.formats.examples import Chat, Message
+from tunesmith.data.rendering.content_checks import check_contents, check_special_tokens
+from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.templates.template import Template
 
 ASSISTANT = "assistant"

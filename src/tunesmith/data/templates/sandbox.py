@@ -21,7 +21,7 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.templates.limits import (
+from tunesmith.data.templates.sandbox_limits import (
     WATCHED,
     TooLarge,
     bounded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tunesmith.data.shapes.conversation import Completion, Parts, TemplatedText, Text, Tokens
+from tunesmith.data.formats.examples import Completion, Parts, TemplatedText, Text, Tokens
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.minhash import near_pairs
 from tunesmith.doctor.outcome import FEW, Hit, Outcome, by_share

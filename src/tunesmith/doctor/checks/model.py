@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tunesmith.data.shapes.conversation import Chat
-from tunesmith.data.templates.dates import check_dates
+from tunesmith.data.formats.examples import Chat
+from tunesmith.data.templates.date_check import check_dates
 from tunesmith.doctor.corpus import ASSISTANT, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome
 from tunesmith.errors import DataError

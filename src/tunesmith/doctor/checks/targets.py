@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tunesmith.data.formats.examples import Chat
 from tunesmith.data.rendering.render import NO_TARGETS
-from tunesmith.data.shapes.conversation import Chat
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome
 

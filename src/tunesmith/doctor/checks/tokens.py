@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.data.shapes.conversation import Chat, Parts, TemplatedText, Text, Tokens
+from tunesmith.data.formats.examples import Chat, Parts, TemplatedText, Text, Tokens
 from tunesmith.data.templates.template import Template
 from tunesmith.doctor.checks.faults import STOPS, fault_hits
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup

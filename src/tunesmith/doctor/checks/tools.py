@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
 
-from tunesmith.data.shapes.conversation import Chat, Message
+from tunesmith.data.formats.examples import Chat, Message
 from tunesmith.doctor.checks.faults import of_tools, refusal
 from tunesmith.doctor.corpus import ASSISTANT, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome, quote

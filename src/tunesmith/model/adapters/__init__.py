@@ -8,7 +8,7 @@ from tunesmith.model.adapters.add import (
     load_adapter,
     refuse_plain_base,
 )
-from tunesmith.model.adapters.initial import began_quantized, save_adapter
+from tunesmith.model.adapters.initialization import began_quantized, save_adapter
 from tunesmith.model.adapters.kinds import AdapterSpec
 from tunesmith.model.adapters.report import AdapterReport, freeze, full_report
 from tunesmith.model.adapters.targets import Candidates, candidates, expert_counts

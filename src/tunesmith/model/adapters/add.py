@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.model.adapters.initial import begin_with_loftq, remember_start
+from tunesmith.model.adapters.fused_lora import fuse_low_rank
+from tunesmith.model.adapters.initialization import begin_with_loftq, remember_start
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
@@ -29,7 +30,6 @@ from tunesmith.model.adapters.kinds import (
     peft_config,
     unfit_places,
 )
-from tunesmith.model.adapters.low_rank import fuse_low_rank
 from tunesmith.model.adapters.report import AdapterReport, report
 from tunesmith.model.adapters.targets import (
     Candidates,
@@ -39,8 +39,8 @@ from tunesmith.model.adapters.targets import (
     missed_experts,
 )
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.quantized_weight import is_packed, is_quantized
-from tunesmith.model.vocabulary import trained_rows
+from tunesmith.model.ops.packed_weight import is_packed, is_quantized
+from tunesmith.model.resize_embeddings import trained_rows
 
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 

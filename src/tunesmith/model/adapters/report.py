@@ -10,7 +10,7 @@ from torch import nn
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import compiled, kinds_of
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.quantized_weight import parameter_count
+from tunesmith.model.ops.packed_weight import parameter_count
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
-from tunesmith.model.forwards import replace_forward, restore_forwards
 from tunesmith.model.kernels.provider import KEY, Provider
 from tunesmith.model.kernels.trial import (
     Compute,
@@ -27,6 +26,7 @@ from tunesmith.model.kernels.trial import (
     norm_eps,
     norm_variants,
 )
+from tunesmith.model.ops.forward_override import replace_forward, restore_forwards
 
 MARK = "computed_by_a_kernel"
 

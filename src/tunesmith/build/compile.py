@@ -1,0 +1,107 @@
+"""Whether the decoder's layers are compiled: which recipes that goes with, and that it is exact."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from tunesmith.build.kernels import check_kernels
+from tunesmith.build.microbatch_size import made_up_batch
+from tunesmith.build.parallelize import decoder_layers
+from tunesmith.checkpoint.rng import preserved_rng
+from tunesmith.config.schema import Recipe
+from tunesmith.distributed.oom import is_out_of_memory
+from tunesmith.distributed.world import World
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.compile import compile_layers, difference, restore_layers
+from tunesmith.model.kernels import Replaced
+
+KEY = "device.compile"
+TOKENS = {"cpu": 127, "other": 2039}
+"""Of the trial: prime, so that no size of a model is taken for the number of tokens."""
+
+
+def check_computing(recipe: Recipe) -> None:
+    """Refuse kernels that are not installed, and what doesn't go with compiled layers, before
+    anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    check_kernels(recipe)
+    device = recipe.device
+    if device.compile == "none":
+        return
+    for where, wrong, instead, why in (
+        ("device.kernels", device.kernels == "liger", "auto",
+         "replaces what the compiler makes kernels of itself"),
+        ("device.gradient_checkpointing", device.gradient_checkpointing == "selective", "layers",
+         "keeps results of operations that a compiled layer no longer has"),
+        ("device.shard", device.shard != "none", "none", "gives each rank a part of the weights"),
+        ("device.tensor_parallel", device.tensor_parallel > 1, "1",
+         "sends messages inside of a layer"),
+        ("device.activation_offload", device.activation_offload, "false",
+         "moves what operations keep"),
+        ("model.float8", recipe.model.float8 != "none", "none", "rounds inside of a product"),
+        ("model.quantization", recipe.model.quantization != "none", "none",
+         "multiplies by kernels that are no operations of torch"),
+    ):  # fmt: skip
+        if wrong:
+            raise RecipeError(
+                f"this {why}, which {KEY}={device.compile} does not go with",
+                where=where,
+                hint=f"{where}={instead}, or {KEY}=none",
+            )
+
+
+def compile_model(
+    recipe: Recipe, model: CausalLM, world: World, device: torch.device, *, tokens: int
+) -> str | None:
+    """Compile the layers if that is asked; what a start says of it.
+
+    They are tried on at most `tokens`; where they compute something else, or can't be compiled, it
+    is said and they stay as they are, on all ranks.
+    """
+    if recipe.device.compile == "none":
+        return None
+    tokens = min(tokens, TOKENS["cpu" if device.type == "cpu" else "other"])
+    layers = []
+    try:
+        layers = decoder_layers(model)
+        with preserved_rng():
+            compile_layers(layers, deterministic=recipe.device.deterministic)
+            apart = difference(model, layers, made_up_batch(model, tokens, device))
+        problem = f"they differ by {apart:.1e} times what rounding explains"
+    except Exception as error:  # of compilers, which raise whatever they like
+        if is_out_of_memory(error):
+            raise
+        message = error.message if isinstance(error, ModelError) else str(error)
+        apart, problem = float("inf"), (message.splitlines() or [type(error).__name__])[0]
+    (worst,) = world.all_reduce_max([apart])
+    if worst <= 1:
+        return f"{len(layers)} layers, tried on {tokens:,} tokens"
+    restore_layers(model)
+    if apart <= 1:
+        problem = "another rank can't"
+    warnings.warn(f"the layers are not compiled: {problem}", stacklevel=2)
+    return None
+
+
+def computed_by(kernels: Replaced | None, compiled: str | None) -> dict[str, str]:
+    """What machine.json keeps of it, and a resume must find the same."""
+    return {
+        "kernels": "torch" if kernels is None else kernels.text,
+        "compile": "none" if compiled is None else compiled,
+    }
+
+
+def computing_lines(kernels: Replaced | None, compiled: str | None) -> list[str]:
+    """What a start says of it; nothing where the model computes as it is."""
+    said = computed_by(kernels, compiled)
+    return [
+        f"{key}: {said[key]}"
+        for key, there in (("kernels", kernels), ("compile", compiled))
+        if there is not None
+    ]

@@ -1,0 +1,129 @@
+"""Ranks that share the tokens of a micro-batch: which recipes and models that goes with, and that
+it is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunesmith.build.parity import (
+    NARROW,
+    check_groups,
+    difference,
+    probe_plan,
+    rounding_of,
+    states_only,
+)
+from tunesmith.config.schema import Recipe
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
+from tunesmith.distributed.world import World
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.train.microbatches import local_part
+
+
+def check_context_recipe(recipe: Recipe, world: World) -> None:
+    """Refuse what can't be shared by so many ranks, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    context = recipe.device.context_parallel
+    if context == 1:
+        return
+    check_groups("device.context_parallel", context, world, what="share a sequence")
+    section = recipe.objective
+    for where, asked, why in (
+        ("device.attention", recipe.device.attention == "unpacked", "takes whole paths"),
+        ("objective.router_aux", section.router_aux > 0, "looks at all tokens of a path at once"),
+        (
+            "objective.scheduled_sampling",
+            section.scheduled_sampling > 0,
+            "writes guesses over tokens that another rank may have",
+        ),
+    ):
+        if asked:
+            raise RecipeError(
+                f"this {why}, and device.context_parallel={context} gives each rank a slice",
+                where=where,
+                hint=f"leave {where} at its default, or device.context_parallel=1",
+            )
+
+
+def check_model(model: CausalLM, cp: ContextParallel) -> None:
+    """Refuse a model whose sequences can't be shared.
+
+    Raises:
+        ModelError: its heads can't be dealt, or it takes one path at a time only.
+    """
+    if cp.size == 1:
+        return
+    if model.unpacked:
+        raise ModelError(
+            "this model runs one path at a time with its own attention, which needs all tokens "
+            "of a path on one device",
+            where="device.context_parallel",
+            hint="device.context_parallel=1",
+        )
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % cp.size:
+        raise uneven_heads(heads, cp.size)
+
+
+def check_exact(
+    model: CausalLM, world: World, *, device: torch.device, compute: torch.dtype
+) -> None:
+    """Hold this model, its tokens shared by the ranks, to what each of them computes alone.
+
+    Two made-up documents, on all ranks at the same time, with weights whole or spread; `compute` is
+    the model's own precision.
+
+    Raises:
+        ModelError: hidden states differ by more than rounding.
+    """
+    if world.cp.size == 1:
+        return
+    difference = _difference(model, world.cp, device, narrow=compute in NARROW)
+    (worst,) = world.all_reduce_max([difference / rounding_of(compute, device)])
+    if not worst <= 1:
+        raise ModelError(
+            f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
+            "rounding explains",
+            where="device.context_parallel",
+            hint="device.context_parallel=1",
+        )
+
+
+def _difference(
+    model: CausalLM, cp: ContextParallel, device: torch.device, *, narrow: bool
+) -> float:
+    """How far this rank's hidden states are from those of one process."""
+    plan = probe_plan(model)
+    part = local_part(plan, cp)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            whole, found = (model(collate(p, device), states_only) for p in (plan, part))
+    finally:
+        model.train(training)
+    assert isinstance(whole, Tensor)
+    assert isinstance(found, Tensor)
+    own = part.layout.local
+    wanted = whole[own.start : own.stop]  # without what was added at the end
+    return difference(found[: len(wanted)], wanted, narrow=narrow) if len(wanted) else 0.0
+
+
+def context_line(context: int, ranks: int, *, longest: int) -> list[str]:
+    """How micro-batches are spread where ranks share them; nothing where they don't."""
+    if context == 1:
+        return []
+    groups = ranks // context
+    size = -(-longest // context)
+    dealt = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
+    return [
+        f"context: {dealt}, each rank with 1/{context} of its micro-batch's tokens; of the longest "
+        f"path, {longest:,} tokens, at most {size:,} on a rank"
+    ]

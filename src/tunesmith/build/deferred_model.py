@@ -1,0 +1,136 @@
+"""A model that no rank ever holds whole: its weights stay in their files until each reads its part,
+and a trial model of a few layers is tested in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.build.inputs import UserObjects
+from tunesmith.build.model import load_model
+from tunesmith.checkpoint.rng import preserved_rng
+from tunesmith.config.schema import Recipe
+from tunesmith.data.templates.template import Template
+from tunesmith.distributed.world import World
+from tunesmith.errors import ModelError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.deferred_load import Traits, deferred_model, mismatch, trial_model
+from tunesmith.model.ops.dtype import choose_dtype
+from tunesmith.model.selftest import SelfTest, self_test
+from tunesmith.model.source import ModelSource
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model, and what is tested of it: itself, or on the first rank its trial."""
+
+    model: CausalLM
+    trial: CausalLM | None = None
+
+
+def load_for_ranks(
+    recipe: Recipe,
+    source: ModelSource | None,
+    objects: UserObjects,
+    *,
+    template: Template,
+    world: World,
+    device: torch.device,
+) -> LoadedModel:
+    """The model, without its weights where it will be spread and its files can be read in parts."""
+    if recipe.device.shard == "none" and world.tp.size == 1:
+        return LoadedModel(load_model(recipe, source, objects, device, template=template))
+    reason = _needs_whole(recipe, source, template)
+    if reason is None and source is not None:
+        with preserved_rng():
+            found = _deferred(recipe, source, world, device)
+        if isinstance(found, LoadedModel):
+            return found
+        reason = found
+    # One that will be spread comes to a GPU a layer at a time.
+    home = torch.device("cpu")
+    model = load_model(recipe, source, objects, device, template=template, home=home)
+    model.notes.append(f"each rank loads the whole model before it is given out in parts: {reason}")
+    return LoadedModel(model)
+
+
+def test_loaded(loaded: LoadedModel, world: World, *, max_length: int) -> SelfTest:
+    """The self-test of the model; of one without weights on the first rank, by its trial.
+
+    Raises:
+        ModelError: as `self_test`, on every rank.
+    """
+    model = loaded.model
+    if model.unread is None:
+        return self_test(model, max_length=max_length)
+    found: SelfTest | tuple[str, str | None, str | None] | None = None
+    if loaded.trial is not None:
+        if model.unpacked:
+            loaded.trial.run_unpacked()
+        try:
+            found = self_test(loaded.trial, max_length=max_length)
+        except ModelError as error:
+            found = (error.message, error.where, error.hint)
+    found = world.broadcast_object(found)
+    if isinstance(found, tuple):
+        raise ModelError(found[0], where=found[1], hint=found[2])
+    assert found is not None
+    loaded.trial = None
+    if found.unpacked and not model.unpacked:
+        model.run_unpacked()
+    return found
+
+
+def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template) -> str | None:
+    """Why it can't be built without its weights, as far as the recipe says."""
+    adapter = recipe.adapter
+    if source is None:
+        return "it was given in memory"
+    if recipe.device.tensor_parallel > 1:
+        return "what its parts compute is held to the whole"
+    if recipe.model.quantization != "none":
+        return "its base is quantised while it is read"
+    if source.adapter_folder is not None or adapter.continue_from is not None:
+        return "it goes on with an adapter"
+    if template.added:
+        return "the template adds rows to its embedding"
+    if recipe.objective.kl and adapter.kind == "none":
+        return "the objective compares with a frozen copy of it"
+    return None
+
+
+def _deferred(
+    recipe: Recipe, source: ModelSource, world: World, device: torch.device
+) -> LoadedModel | str:
+    """The model without its weights, or why its files can't be read in parts. The first rank finds
+    out, with a trial model that no other has.
+    """
+    chosen = choose_dtype(recipe.model.dtype, device)
+    trust = recipe.model.trust_remote_code
+    trial: CausalLM | None = None
+    traits: Traits | str | None = None
+    if world.is_main:
+        try:
+            trial = trial_model(source, dtype=chosen.dtype, trust_remote_code=trust)
+        except ModelError as error:  # loading the whole says it on every rank
+            traits = error.message
+        else:
+            traits = "no two of its layers are alike"
+            if trial is not None:
+                traits = Traits(trial.native_attention, trial.unpacked)
+    traits = world.broadcast_object(traits)
+    if not isinstance(traits, Traits):
+        return str(traits)
+    model = deferred_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
+    reason = world.broadcast_object(None if trial is None else mismatch(model, trial))
+    if reason is not None:
+        return reason
+    layers = trial.config.get_text_config().num_hidden_layers if trial is not None else 0
+    model.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
+    model.notes.append(
+        f"each rank reads its own part of the weights; tested with the first {layers} of "
+        f"{model.config.get_text_config().num_hidden_layers} layers"
+    )
+    return LoadedModel(model, trial)

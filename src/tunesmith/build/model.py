@@ -1,0 +1,111 @@
+"""The model on its device, once it is sure to fit."""
+
+from __future__ import annotations
+
+import torch
+
+from tunesmith.build.inputs import UserObjects
+from tunesmith.config.schema import Recipe
+from tunesmith.data.templates.template import Template
+from tunesmith.errors import RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm
+from tunesmith.model.memory.estimate import MemoryEstimate, check_fits, measure
+from tunesmith.model.quantization.load import Quantization
+from tunesmith.model.resize_embeddings import add_rows
+from tunesmith.model.source import ModelSource
+
+
+def check_memory(
+    recipe: Recipe, source: ModelSource | None, device: torch.device, *, free: int
+) -> MemoryEstimate | None:
+    """What training takes, if that is within `free` bytes."""
+    check_quantization(recipe, source)
+    if source is None:
+        return None
+    return check_fits(
+        measure(source, trust_remote_code=recipe.model.trust_remote_code),
+        dtype=choose_dtype(recipe.model.dtype, device).dtype,
+        rank=_rank(recipe),
+        kind=recipe.adapter.kind,
+        rotation_size=recipe.adapter.rotation_size,
+        quantization=chosen_quantization(recipe),
+        optimizer=recipe.optim.name,
+        paged=recipe.device.paged_optimizer,
+        frozen_copy=bool(recipe.objective.kl),
+        free=free,
+        name=recipe.model.name,
+    )
+
+
+def chosen_quantization(recipe: Recipe) -> Quantization | None:
+    """How the base is kept, None for a plain one."""
+    if recipe.model.quantization == "none":
+        return None
+    return Quantization(recipe.model.quantization, double=recipe.model.double_quantization)
+
+
+def check_quantization(recipe: Recipe, source: ModelSource | None) -> None:
+    """Raises:
+    RecipeError: a quantised base would have to be trained itself, or is not ours to quantise.
+    """
+    kind, adapter = recipe.model.quantization, recipe.adapter
+    if kind == "none":
+        return
+    if source is None:
+        raise RecipeError(
+            f"{kind} is made while a model is read, and this one was given in memory",
+            where="model.quantization",
+            hint="name the model's folder",
+        )
+    frozen = adapter.parameters is not None or adapter.top_layers is not None
+    came = source.adapter_folder is not None or adapter.continue_from is not None
+    if adapter.kind == "none" and (frozen or not came):
+        raise RecipeError(
+            f"weights kept as {kind} can't be trained, only an adapter on them",
+            where="model.quantization",
+            hint="add adapter=lora, or model.quantization=none",
+        )
+
+
+def _rank(recipe: Recipe) -> int | None:
+    """None where the model's own parameters are trained."""
+    whole = recipe.adapter.kind == "none" and recipe.adapter.continue_from is None
+    return None if whole else recipe.adapter.rank
+
+
+def load_model(
+    recipe: Recipe,
+    source: ModelSource | None,
+    objects: UserObjects,
+    device: torch.device,
+    *,
+    template: Template,
+    home: torch.device | None = None,
+) -> CausalLM:
+    """The model, with rows for the tokens that its template added to the tokenizer; in memory of
+    `home` where it will come to `device` in parts.
+    """
+    model = _load(recipe, source, objects, device, home or device)
+    padded = recipe.adapter.kind == "none"  # who loads an adapter counts the tokenizer's tokens
+    model.notes += add_rows(model, [token.id for token in template.added], padded=padded)
+    return model
+
+
+def _load(
+    recipe: Recipe,
+    source: ModelSource | None,
+    objects: UserObjects,
+    device: torch.device,
+    home: torch.device,
+) -> CausalLM:
+    if source is None:
+        return wrap_causal_lm(objects.model.to(home))
+    dtype = recipe.model.dtype
+    return load_causal_lm(
+        source,
+        dtype=dtype if home == device else choose_dtype(dtype, device).dtype,
+        device=home,
+        quantization=chosen_quantization(recipe),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )

@@ -1,0 +1,229 @@
+"""Ranks that hold the layers of one copy of a model together: which recipes and models that goes
+with, and that it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.build.parity import (
+    ELEMENTWISE,
+    NARROW,
+    check_groups,
+    difference,
+    probe_plan,
+    rounding_of,
+    states_only,
+)
+from tunesmith.config.schema import Recipe
+from tunesmith.data.microbatch.collate import collate
+from tunesmith.distributed.grad_sync import NoSync
+from tunesmith.distributed.oom import is_out_of_memory
+from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
+from tunesmith.distributed.world import World
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.ops.bf16_upcast import restore_linear_layers
+from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
+
+ADAPTERS = ("none", "lora", "rslora")
+ROUGHER = 5
+"""How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
+was missing it would be off by more than half.
+"""
+TINY = 1e-30
+
+
+def check_tensor_recipe(recipe: Recipe, world: World) -> None:
+    """Refuse what can't be divided over so many ranks, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key and what to give instead.
+    """
+    count = recipe.device.tensor_parallel
+    if count == 1:
+        return
+    check_groups(KEY, count, world, what="divide the layers")
+    for where, wrong, instead, why in (
+        (
+            "device.context_parallel",
+            recipe.device.context_parallel > 1,
+            "1",
+            "deals sequences to the same ranks",
+        ),
+        ("device.shard", recipe.device.shard != "none", "none", "divides the same weights"),
+        ("adapter.kind", recipe.adapter.kind not in ADAPTERS, "lora", "needs whole weights"),
+        ("model.quantization", recipe.model.quantization != "none", "none", "packs whole weights"),
+        (
+            "optim.name",
+            recipe.optim.name not in ELEMENTWISE,
+            ELEMENTWISE[0],
+            "looks at whole weights",
+        ),
+        ("device.attention", recipe.device.attention == "unpacked", "auto", "is not divided"),
+        (
+            "objective.scheduled_sampling",
+            recipe.objective.scheduled_sampling > 0,
+            "0",
+            "needs the guesses at all targets, of which each rank has a share",
+        ),
+        ("eval.samples", recipe.eval.samples > 0, "0", "needs a whole model on one rank"),
+    ):
+        if wrong:
+            raise RecipeError(
+                f"this {why}, and {KEY}={count} gives each rank a part of every layer",
+                where=where,
+                hint=f"{where}={instead}, or {KEY}=1",
+            )
+
+
+def sharded_fraction(model: CausalLM, world: World) -> float:
+    """The share of the model's parameters of which each rank has a part.
+
+    Raises:
+        ModelError: it can't be divided.
+    """
+    return 0.0 if world.tp.size == 1 else _plan_of(model, world).sharded_fraction(model)
+
+
+def _plan_of(model: CausalLM, world: World) -> LayerPlan:
+    if model.unpacked:
+        raise ModelError(
+            "this model runs one path at a time with its own attention, which is not divided",
+            where=KEY,
+            hint=f"{KEY}=1",
+        )
+    return layer_plan(model, world.tp.size)
+
+
+def tp_plan_of(model: CausalLM, world: World) -> TPPlan:
+    """What of the model is divided.
+
+    Raises:
+        ModelError: it can't be.
+    """
+    plan = _plan_of(model, world)
+    embedding = model.base.get_input_embeddings()
+    termed = [*plan.partial_grad, embedding, model.head]  # each rank has its own targets
+    return TPPlan(plan.colwise, plan.rowwise, plan.sharded, termed, embedding)
+
+
+def tensor_parallelize_checked(
+    model: CausalLM, world: World, device: torch.device
+) -> TensorParallelSync:
+    """Give each rank its part of the layers, if that computes the same.
+
+    Every rank comes with the whole model, of the same weights, in the host's memory.
+
+    Raises:
+        ModelError: it can't be divided, or differs by more than rounding.
+    """
+    if device.type != "cpu":
+        restore_linear_layers(model)
+    plan = tp_plan_of(model, world)
+    probes = _probes(model, plan)
+    wanted = _probe(model, probes, terms=1)
+    shards = tensor_parallelize(model, plan, world, device)
+    model.before_head = shards.region.copy_to
+    try:
+        with world.naming_lost_rank():
+            found = _probe(model, probes, terms=world.tp.size)
+            apart = _difference(wanted, found, probes, world)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"this model does not run in parts: {error}", where=KEY, hint=f"{KEY}=1"
+        ) from error
+    (worst,) = world.all_reduce_max([apart])
+    if not worst <= 1:
+        raise ModelError(
+            f"this model differs in parts, {worst:.1e} times what rounding explains",
+            where=KEY,
+            hint=f"{KEY}=1",
+        )
+    shards.clear()
+    return shards
+
+
+@dataclass(frozen=True, slots=True)
+class _Probed:
+    parameter: Tensor
+    dimension: int | None
+    partial_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a made-up micro-batch gives: hidden states, and gradients of what is looked at."""
+
+    hidden: Tensor
+    gradients: Sequence[Tensor]
+    compute: torch.dtype
+
+
+def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
+    """What is trained of the decoder's whole parameters but the embedding, and of the divided ones
+    the first of either kind: the backward pass to them goes through all trained layers.
+    """
+    termed = {id(p) for module in plan.partial_grad for p in module.parameters()}
+    spared = {id(p) for p in plan.embedding.parameters()}
+    trained = [(p, n) for p, n in plan.sharded if p.requires_grad]
+    first = {n: p for p, n in reversed(trained)}
+    whole = [
+        p
+        for p in model.decoder.parameters()
+        if p.requires_grad and id(p) not in spared and plan.shard_dim(p) is None
+    ]
+    return [_Probed(p, plan.shard_dim(p), id(p) in termed) for p in (*whole, *first.values())]
+
+
+def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
+    """`terms`: how many ranks' gradients of the hidden states are added up."""
+    training = model.training
+    model.eval()
+    device = model.head.weight.device
+    try:
+        hidden = model(collate(probe_plan(model), device), states_only)
+    finally:
+        model.train(training)
+    assert isinstance(hidden, Tensor)
+    toward = torch.arange(hidden.numel(), device=device).view_as(hidden).float().cos()
+    value = (hidden.float() * toward).sum() / terms
+    wanted = [probe.parameter for probe in probes]
+    gradients = torch.autograd.grad(value, wanted) if wanted else ()
+    return _Seen(hidden.detach(), gradients, model.head.weight.dtype)
+
+
+def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: World) -> float:
+    """The largest relative difference of a token's hidden states, or of a gradient; over what
+    rounding may change.
+    """
+    split, device = world.tp, found.hidden.device
+    states, narrow = rounding_of(found.compute, device), found.compute in NARROW
+    gradients = states * (ROUGHER if narrow else 1)
+    worst = difference(found.hidden, wanted.hidden, narrow=narrow) / states
+    for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
+        if probe.dimension is not None:
+            one = one.chunk(split.size, probe.dimension)[split.rank]
+        one, own = one.to(device).float(), own.float()
+        if probe.partial_grad:
+            own = split.all_reduce(own.clone())
+        worst = max(worst, float((own - one).norm() / one.norm().clamp(min=TINY)) / gradients)
+    return worst
+
+
+def tensor_line(world: World, grad_sync: NoSync) -> list[str]:
+    """How the layers are divided, where they are."""
+    if not isinstance(grad_sync, TensorParallelSync):
+        return []
+    count, share = world.tp.size, grad_sync.sharded_fraction
+    copies = f", {world.dp_size} copies" if world.dp_size > 1 else ""
+    return [
+        f"tensor: {count} ranks hold one copy of the layers{copies}; {share:.0%} of the parameters "
+        f"are divided, each rank has {1 - share + share / count:.0%} of all"
+    ]

@@ -1,0 +1,220 @@
+"""What became of every row and every token of the input; the columns add up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.preprocess.holdout import HoldoutChoice
+from tunesmith.types import Origin
+
+HELD_OUT = "held out for evaluation"
+_EXAMPLES = 3
+
+
+class LedgerError(AssertionError):
+    """The columns don't add up: a defect of this program, never of the data."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of rows and of tokens.
+
+    Every row is in one of the row columns, every token of a rendered row in one of the token
+    columns. Rows that could not be rendered, and held-out ones, have no tokens here.
+    """
+
+    rows: int = 0
+    rows_trained: int = 0  # in full
+    rows_truncated: int = 0  # trained on in part
+    rows_dropped: int = 0
+    rows_held_out: int = 0
+    tokens: int = 0
+    tokens_trained: int = 0  # targets
+    tokens_context: int = 0  # read by the model, never a target
+    tokens_truncated: int = 0  # cut off a row that is trained on
+    tokens_dropped: int = 0  # of dropped rows
+    tokens_unused: int = 0  # of a trained row, with nothing to learn after them
+
+    def add(self, other: Totals) -> None:
+        """Add another's counts to these."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def check(self, place: str) -> None:
+        """Raises LedgerError unless rows and tokens are the sums of their columns, none below 0."""
+        for whole in ("rows", "tokens"):
+            parts = {
+                name: getattr(self, name) for name in self.__slots__ if name.startswith(whole + "_")
+            }
+            if getattr(self, whole) != sum(parts.values()) or min(parts.values()) < 0:
+                raise LedgerError(f"ledger of {place}: {getattr(self, whole)} {whole}, but {parts}")
+
+
+@dataclass(slots=True)
+class Reason:
+    """The rows of one source that share a reason: all their numbers, and a few in words."""
+
+    rows: list[int] = field(default_factory=list[int])
+    tokens: int = 0
+    examples: list[str] = field(default_factory=list[str])
+
+
+class Ledger:
+    """Counts by source, and by source and reason whatever is not trained on in full."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Totals] = {}
+        self.reasons: dict[str, dict[str, Reason]] = {}
+        self.holdout: dict[str, Any] | None = None
+        self.plan: dict[str, Any] | None = None  # how often the run sees each source
+
+    @property
+    def totals(self) -> Totals:
+        """The sum over all sources."""
+        total = Totals()
+        for counts in self.sources.values():
+            total.add(counts)
+        return total
+
+    def add_trained(
+        self, origin: Origin, *, tokens: int, targets: int, context: int, unused: int = 0
+    ) -> None:
+        """A row that is learned from; what is missing from its tokens was truncated."""
+        truncated = tokens - targets - context - unused
+        counts = self.sources.get(origin.source)
+        if counts is None:
+            counts = self.sources[origin.source] = Totals()
+        counts.rows += 1
+        counts.rows_trained += not truncated
+        counts.rows_truncated += truncated != 0
+        counts.tokens += tokens
+        counts.tokens_trained += targets
+        counts.tokens_context += context
+        counts.tokens_truncated += truncated
+        counts.tokens_unused += unused
+
+    def add_dropped(self, origin: Origin, *, tokens: int = 0) -> None:
+        """A row that is not learned from; a bad row has no tokens."""
+        self._count(origin, Totals(rows=1, rows_dropped=1, tokens=tokens, tokens_dropped=tokens))
+
+    def add_held_out(self, origin: Origin) -> None:
+        """A row kept for evaluation; its tokens are counted where it is evaluated."""
+        self._count(origin, Totals(rows=1, rows_held_out=1))
+        self.explain(origin, HELD_OUT)
+
+    def take_back(
+        self,
+        origin: Origin,
+        *,
+        targets: int,
+        context: int,
+        reason: str,
+        whole: bool,
+        truncated: bool,
+    ) -> None:
+        """Targets and context of a row that are not learned from or read after all: cut off, or
+        with `whole` all that was left of the row. `truncated`: it was cut before.
+        """
+        counts = self.sources[origin.source]
+        counts.tokens_trained -= targets
+        counts.tokens_context -= context
+        if truncated:
+            counts.rows_truncated -= 1
+        else:
+            counts.rows_trained -= 1
+        if whole:
+            counts.rows_dropped += 1
+            counts.tokens_dropped += targets + context
+        else:
+            counts.rows_truncated += 1
+            counts.tokens_truncated += targets + context
+        self.explain(origin, reason, tokens=targets + context)
+
+    def relearn(self, source: str, *, targets: int) -> None:
+        """So many tokens of a source's context are targets now; below 0 the other way round."""
+        self.sources[source].tokens_trained += targets
+        self.sources[source].tokens_context -= targets
+
+    def note_holdout(self, asked: str, choice: HoldoutChoice) -> None:
+        """What was asked to be held out, how many rows that is, and the hashes of them."""
+        contents = sorted(digest.hex() for digest in choice.digests)
+        self.holdout = {"asked": asked, "rows": choice.rows, "contents": contents}
+
+    def explain(
+        self, origin: Origin, reason: str, *, tokens: int = 0, detail: str | None = None
+    ) -> None:
+        """Why `tokens` tokens of a row (or the whole row, where it has none) are not trained on."""
+        entry = self.reasons.setdefault(origin.source, {}).setdefault(reason, Reason())
+        entry.rows.append(origin.row)
+        entry.tokens += tokens
+        if detail and len(entry.examples) < _EXAMPLES:
+            entry.examples.append(f"{origin}: {detail}")
+
+    def merge(self, other: Ledger) -> None:
+        """Add another ledger's rows to these."""
+        self.holdout = self.holdout or other.holdout
+        for name, counts in other.sources.items():
+            self.sources.setdefault(name, Totals()).add(counts)
+        for name, reasons in other.reasons.items():
+            for reason, entry in reasons.items():
+                mine = self.reasons.setdefault(name, {}).setdefault(reason, Reason())
+                mine.rows.extend(entry.rows)
+                mine.tokens += entry.tokens
+                mine.examples = (mine.examples + entry.examples)[:_EXAMPLES]
+
+    def check(self) -> None:
+        """Raises LedgerError unless every source adds up and each of its losses has a reason."""
+        for name, counts in self.sources.items():
+            counts.check(name)
+            explained = sum(entry.tokens for entry in self.reasons.get(name, {}).values())
+            lost = counts.tokens_truncated + counts.tokens_dropped + counts.tokens_unused
+            if explained != lost:
+                raise LedgerError(f"ledger of {name}: {lost} tokens lost, {explained} explained")
+            reasons = sum(len(entry.rows) for entry in self.reasons.get(name, {}).values())
+            if reasons < counts.rows_truncated + counts.rows_dropped + counts.rows_held_out:
+                raise LedgerError(f"ledger of {name}: {reasons} reasons are too few for its rows")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`, `plan`."""
+        return {
+            "holdout": self.holdout,
+            "plan": self.plan,
+            "totals": asdict(self.totals),
+            "sources": {name: asdict(counts) for name, counts in self.sources.items()},
+            "reasons": {
+                name: {reason: asdict(entry) for reason, entry in reasons.items()}
+                for name, reasons in self.reasons.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Ledger:
+        """The ledger that `to_dict` wrote."""
+        ledger = cls()
+        ledger.holdout = values["holdout"]
+        ledger.plan = values.get("plan")
+        ledger.sources = {name: Totals(**counts) for name, counts in values["sources"].items()}
+        ledger.reasons = {
+            name: {reason: Reason(**entry) for reason, entry in reasons.items()}
+            for name, reasons in values["reasons"].items()
+        }
+        return ledger
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON; the file is whole or not there."""
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        """The ledger that `save` wrote."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def _count(self, origin: Origin, counts: Totals) -> None:
+        self.sources.setdefault(origin.source, Totals()).add(counts)

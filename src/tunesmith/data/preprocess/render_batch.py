@@ -1,0 +1,209 @@
+"""Many rows at a time: each is rendered apart, their texts are encoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+from tunesmith.data.formats.detect import FORMATS, detect_format, to_example
+from tunesmith.data.preprocess.document_store import Columns, pack
+from tunesmith.data.rendering.render import Rendered, Rendering, render_steps
+from tunesmith.data.rendering.tokenize import Encoder, Wanted
+from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.sources.readers.rows import LongRow
+from tunesmith.data.templates.template import Template
+from tunesmith.types import IntArray, Origin
+
+ROWS = 128
+"""Rows of a full batch: enough to share texts, few enough to stay in cache."""
+
+T = TypeVar("T")
+
+
+class Task(NamedTuple):
+    """A row that is to be rendered, in the format that its source has."""
+
+    origin: Origin
+    values: dict[str, Any]
+    format: str | None  # of the source; None where no row so far had one
+    detect: bool  # the format was found, not given: other rows may be of another
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What besides the template decides how a row is rendered."""
+
+    train_on: str | list[str] = "auto"
+    max_length: int | None = None
+    too_long: str = "error"
+
+
+def in_batches(items: Iterable[T], size: int = ROWS) -> Iterator[list[T]]:
+    """The items in lists that double from one item up to `size`, so that the first come soon; a
+    long row ends its list.
+    """
+    batch: list[T] = []
+    limit = 1
+    for item in items:
+        batch.append(item)
+        if len(batch) == limit or isinstance(getattr(item, "values", None), LongRow):
+            yield batch
+            batch, limit = [], min(2 * limit, size)
+    if batch:
+        yield batch
+
+
+def render_batch(
+    tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
+) -> list[Rendered | Fault]:
+    """What becomes of each row, exactly as if it were rendered alone."""
+    results: dict[int, Rendered | Fault] = {}
+    waiting: list[tuple[int, Rendering, Sequence[Wanted]]] = []
+
+    def go_on(at: int, steps: Rendering, ids: Sequence[IntArray] | None) -> None:
+        try:
+            wanted = next(steps) if ids is None else steps.send(ids)
+        except StopIteration as finished:
+            results[at] = finished.value
+        except RowError as error:
+            results[at] = error.fault
+        else:
+            if any(_broken(text) for text, _ in wanted):
+                steps.close()
+                results[at] = _BROKEN
+            else:
+                again.append((at, steps, wanted))
+
+    again = waiting
+    for at, task in enumerate(tasks):
+        go_on(at, _start(task, template, options), None)
+    while waiting:
+        found = iter(encoder.encode([text for _, _, wanted in waiting for text in wanted]))
+        again = []
+        for at, steps, wanted in waiting:
+            go_on(at, steps, [next(found) for _ in wanted])
+        waiting = again
+    return [results[at] for at in range(len(tasks))]
+
+
+_BROKEN = Fault(
+    "broken-text",
+    "its text has half of a character that UTF-16 writes as two (a lone surrogate)",
+    "write the rows again from a source that is still whole, or leave the row out",
+)
+
+
+def _broken(text: str) -> bool:
+    """True for text that no tokenizer takes, since it can't be written as UTF-8."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _start(task: Task, template: Template, options: Options) -> Rendering:
+    _require_format(task.values, task.format, detect=task.detect)
+    templated = template.has_chat_template
+    example = to_example(task.values, format=task.format or "", templated=templated)
+    return (
+        yield from render_steps(
+            example,
+            template,
+            train_on=options.train_on,
+            max_length=options.max_length,
+            too_long=options.too_long,
+            origin=task.origin,
+        )
+    )
+
+
+def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
+    """Raises RowError unless the row is of the source's format."""
+    mine = _format_of(values) if detect else chosen
+    if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
+        names = ", ".join(f"`{name}`" for name in values) or "none"
+        raise RowError(
+            Fault(
+                "unknown-format",
+                f"the columns of no format; it has {names}",
+                "columns with other names are named in data.columns",
+            )
+        )
+    if mine is not None and mine != chosen:
+        raise RowError(
+            Fault(
+                "mixed-format",
+                f"the row holds {_spoken(mine)}, the rows before it {_spoken(chosen)}",
+                "rows of one source have one format; give each format a file of its own",
+            )
+        )
+
+
+def _format_of(values: Mapping[str, Any]) -> str | None:
+    if any(value is None for value in values.values()):
+        return detect_format(values)
+    return _format_by_columns(tuple(values))
+
+
+@lru_cache(maxsize=1024)
+def _format_by_columns(columns: tuple[str, ...]) -> str | None:
+    """The format of rows that have something in each of these columns."""
+    return detect_format(dict.fromkeys(columns, True))
+
+
+def _spoken(format: str) -> str:
+    return "+".join(FORMATS[format])
+
+
+class Outcome(NamedTuple):
+    """What became of a row, in numbers: of tokens those of the whole row, those that are learned,
+    those read only, and those after the last thing to learn. `trained`: it has a document.
+    """
+
+    trained: bool
+    tokens: int = 0
+    targets: int = 0
+    context: int = 0
+    unused: int = 0
+    reason: str | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The outcomes of a batch's rows, and the documents of those that have one, in order."""
+
+    outcomes: list[Outcome]
+    columns: Columns
+
+
+def pack_batch(
+    tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
+) -> Packed:
+    """`render_batch` in the form in which documents are kept and sent between processes."""
+    results = render_batch(tasks, template, encoder, options)
+    documents = [
+        one.document for one in results if not isinstance(one, Fault) and one.document is not None
+    ]
+    return Packed([_outcome_of_some(one) for one in results], pack(documents))
+
+
+def outcome_of(result: Rendered | Fault | None) -> Outcome | None:
+    """The outcome in numbers; None for a row that was set aside."""
+    return None if result is None else _outcome_of_some(result)
+
+
+def _outcome_of_some(result: Rendered | Fault) -> Outcome:
+    if isinstance(result, Fault):
+        return Outcome(False, reason=result.kind, fault=result)
+    document = result.document
+    if document is None:
+        return Outcome(False, result.tokens, reason=result.reason)
+    targets = document.target_tokens
+    context = document.tokens - targets
+    return Outcome(True, result.tokens, targets, context, result.unused, result.reason)

@@ -1,0 +1,132 @@
+"""Parquet and Arrow IPC, in its file and its stream form: a few rows at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+from tunesmith.data.sources.readers.memory_limit import address_space_limit
+from tunesmith.data.sources.readers.row_sizes import small_batches
+from tunesmith.data.sources.readers.rows import BATCH_ROWS, LONG, LongRow, Raw, check_expansion
+from tunesmith.errors import DataError
+
+_ARROW_FILE = b"ARROW1"
+_BUFFER = 1 << 20
+"""Bytes of a column that are read at a time, instead of a whole group's."""
+
+
+def parquet_rows(file: Any, name: str) -> Iterator[Raw]:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: it is none, it is damaged, or it expands beyond all measure.
+    """
+    from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
+
+    def batches() -> Iterator[Any]:
+        table = cast("Any", parquet).ParquetFile(file, buffer_size=_BUFFER)
+        # Asked for all row groups at once it keeps what it has read of each.
+        for group in range(table.num_row_groups):
+            yield from table.iter_batches(
+                batch_size=BATCH_ROWS, row_groups=[group], use_threads=False
+            )
+
+    return _rows(batches(), file, name, kind="Parquet")
+
+
+def arrow_rows(file: Any, name: str) -> Iterator[Raw]:
+    """The rows of an Arrow IPC file or stream; `datasets` keeps its tables as streams.
+
+    Raises:
+        DataError: it is neither, it is damaged, or it expands beyond all measure.
+    """
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    def batches() -> Iterator[Any]:
+        ipc = cast("Any", pyarrow).ipc
+        indexed = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        if not indexed:
+            for batch in ipc.open_stream(file):
+                yield _valid(batch)
+            return
+        table = ipc.open_file(file)
+        for number in range(table.num_record_batches):
+            yield _valid(table.get_batch(number))
+
+    return _rows(batches(), file, name, kind="Arrow")
+
+
+def _valid(batch: Any) -> Any:
+    """The batch, whose places and lengths a file can state at will."""
+    batch.validate(full=True)
+    return batch
+
+
+def _decoded(batches: Iterator[Any], size: int) -> Iterator[Any]:
+    """The batches of a file of that size, each read with a limit on memory."""
+    while True:
+        with address_space_limit(size):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def without_filled(values: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls that a columnar file puts into its objects.
+
+    Arrow gives all objects of a column the same keys and fills those that one lacks with null, so a
+    tool's schema comes back with the keys of every other tool. Inside columns, a key that holds
+    null is therefore taken as absent; nulls in lists, and whole columns, stay.
+    """
+    return {name: _unfilled(value) for name, value in values.items()}
+
+
+def _unfilled(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        return {key: _unfilled(item) for key, item in items if item is not None}
+    if isinstance(value, list):
+        return [_unfilled(item) for item in cast("list[Any]", value)]
+    return value
+
+
+def _parts(batches: Iterator[Any], file: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    """The batches in parts that may be turned into objects, with the size of each row."""
+    size = os.fstat(file.fileno()).st_size
+    number, expanded = 0, 0.0
+    for batch in _decoded(batches, size):
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for part, sizes in small_batches(batch.slice(start, BATCH_ROWS), name, number):
+                expanded += sizes.sum()
+                check_expansion(int(expanded), size, name)
+                yield part, sizes
+                number += part.num_rows
+
+
+def _rows(batches: Iterator[Any], file: Any, name: str, *, kind: str) -> Iterator[Raw]:
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    number = 0
+    try:
+        for part, sizes in _parts(batches, file, name):
+            for values, size in zip(part.to_pylist(), sizes, strict=True):
+                row = without_filled(values)
+                yield (LongRow(row) if size >= LONG else row), None
+            number += part.num_rows
+    except MemoryError as error:
+        raise DataError(
+            f"reading it from row {number} on takes more memory than there is for it",
+            where=name,
+            hint=f"a {kind} file can state much in few bytes; write it with fewer or smaller rows "
+            "in a group, or as JSON Lines",
+        ) from error
+    except (cast("Any", pyarrow).ArrowException, OSError) as error:
+        message = (str(error).splitlines() or ["no reason given"])[0]
+        raise DataError(
+            f"not readable as {kind}: {message}",
+            where=name,
+            hint="the file may be cut off or be of another kind; get it anew",
+        ) from error

@@ -1,0 +1,174 @@
+"""JSON: a list of objects, an object with one list of them, or objects one after the other."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from tunesmith.data.row_errors import NOT_UTF8, Fault
+from tunesmith.data.sources.readers.rows import LONGEST, Raw, object_row, too_long, too_many
+from tunesmith.errors import DataError
+
+_BLOCK = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+_FILE = "a JSON file is a list of objects, or objects one after the other"
+_NEAR_THE_END = 16
+"""Characters before the end of the buffer in which an error may be that of a value cut in two."""
+
+
+def json_rows(file: BinaryIO, name: str) -> Iterator[Raw]:
+    """The rows of a JSON file; a list is read value by value and never held as a whole.
+
+    Raises:
+        DataError: it is not JSON, not UTF-8, or holds no list of rows.
+    """
+    text = _Buffer(file, name)
+    first = text.peek()
+    if first == "[":
+        yield from _listed(text)
+    elif first:
+        parsed, raw = text.value()
+        if text.peek():
+            yield _row(parsed, raw, 0)
+            yield from _one_after_the_other(text)
+        else:
+            for number, values in enumerate(_row_list(parsed, name)):
+                yield _row(values, raw, number)
+
+
+def _listed(text: _Buffer) -> Iterator[Raw]:
+    text.take()
+    number = 0
+    if text.peek() != "]":
+        while True:
+            yield _row(*text.value(), number)
+            number += 1
+            if text.peek() != ",":
+                break
+            text.take()
+    if text.peek() != "]":
+        raise text.error("Expecting ',' delimiter" if text.peek() else "the list has no end")
+    text.take()
+    if text.peek():
+        raise text.error("Extra data")
+
+
+def _one_after_the_other(text: _Buffer) -> Iterator[Raw]:
+    number = 1
+    while text.peek():
+        yield _row(*text.value(), number)
+        number += 1
+
+
+def _row(values: Any, raw: str, number: int) -> Raw:
+    place = f"item {number}"
+    if "\\ud" in raw or "\\uD" in raw:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            message = f"{place} is not UTF-8 text ({error.reason})"
+            return None, Fault("invalid-encoding", message, NOT_UTF8)
+    return object_row(values, place, size=len(raw))
+
+
+def _row_list(parsed: Any, name: str) -> list[Any]:
+    """The only list in a file's top-level object."""
+    fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+    lists = [cast("list[Any]", value) for value in fields.values() if isinstance(value, list)]
+    if len(lists) != 1:
+        raise DataError(
+            f"not a list of objects, nor an object with one list ({len(lists)} lists found)",
+            where=name,
+            hint='write [{...}, {...}] or {"data": [{...}, {...}]}',
+        )
+    return lists[0]
+
+
+class _Buffer:
+    """The text of a file that is parsed value by value; what is parsed is let go."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._at = 0
+        self._ended = False
+        self._line = 1  # of the text's first character
+        self._column = 1
+
+    def peek(self) -> str:
+        """The next character that is not a space; empty at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._fill()
+
+    def take(self) -> None:
+        """Pass over the character that `peek` showed."""
+        self._at += 1
+
+    def value(self) -> tuple[Any, str]:
+        """The next value, and its text."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._ended or not self._may_be_cut(error):
+                    raise self.error(error.msg, error.pos) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"not JSON: {error}", where=self._name, hint=_FILE) from error
+            else:
+                if end < len(self._text) or self._ended:
+                    raw = self._text[self._at : end]
+                    self._at = end
+                    return value, raw
+            self._fill()
+
+    def error(self, message: str, at: int | None = None) -> DataError:
+        """What is wrong, with the line and column of a place in the text."""
+        before = self._text[: self._at if at is None else at]
+        line = self._line + before.count("\n")
+        column = len(before) - before.rfind("\n") if "\n" in before else self._column + len(before)
+        return DataError(
+            f"not JSON: {message} at line {line}, column {column}", where=self._name, hint=_FILE
+        )
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        return error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _NEAR_THE_END
+
+    def _fill(self) -> None:
+        """Read on: as much again as is waiting, so that a long value costs no more than twice."""
+        done = self._text[: self._at]
+        if "\n" in done:
+            self._line += done.count("\n")
+            self._column = len(done) - done.rfind("\n")
+        else:
+            self._column += len(done)
+        rest = self._text[self._at :]
+        if len(rest) > LONGEST:
+            raise too_long(f"the value on line {self._line}", self._name)
+        if too_many(rest):
+            raise DataError(
+                f"the value on line {self._line} holds too many others",
+                where=self._name,
+                hint=_FILE,
+            )
+        block = self._file.read(max(_BLOCK, len(rest)))
+        self._ended = not block
+        try:
+            self._text = rest + self._decode.decode(block, final=self._ended)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8 text: {error.reason}", where=self._name, hint=NOT_UTF8
+            ) from error
+        self._at = 0

@@ -1,0 +1,151 @@
+"""Records of a run: where they go, how they are read back, and the description of the machine.
+
+A record is a flat mapping with `kind` train, eval or event, and the `step` it belongs to. Records
+of kind eval name their `set`, those of kind event say what in `event`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.errors import InputError, RunError
+
+
+class Sink(Protocol):
+    """Takes the records of a run one by one."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonlSink:
+    """Appends each record as a line of JSON; a crash loses at most the line being written.
+
+    NaN and infinity, which JSON doesn't have, are written as null.
+
+    Args:
+        path: the file; made where it doesn't exist.
+        after_step: on resume, the checkpoint's step: the file is cut before the first record of a
+            later step, and before a line that was not finished.
+
+    Raises:
+        RunError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, *, after_step: int | None = None) -> None:
+        self.path = path
+        try:
+            if after_step is not None and path.exists():
+                os.truncate(path, _length_up_to(path, after_step))
+            self._file = open(path, "ab")  # noqa: SIM115 - held open until close()
+        except OSError as error:
+            raise RunError(f"can't be written: {error.strerror}", where=str(path)) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record.
+
+        Raises:
+            RunError: the disk is full or gone.
+        """
+        line = json.dumps(to_json(record), ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"can't be written: {error.strerror}",
+                where=str(self.path),
+                hint="free some space, then run `tunesmith resume`",
+            ) from error
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it.
+
+        Raises:
+            RunError: the disk is full or gone.
+        """
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise RunError(f"can't be written: {error.strerror}", where=str(self.path)) from error
+
+
+def read_records(path: Path, *, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl or samples.jsonl, of one kind or all; an unfinished last line
+    is left out.
+
+    Raises:
+        InputError: the file is missing, or a line is not a JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", where=str(path)) from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"is not JSON: {error}", where=f"{path} line {number}") from None
+        if not isinstance(record, dict):
+            raise InputError("is not a JSON object", where=f"{path} line {number}")
+        if kind is None or record.get("kind") == kind:
+            yield record
+
+
+def to_json(value: Any) -> Any:
+    """`value` with numpy and torch scalars as numbers and NaN or infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if not isinstance(value, float) and hasattr(value, "item"):
+        return to_json(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _length_up_to(path: Path, step: int) -> int:
+    length = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or (record.get("step") or 0) > step:
+                break
+            length += len(line)
+    return length

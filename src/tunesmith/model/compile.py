@@ -1,0 +1,163 @@
+"""Decoder layers compiled by torch, one code for all layers of a class, of any number of tokens.
+
+Attention stays out of the graphs: it looks at layouts, which are Python objects and change with
+each micro-batch, and brings a compiled kernel of its own. What recomputes activations stays
+outside too, around the compiled layer. Only `forward` of each layer is replaced; class, weights
+and names stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.attention import dispatch as attention
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.ops.forward_override import replace_forward, restore_forwards
+from tunesmith.types import Batch
+
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""By how much a trial may differ, relative: compiled code rounds to 16 bits less often."""
+MARK = "compiled_by_torch"
+WRAPPER = "forward_with_checkpointing"
+"""The function that transformers puts around a layer's own forward."""
+TINY = 1e-30
+OPTIONS = {"fallback_random": True}
+"""Noise is drawn as without compiling."""
+
+
+def compile_layers(
+    layers: Sequence[nn.Module], *, backend: str = "inductor", deterministic: bool = True
+) -> None:
+    """Compile each layer when it is first called; `deterministic`: no choice of code by timing."""
+    attention.register(apart=True)
+    options: Any = {**OPTIONS, "deterministic": deterministic} if backend == "inductor" else None
+    made: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for layer in layers:
+        plain, wrapped = _own_forward(type(layer))
+        if plain not in made:
+            made[plain] = torch.compile(plain, dynamic=True, backend=backend, options=options)
+        replace_forward(layer, _forward(made[plain], plain, wrapped), MARK)
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    restore_forwards(model, MARK)
+
+
+def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> float:
+    """How far compiled layers are from the same layers as they are, each on the hidden states of
+    `batch` that reach it, in multiples of what rounding explains: output, gradients of its input
+    and of what is trained in it. Infinite where it is not a number.
+
+    What is compiled for training and for evaluation is made here, and so does not depend on what
+    sizes come first in a run. Weights and gradients are left as they were.
+    """
+    training = model.training
+    rounding = ROUNDING.get(model.head.weight.dtype, 0.0)
+    worst = 0.0
+    try:
+        model.train()
+        for layer, inputs, named in _inputs(model, layers, batch):
+            plain, _ = _own_forward(type(layer))
+            expected = _learned(functools.partial(plain, layer), layer, inputs, named)
+            found = _learned(layer, layer, inputs, named)
+            worst = max(worst, _apart(found, expected))
+        model.eval()
+        with torch.no_grad():
+            model.hidden(batch)
+    finally:
+        model.train(training)
+    return worst / rounding if rounding else math.inf
+
+
+def _own_forward(layer: type[nn.Module]) -> tuple[Callable[..., Any], bool]:
+    """A class's forward, and whether what recomputes it was around it."""
+    forward: Any = layer.forward
+    wrapped = False
+    while getattr(getattr(forward, "__code__", None), "co_name", None) == WRAPPER:
+        forward, wrapped = forward.__wrapped__, True
+    return forward, wrapped
+
+
+def _forward(
+    compiled: Callable[..., Any], plain: Callable[..., Any], wrapped: bool
+) -> Callable[..., Any]:
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        # answers are generated a token at a time with a cache that grows: not worth a compilation
+        cached = named.get("past_key_values") is not None
+        compute = functools.partial(plain if cached else compiled, self, **named)
+        if wrapped and self.gradient_checkpointing and self.training and not cached:
+            return self._gradient_checkpointing_func(compute, *inputs)
+        return compute(*inputs)
+
+    return forward
+
+
+def _inputs(
+    model: CausalLM, layers: Sequence[nn.Module], batch: Batch
+) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Each layer with what the decoder calls it with."""
+    seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[layer] = inputs, named
+
+    with torch.no_grad(), _as_they_are(layers):
+        handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in layers]
+        try:
+            model.hidden(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    yield from ((layer, *called) for layer, called in seen.items())
+
+
+@contextmanager
+def _as_they_are(layers: Sequence[nn.Module]) -> Iterator[None]:
+    compiled = [(layer, layer.__dict__.pop("forward")) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, forward in compiled:
+            layer.__dict__["forward"] = forward
+
+
+def _learned(
+    compute: Callable[..., Any], layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> list[Tensor]:
+    """Output, gradients of the input and of what is trained, with the same noise each time."""
+    hidden = inputs[0].detach().clone().requires_grad_()
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    devices = [hidden.device] if hidden.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        output = compute(hidden, *inputs[1:], **named)
+        output = output[0] if isinstance(output, tuple) else output
+        ramp = torch.arange(output.numel(), device=output.device).view_as(output)
+        toward = ramp.float().cos().to(output.dtype)
+        gradients = torch.autograd.grad(output, [hidden, *trained], toward, allow_unused=True)
+    return [output.detach(), *(g for g in gradients if g is not None)]
+
+
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference; of tokens in 16 bits the median one, since rounding can
+    flip an expert of a token.
+    """
+    if len(found) != len(expected):
+        return math.inf
+    worst = 0.0
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        wanted = other.float()
+        tokens = number < 2 and other.dtype != torch.float32
+        dim = -1 if tokens else None
+        each = (one.float() - wanted).norm(dim=dim) / wanted.norm(dim=dim).clamp(min=TINY)
+        gap = float(each.median())
+        worst = max(worst, math.inf if math.isnan(gap) else gap)
+    return worst

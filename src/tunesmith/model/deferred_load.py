@@ -1,0 +1,223 @@
+"""A model whose weights stay in their files until each rank reads its own part of them.
+
+It is built without memory for its weights. Whether they can be read as they lie in the files is
+found out, not assumed: a trial model of the same config with few layers is loaded as always, and
+every weight and buffer of it must be, to the bit, what would be read here. So a family whose
+weights are renamed, fused or turned on the way in is loaded whole instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.attention import dispatch as attention
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.layers import per_layer
+from tunesmith.model.load import checked_config, finish, load_causal_lm, quiet, silence
+from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.source import ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the trial found of the model that is built without weights."""
+
+    native_attention: str
+    unpacked: bool
+
+
+class WeightFiles:
+    """The safetensors files of a model folder, read a part of a tensor at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.waiting: list[nn.Parameter] = []  # placeholders of what is still to be read
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the tensor of this name; None if there is none."""
+        file = self._files.get(name)
+        return None if file is None else tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The part of a tensor that begins at `offsets` and has `sizes`, and no more of it."""
+        part = self._files[name].get_slice(name)
+        if not sizes:
+            return self._files[name].get_tensor(name)
+        return part[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+
+    def read_for(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The same for a parameter named as in a CausalLM, inside an adapter or not."""
+        return self.read(file_name(name), offsets, sizes)
+
+
+def file_name(name: str) -> str:
+    """The name in the files of a parameter of a CausalLM, with or without an adapter around it."""
+    return name.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def trial_model(
+    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> CausalLM | None:
+    """The model with its first layers only, one of each kind at least; None if that takes them all.
+
+    Raises:
+        ModelError: as loading the whole does.
+    """
+    config = checked_config(source, trust_remote_code)
+    whole = _without_weights(checked_config(source, trust_remote_code), dtype, trust_remote_code)
+    text = config.get_text_config()
+    count = _layers_of_each_kind(whole, text)
+    if count >= text.num_hidden_layers:
+        return None
+    with quiet(reports=False):
+        return load_causal_lm(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, layers=count
+        )
+
+
+def deferred_model(
+    source: ModelSource, traits: Traits, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> CausalLM:
+    """The whole model, its weights placeholders on the CPU that take no memory."""
+    from transformers import GenerationConfig
+
+    config = checked_config(source, trust_remote_code)
+    notes = silence(config)
+    model = _without_weights(config, dtype, trust_remote_code)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    _replace_parameters(model, _placeholder, of=model.parameters())
+    causal_lm = CausalLM(
+        model.eval(),
+        logits=read_logit_transform(config.get_text_config()),
+        native_attention=traits.native_attention,
+    )
+    causal_lm.unread = WeightFiles(source.folder)
+    causal_lm.unread.waiting = list(model.parameters())
+    finish(causal_lm, notes, traits.unpacked)
+    return causal_lm
+
+
+def mismatch(unread: CausalLM, trial: CausalLM) -> str | None:
+    """Why the weights can't be read as they lie in the files, by what the trial model holds; None
+    if they can.
+    """
+    files = unread.unread
+    assert files is not None
+    mine, whole = dict(unread.base.named_parameters()), dict(trial.base.named_parameters())
+    for name, parameter in mine.items():
+        if files.shape(name) != tuple(parameter.shape):
+            return f"{name} is not in its files as the model holds it"
+    for name, tensor in whole.items():
+        if name not in mine or mine[name].dtype != tensor.dtype:
+            return f"{name} is kept in another way"
+        read = files.read(name, [0] * tensor.ndim, tensor.shape).to(tensor.dtype)
+        if not _same(read, tensor):
+            return f"{name} is changed while it is loaded"
+    buffers = dict(unread.base.named_buffers())
+    for name, tensor in trial.base.named_buffers():
+        if name not in buffers or not _same(buffers[name], tensor):
+            return f"{name} is not made by the model itself"
+    return None
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """To the bit, so that what is not a number is the same too."""
+    if one.device != two.device or one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    bits = [t.detach().contiguous().view(-1).view(torch.uint8) for t in (one, two) if t.numel()]
+    return not bits or torch.equal(*bits)
+
+
+def release(causal_lm: CausalLM) -> None:
+    """Make the placeholders tensors without any memory, which can be spread; they stay tied and
+    trainable as they are.
+    """
+    waiting = causal_lm.unread.waiting
+    _replace_parameters(
+        causal_lm, lambda p: torch.empty_like(p, device="meta").contiguous(), of=waiting
+    )
+    causal_lm.unread.waiting = []
+
+
+@torch.no_grad()
+def _replace_parameters(
+    root: nn.Module, make: Callable[[nn.Parameter], Tensor], *, of: Iterable[nn.Parameter]
+) -> None:
+    """Put what `make` gives in place of these parameters."""
+    old = list(of)  # kept, so that no new one gets the id of an old one
+    made = {id(p): nn.Parameter(make(p), p.requires_grad) for p in old}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in made:
+                module._parameters[name] = made[id(parameter)]
+
+
+def _placeholder(parameter: nn.Parameter) -> Tensor:
+    """As large as the parameter to look at, one element in memory."""
+    return torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+
+
+def _without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    with _weights_on_meta(), quiet(reports=False):
+        model: Any = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            trust_remote_code=trust_remote_code,
+        )
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Inside, parameters of new modules have no memory; buffers are made as always."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _layers_of_each_kind(model: Any, config: Any) -> int:
+    """How many of the first layers have one of each kind, by their weights and what the config says
+    of each.
+    """
+    total = config.num_hidden_layers
+    lists = [value for value in vars(config).values() if per_layer(value, total)]
+    decoder = model.get_decoder()
+    layers = next(
+        m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == total
+    )  # fmt: skip
+    seen: set[str] = set()
+    count = 1
+    for number, layer in enumerate(layers):
+        shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+        kind = repr((shapes, [value[number] for value in lists]))
+        if kind not in seen:
+            seen.add(kind)
+            count = number + 1
+    return count

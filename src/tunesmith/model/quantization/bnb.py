@@ -1,0 +1,55 @@
+"""Linear maps of bitsandbytes that multiply by their dequantised weight, on every device.
+
+bitsandbytes rounds activations to 8 bits in evaluation (and on a GPU in training), and repacks
+weights for some CPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from tunesmith.model.quantization.matmul import multiply
+
+
+class Dequantized4bit(Linear4bit):
+    """A 4-bit linear map times its dequantised weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply(self, x)
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the map stands for."""
+        weight: Any = self.weight
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+
+class Dequantized8bit(Linear8bitLt):
+    """An 8-bit linear map times its dequantised weight; activations are not rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply(self, x)
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the map stands for."""
+        weight: Any = self.weight
+        scale: Any = weight.SCB if getattr(weight, "SCB", None) is not None else self.state.SCB
+        return weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    Linear4bit: Dequantized4bit,
+    Linear8bitLt: Dequantized8bit,
+}
+
+
+def multiply_dequantized(model: nn.Module) -> list[Any]:
+    """Make every map of bitsandbytes in the model one of these; returns them."""
+    found = [module for module in model.modules() if type(module) in _CLASSES]
+    for module in found:
+        module.__class__ = _CLASSES[type(module)]
+    return found

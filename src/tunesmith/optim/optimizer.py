@@ -1,0 +1,313 @@
+"""What every optimizer shares: updates exact to float32 whatever the precision of the parameters,
+clipping, and a state that is saved and taken over to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.optim.clipping import grad_norm
+from tunesmith.optim.master_weights import join_master, split_master_
+from tunesmith.optim.multi_tensor import TensorGroup, grouped
+from tunesmith.optim.paging import Pages
+from tunesmith.optim.param_state import (
+    ParamState,
+    group_state,
+    master_of,
+    new_param_state,
+    set_master,
+    shaped,
+)
+from tunesmith.optim.weight_decay import no_decay
+
+CPU_CHUNK = 1 << 15
+"""Elements a CPU thread updates at a time: parameter, gradient and moments of a chunk stay in the
+cache.
+"""
+DEVICE_CHUNK = 1 << 24
+"""Elements updated at a time on an accelerator, where only launches and the size of the scratch
+buffers count.
+"""
+
+
+class ShardedParameters(Protocol):
+    """What an optimizer needs where its parameters are parts of weights that several ranks hold."""
+
+    def grad_norm(self, own: Tensor) -> Tensor:
+        """The norm of the gradients of all ranks."""
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget gradients that have not reached the parts."""
+        ...
+
+
+class Optimizer:
+    """Decoupled weight decay, and a rule of a subclass, on float32 masters.
+
+    A parameter without a gradient is updated as if it were zero, so that a run doesn't depend on
+    whether a buffer happens to exist.
+
+    Args:
+        named_parameters: what is trained; those that don't require gradients are left out.
+        weight_decay: share of lr by which weights shrink each step.
+        undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
+        lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
+        pages: where the rule's state rests between steps; None: on the parameter's device.
+        bundles: whether small parameters are updated together; None: where starting an operation
+            takes long, so not on a CPU.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        weight_decay: float = 0.0,
+        undecayed: Collection[str] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
+        pages: Pages | None = None,
+        bundles: bool | None = None,
+    ) -> None:
+        self.weight_decay = weight_decay
+        self.pages = pages
+        self.steps = 0
+        self.shards: ShardedParameters | None = None
+        self._scratch: dict[torch.device, Tensor] = {}
+        self._slots: dict[str, ParamState] = {}
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                spared = no_decay(name, parameter) if undecayed is None else name in undecayed
+                slot = new_param_state(parameter, decay=not spared)
+                slot.lr_factor = (lr_factors or {}).get(name, 1.0)
+                slot.state = self.new_state(name, slot)
+                self._slots[name] = slot
+        self._bundles, self._alone = self._grouped(bundles)
+
+    def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
+        """What the rule keeps of this parameter between steps; tensors of its size are flat."""
+        raise NotImplementedError
+
+    def rule(
+        self,
+        param: ParamState,
+        span: slice,
+        *,
+        master: Tensor,
+        grad: Tensor,
+        lr: float,
+        counter: Tensor,
+    ) -> None:
+        """Update `master` [n] and the state's `span` in place from `grad` [n], both float32.
+
+        `grad` may be the gradient itself and stays as it is; `lr` has the slot's factor in it,
+        `counter` is the number of this step on the device.
+        """
+        raise NotImplementedError
+
+    def zeros(self, param: ParamState) -> Tensor:
+        """A float32 tensor of zeros [n], as long as the parameter, where state rests."""
+        if self.pages is not None:
+            return self.pages.zeros(param.flat)
+        return torch.zeros_like(param.flat, dtype=torch.float32)
+
+    def whole(self, param: ParamState) -> bool:
+        """Whether the rule needs the parameter at once instead of in chunks."""
+        return False
+
+    def can_group(self, param: ParamState) -> bool:
+        """Whether the rule does to several parameters end to end what it does to each."""
+        return True
+
+    def decay(self, param: ParamState) -> float:
+        """The share of lr by which this parameter shrinks."""
+        return self.weight_decay if param.decay else 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained parameters."""
+        return tuple(self._slots)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained parameters."""
+        return [slot.parameter for slot in self._slots.values()]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is kept between steps, parameters, gradients and what is paged left out."""
+        kept = (t for slot in self._slots.values() for t in (slot.low_bits, *slot.state.values()))
+        return sum(t.numel() * t.element_size() for t in kept if t is not None) - self.paged_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of the state that rest outside of the device's memory."""
+        return 0 if self.pages is None else self.pages.bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of `state_dict`."""
+        kept = (t for slot in self._slots.values() for t in slot.state.values())
+        masters = 4 * sum(slot.parameter.numel() for slot in self._slots.values())
+        counter = 8  # of the steps
+        return counter + masters + sum(t.numel() * t.element_size() for t in kept)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients, on their device: nobody waits for it here.
+
+        To clip, give `step` its `clip_factor`; the gradients themselves stay as they are, which
+        saves writing them once more.
+        """
+        norm = grad_norm(self.parameters)
+        if self.shards is not None:
+            norm = self.shards.grad_norm(norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Update every parameter with its gradient times `grad_scale`; the gradients are left as
+        they are.
+        """
+        self.steps += 1
+        devices = {slot.parameter.device for slot in self._slots.values()}
+        counters = {one: torch.full((), float(self.steps), device=one) for one in devices}
+        for bundle, slot in self._bundles:
+            rule = functools.partial(
+                self._group_rule, slot, lr=lr * slot.lr_factor, counter=counters[bundle.device]
+            )
+            bundle.update(rule, grad_scale=grad_scale)
+        for slot in self._alone:
+            counter = counters[slot.parameter.device]
+            with nullcontext() if self.pages is None else self.pages.at_hand(slot):
+                self._update(slot, lr=lr, grad_scale=grad_scale, counter=counter)
+        if self.pages is not None:
+            self.pages.settle()
+
+    def zero_grad(self) -> None:
+        """Give the gradients' memory to the next forward pass, which runs before there are any."""
+        for slot in self._slots.values():
+            slot.parameter.grad = None
+        if self.shards is not None:
+            self.shards.discard_gradients()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as float32 tensors `master.NAME`, what the rule keeps as `KIND.NAME`, and
+        the int64 `steps`.
+
+        The masters are there whatever the form they are kept in, so that a state loads into
+        parameters of any precision. What the rule keeps, and the masters of float32 parameters, are
+        the live tensors, not copies.
+        """
+        return dict(self.state_items())
+
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """The entries of `state_dict` one at a time, so that no two masters that were joined for it
+        need be there at once.
+        """
+        yield "steps", torch.tensor(self.steps)
+        for name, slot in self._slots.items():
+            yield f"master.{name}", master_of(slot).view(slot.parameter.shape)
+            for kind, tensor in slot.state.items():
+                yield f"{kind}.{name}", shaped(tensor, slot.parameter)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, the parameters' values included.
+
+        Raises:
+            KeyError: a tensor is missing or there is one too many.
+            ValueError: a shape differs.
+        """
+        shapes = {"steps": torch.Size()}
+        for name, slot in self._slots.items():
+            shapes[f"master.{name}"] = slot.parameter.shape
+            for kind, tensor in slot.state.items():
+                shapes[f"{kind}.{name}"] = shaped(tensor, slot.parameter).shape
+        if set(shapes) != set(state):
+            odd = sorted(set(shapes) ^ set(state))
+            raise KeyError(f"the state has other tensors than the optimizer, {odd[0]} for one")
+        for key, shape in shapes.items():
+            if state[key].shape != shape:
+                raise ValueError(f"the shape of {key} differs from the parameter's")
+        self.steps = int(state["steps"])
+        for name, slot in self._slots.items():
+            for kind, tensor in slot.state.items():
+                tensor.copy_(state[f"{kind}.{name}"].reshape(tensor.shape))
+            set_master(slot, state[f"master.{name}"].reshape(-1))
+
+    def _grouped(
+        self, asked: bool | None
+    ) -> tuple[list[tuple[TensorGroup, ParamState]], list[ParamState]]:
+        """Bundles with what stands for their members, and the slots in none."""
+        joined: list[ParamState] = []
+        alone: list[ParamState] = []
+        for slot in self._slots.values():
+            wanted = slot.parameter.device.type != "cpu" if asked is None else asked
+            free = self.pages is None and self.can_group(slot)
+            (joined if wanted and free else alone).append(slot)
+        bundles, rest = grouped(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
+        return [(bundle, group_state(bundle)) for bundle in bundles], alone + rest
+
+    def _group_rule(
+        self, param: ParamState, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor
+    ) -> None:
+        span = slice(0, master.numel())
+        self.rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
+
+    def _update(self, param: ParamState, *, lr: float, grad_scale: float, counter: Tensor) -> None:
+        grad = param.parameter.grad
+        flat_grad = None if grad is None else grad.detach().reshape(-1)
+        parameter = param.flat
+        whole = self.whole(param)
+        for span in [slice(0, parameter.numel())] if whole else _spans(parameter):
+            master, scratch_grad = self._buffers(parameter.device, span.stop - span.start)
+            if flat_grad is None:
+                scratch_grad.zero_()
+            elif grad_scale == 1.0 and flat_grad.dtype == torch.float32:
+                scratch_grad = flat_grad[span]
+            else:
+                scratch_grad.copy_(flat_grad[span]).mul_(grad_scale)
+            if param.low_bits is None:
+                master = parameter[span]
+            elif param.low_bits.dtype == torch.int16:
+                join_master(parameter[span], param.low_bits[span], out=master)
+            else:
+                master = param.low_bits[span]
+            self.rule(
+                param,
+                span,
+                master=master,
+                grad=scratch_grad,
+                lr=lr * param.lr_factor,
+                counter=counter,
+            )
+            if param.low_bits is None:
+                continue
+            if param.low_bits.dtype == torch.int16:
+                split_master_(master, upper=parameter[span], low=param.low_bits[span])
+            else:
+                parameter[span].copy_(master)
+
+    def _buffers(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        if device not in self._scratch or self._scratch[device].shape[1] < count:
+            longest = max(p.numel() for p in self.parameters if p.device == device)
+            size = max(count, min(longest, _chunk(device)))
+            self._scratch[device] = torch.empty(2, size, dtype=torch.float32, device=device)
+        master, grad = self._scratch[device]
+        return master[:count], grad[:count]
+
+
+def _chunk(device: torch.device) -> int:
+    return CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK
+
+
+def _spans(flat: Tensor) -> Iterator[slice]:
+    size = _chunk(flat.device)
+    for start in range(0, flat.numel(), size):
+        yield slice(start, min(start + size, flat.numel()))

@@ -1,0 +1,256 @@
+"""One step of a run, taken again from the nearest checkpoint before it. The run's folder stays as
+it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.build.build import build
+from tunesmith.build.parallelize import for_one_process
+from tunesmith.checkpoint.folder import differences, find_damage, load_checkpoint
+from tunesmith.checkpoint.rng import capture_rng, restore_rng
+from tunesmith.config.overrides import Override
+from tunesmith.config.read import read_recipe
+from tunesmith.data.microbatch.planner import plan_step
+from tunesmith.errors import InputError
+from tunesmith.metrics.records import read_records
+from tunesmith.run.resume_checks import check_data
+from tunesmith.storage.atomic import read_json
+from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import is_run
+from tunesmith.train.anomaly.guard import Guard
+from tunesmith.train.anomaly.incident import number_or_text, ranked
+from tunesmith.train.job import Job
+from tunesmith.train.trainer import Trainer
+from tunesmith.types import Document
+
+COMPARED = ("loss", "grad_norm", "target_tokens", "computed_tokens", "lr")
+"""Of a step's record in metrics.jsonl."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A step as it was taken again, and what the run has written of it."""
+
+    step: int
+    start: int  # the step of the checkpoint it was reached from, 0 for the beginning
+    now: dict[str, Any]  # loss, grad_norm, ...; texts where not finite
+    then: dict[str, Any] | None  # the same from metrics.jsonl; None if it has no such step
+    documents: list[dict[str, Any]]  # row, tokens, targets, loss, weight; the highest loss first
+    unlike: list[str]  # what is not as in the run, on which the bits depend
+    notes: list[str]  # checkpoints that were passed over
+
+    @property
+    def equal(self) -> bool | None:
+        """Whether the numbers are the run's to the bit; None if it has written none."""
+        if self.then is None:
+            return None
+        return all(self.now[name] == value for name, value in self.then.items())
+
+    def record(self) -> dict[str, Any]:
+        """The whole as JSON values."""
+        return {
+            "step": self.step,
+            "from_checkpoint": self.start,
+            "equal": self.equal,
+            "now": self.now,
+            "then": self.then,
+            "unlike": self.unlike,
+            "notes": self.notes,
+            "documents": self.documents,
+        }
+
+
+def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _: None) -> Replay:
+    """Take step `step`, counted from 1, of a run again.
+
+    With `gradients` each document also has the norm of its own part of the step's gradient.
+
+    Raises:
+        InputError: not a run, no such step, its data has changed, or the documents' gradients are
+            not to be had apart.
+    """
+    if not is_run(run):
+        raise InputError(
+            "this is not a run",
+            where=str(run),
+            hint="a run folder has recipe.yaml and machine.json",
+        )
+    machine = read_json(run_files(run)["machine"])
+    start, notes = _nearest(run, step)
+    meta = load_checkpoint(start).meta if start is not None else _meta_of_start(machine)
+    with _threads(meta), tempfile.TemporaryDirectory(prefix="tunesmith-replay-") as place:
+        job = _build(run, machine, meta)
+        try:
+            check_data(run, job)
+            if step > job.total_steps:
+                raise InputError(
+                    f"the run has {job.total_steps} steps", where=f"{run} --step {step}"
+                )
+            if gradients and job.loss.balance is not None:
+                raise InputError(
+                    "routers are balanced over all documents of a step together",
+                    where="--gradients",
+                    hint="leave it out: objective.router_aux is on",
+                )
+            trainer = _trainer(job, Path(place), start)
+            say(f"from {'the beginning' if start is None else start.name}: "
+                f"{step - trainer.step} steps")  # fmt: skip
+            return _taken_again(
+                run, trainer, step, unlike=_unlike(meta, trainer), notes=notes, gradients=gradients
+            )
+        finally:
+            job.loss.close()
+
+
+def _trainer(job: Job, place: Path, start: Path | None) -> Trainer:
+    trainer = Trainer(job, place, [])
+    # Nothing may end the replay of a step that ended the run.
+    trainer.guard = Guard(
+        place, job.template.decode, non_finite="skip", patience=None,
+        limits={"loss": None, "grad_norm": None},
+    )  # fmt: skip
+    if start is not None:
+        trainer.restore(start)
+    return trainer
+
+
+def _unlike(meta: Mapping[str, Any], trainer: Trainer) -> list[str]:
+    """What the bits depend on and is not as it was."""
+    now = trainer.meta()
+    known = {name: now["versions"].get(name, "absent") for name in meta["versions"]}
+    lines = differences(meta, {**now, "versions": known})
+    if meta["micro_tokens"] != now["micro_tokens"]:
+        lines.append(f"micro_tokens was {meta['micro_tokens']}, is {now['micro_tokens']}")
+    return lines
+
+
+def _taken_again(
+    run: Path,
+    trainer: Trainer,
+    step: int,
+    *,
+    unlike: list[str],
+    notes: list[str],
+    gradients: bool,
+) -> Replay:
+    job, first = trainer.job, trainer.step
+    documents = [job.documents[int(i)] for i in job.sampler.step_indices(step - 1)]
+    norms: list[float] | None = None
+    if gradients:
+        trainer.advance_to(step - 1)
+        norms = _own_gradients(trainer, documents)
+    trainer.advance_to(step)
+    result = trainer.guard.last
+    assert result is not None
+    rows = [
+        {
+            "row": entry["row"],
+            "tokens": document.tokens,
+            "targets": document.target_tokens,
+            "loss": entry["loss"],
+            "weight": entry["weight_sum"],
+            **({} if norms is None else {"grad_norm": number_or_text(norms[number])}),
+        }
+        for number, document, entry in ranked(documents, result)
+    ]
+    now = {
+        "loss": number_or_text(result.loss),
+        "grad_norm": number_or_text(result.grad_norm),
+        "target_tokens": result.target_tokens,
+        "computed_tokens": result.computed_tokens,
+        "lr": job.lr(step - 1),
+    }
+    return Replay(step, first, now, _recorded(run, step), rows, unlike, notes)
+
+
+def _own_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[float]:
+    """The norm of each document's gradient over the weight of the whole step; nothing is learned.
+
+    Random numbers, where there are any, are others than in the step.
+    """
+    job = trainer.job
+    kept = capture_rng()
+    total = sum(float(s.weight.sum(dtype=np.float64)) for d in documents for s in d.segments)
+    job.loss.begin(job.model, trainer.step, trainer.planned, job.device)
+    norms: list[float] = []
+    for document in documents:
+        plans = plan_step(
+            [document], micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
+            unpacked=job.model.unpacked,
+        )  # fmt: skip
+        for plan in plans:
+            (job.loss(job.model, plan, job.device).loss_sum / total).backward()
+        norms.append(float(job.optimizer.grad_norm()))
+        job.optimizer.zero_grad()
+    restore_rng(kept)
+    return norms
+
+
+def _nearest(run: Path, step: int) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint before a step, None for the beginning; and damaged ones."""
+    folder = run_files(run)["checkpoints"]
+    entries = folder.glob("step-*") if folder.is_dir() else ()
+    numbers = {
+        int(entry.name[5:]): entry for entry in entries if entry.name[5:].isdigit()
+    }  # fmt: skip
+    notes: list[str] = []
+    for number in sorted((n for n in numbers if n < step), reverse=True):
+        damage = find_damage(numbers[number])
+        if damage is None:
+            return numbers[number], notes
+        notes.append(f"checkpoint {numbers[number]} is damaged and passed over: {damage}")
+    return None, notes
+
+
+def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of step 0 would say, from machine.json."""
+    chosen = machine["chosen"]
+    return {
+        "versions": machine["versions"],
+        "world_size": machine["world_size"],
+        "context": machine["asked"]["device"].get("context_parallel", 1),
+        "tensor": machine["asked"]["device"].get("tensor_parallel", 1),
+        "threads": machine["threads"],
+        "device": str(chosen["device"]).partition(":")[0],
+        "deterministic": machine["asked"]["device"]["deterministic"],
+        "micro_tokens": chosen["micro_tokens"],
+    }
+
+
+def _build(run: Path, machine: Mapping[str, Any], meta: Mapping[str, Any]) -> Job:
+    """The run's job, cut into micro-batches as it was then."""
+    change = Override(("device", "micro_tokens"), meta["micro_tokens"], "device.micro_tokens")
+    recipe = read_recipe(run_files(run)["recipe"], [change])
+    started = machine.get("folder")
+    return build(for_one_process(recipe), folders=[run, *([Path(started)] if started else [])])
+
+
+@contextmanager
+def _threads(meta: Mapping[str, Any]) -> Iterator[None]:
+    """As many threads as then: sums are taken in another order with others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(meta.get("threads") or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _recorded(run: Path, step: int) -> dict[str, Any] | None:
+    path = run_files(run)["metrics"]
+    if not path.is_file():
+        return None
+    found = [r for r in read_records(path, kind="train") if r.get("step") == step]
+    return {name: found[-1][name] for name in COMPARED} if found else None

@@ -1,0 +1,113 @@
+"""What a run gives back: answers to held-out prompts on the way, model and report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.checkpoint.folder import load_checkpoint
+from tunesmith.checkpoint.optimizer import load_optimizer
+from tunesmith.config.dump import to_yaml
+from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
+from tunesmith.generate import generate, prompts_from_document
+from tunesmith.metrics.records import JsonlSink, read_records
+from tunesmith.report import write_report
+from tunesmith.storage.run_files import run_files
+from tunesmith.train.job import Job
+from tunesmith.train.trainer import Trainer
+
+
+def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] | None:
+    """Answers to the first held-out prompts, written to samples.jsonl at each evaluation."""
+    count = job.recipe.eval.samples
+    if not count or not job.eval_sets:
+        return None
+    chosen = [
+        (document.origin, prompt)
+        for document in job.eval_sets[0].documents
+        if (prompt := prompts_from_document(document, job.template)) is not None
+    ][:count]
+    if not chosen:
+        return None
+    JsonlSink(path, after_step=after_step).close()
+
+    def on_eval(step: int) -> None:
+        answers = generate(
+            job.model, job.template, [prompt.ids for _, prompt in chosen],
+            max_new_tokens=job.recipe.eval.max_new_tokens,
+        )  # fmt: skip
+        sink = JsonlSink(path)
+        for (origin, prompt), answer in zip(chosen, answers, strict=True):
+            sink.write(
+                {
+                    "kind": "sample",
+                    "step": step,
+                    "source": origin.source,
+                    "row": origin.row,
+                    "prompt": prompt.text,
+                    "reference": prompt.reference,
+                    "answer": answer.text,
+                    "stopped": answer.stopped,
+                }
+            )
+        sink.close()
+
+    return on_eval
+
+
+def take_best(trainer: Trainer) -> None:
+    """With `train.result: best` the weights of the best evaluation become the result."""
+    if trainer.job.recipe.train.result != "best" or trainer.best is None:
+        return
+    step = int(trainer.best["step"])
+    if step != trainer.step:
+        checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
+        load_optimizer(trainer.job, checkpoint, load_checkpoint(checkpoint))
+
+
+def write_result(path: Path, job: Job) -> dict[str, float]:
+    """Write `model/` with its card and `report.html`; returns the last numbers of the run."""
+    files = run_files(path)
+    records = list(read_records(files["metrics"]))
+    metrics = _final_metrics(records)
+    hashes = job.prepared.content_hashes
+    counts = job.prepared.ledger.sources
+    card = ModelCard(
+        base_model=job.recipe.model.name,
+        base_commit=job.source.commit if job.source else None,
+        data=[
+            DataEntry(name, counts[name].rows_trained + counts[name].rows_truncated, digest)
+            for name, digest in hashes.items()
+        ],
+        choice=TemplateChoice(
+            template="none" if job.recipe.data.template == "none" else "own",
+            template_kwargs=job.recipe.data.template_kwargs,
+        ),
+        recipe=to_yaml(job.recipe),
+        metrics=metrics,
+    )
+    write_model(job.model, job.template, job.source, files["model"], card=card)
+    write_report(
+        files["report"],
+        title=path.name,
+        recipe=to_yaml(job.recipe),
+        records=records,
+        ledger=job.prepared.ledger.to_dict(),
+    )
+    return metrics
+
+
+def _final_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for record in records:
+        if record.get("kind") == "train":
+            found["loss"] = record["loss"]
+        elif record.get("kind") == "eval":
+            for name in ("nll", "perplexity", "accuracy"):
+                found[f"{record['set']}/{name}"] = record[name]
+        elif record.get("event") == "skipped":
+            found["skipped_steps"] = found.get("skipped_steps", 0) + 1
+        elif record.get("event") == "spike":
+            found["spikes"] = found.get("spikes", 0) + 1
+    return found

@@ -1,0 +1,138 @@
+"""A run from its start to the model that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.dump import to_plain
+from tunesmith.config.schema import Recipe
+from tunesmith.distributed.world import World
+from tunesmith.run.manifest import files_read, remove_unused, write_start
+from tunesmith.storage.atomic import writing_result
+from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from tunesmith.build.inputs import UserObjects
+    from tunesmith.train.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    model_folder: Path
+    steps: int
+    metrics: Mapping[str, float]  # last training loss, held-out numbers by set: `eval/nll`, ...
+    model: Any  # the trained transformers or peft model
+    tokenizer: Any
+
+
+def conduct(
+    folder: RunFolder,
+    asked: Recipe,
+    objects: UserObjects,
+    *,
+    world: World,
+    beside: Sequence[Path],
+    changed_data: bool = False,
+    progress: bool,
+) -> Run:
+    """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
+    from tunesmith.build.build import build
+    from tunesmith.metrics.console import announce
+    from tunesmith.model.compile import restore_layers
+    from tunesmith.model.kernels import restore_modules
+
+    path = folder.path
+    faults = path.with_name(f"{path.name}-faults.jsonl")
+    try:
+        job = build(asked, objects=objects, folders=beside, faults_file=faults, world=world)
+        if not folder.resumed and world.is_main:
+            folder.clear(files_read(asked, objects, job, beside))
+    except BaseException:
+        if not folder.resumed and world.is_main:
+            remove_unused(path)
+        raise
+    progress = progress and world.is_main
+    if progress:
+        announce([f"run: {path}", *folder.notes, *job.notes])
+    if folder.resumed:
+        from tunesmith.run.resume_checks import check_data
+
+        check_data(path, job, changed_data=changed_data)
+    elif world.is_main:
+        write_start(path, asked, job)
+    try:
+        return _train_and_export(folder, job, progress=progress)
+    finally:
+        job.loss.close()  # the model may be the caller's own
+        restore_modules(job.model)
+        restore_layers(job.model)
+
+
+def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
+    from tunesmith.checkpoint.folder import clean_checkpoints
+    from tunesmith.run.result import sampler, take_best, write_result
+    from tunesmith.run.resume_checks import restore
+    from tunesmith.train.trainer import Trainer
+
+    path, files = folder.path, run_files(folder.path)
+    if job.world.is_main:
+        clean_checkpoints(path)
+    job.world.barrier()
+    trainer = Trainer(job, path, [])
+    if folder.resumed:
+        restore(trainer, path, progress=progress)
+    kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
+    sinks: list[Any] = []
+    samples = None
+    if job.world.is_main:
+        sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
+        samples = sampler(job, files["samples"], after_step=kept)
+    trainer.sinks, trainer.on_eval = sinks, samples
+    try:
+        trainer.fit()
+    except BaseException:
+        for sink in sinks:
+            with suppress(Exception):  # what stopped the run is what must be told
+                sink.close()
+        raise
+    for sink in sinks:
+        sink.close()
+    take_best(trainer)
+    if job.grad_sync.sharded is not None:
+        job.grad_sync.sharded.gather_model()
+    metrics: Mapping[str, float] = {}
+    if job.world.is_main:
+        with writing_result(path):
+            trainer.rows.write(files["rows"], job.documents, job.sampler.epoch_of)
+            metrics = write_result(path, job)
+    job.world.store_barrier()
+    metrics = job.world.broadcast_object(metrics)
+    return Run(
+        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
+    )
+
+
+def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: bool) -> list[Any]:
+    from tunesmith.metrics.console import ConsoleSink
+    from tunesmith.metrics.records import JsonlSink
+    from tunesmith.metrics.trackers import TrackedRun, open_tracker
+
+    tracked = TrackedRun(
+        folder=folder.path,
+        project=job.recipe.log.project,
+        recipe=to_plain(job.recipe),
+        resumed=folder.resumed,
+    )
+    sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]
+    sinks += [open_tracker(name, tracked) for name in job.recipe.log.to]
+    if progress:
+        sinks.append(ConsoleSink(job.total_steps, done_steps=after_step or 0))
+    return sinks

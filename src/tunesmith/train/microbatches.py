@@ -1,0 +1,258 @@
+"""A step's micro-batches, assigned to data-parallel ranks, and this rank's shard of each.
+
+The next step is planned while the device works on this one: once a step's micro-batches are queued,
+the host has nothing to do until their numbers are there. A thread for it would only compete with
+the queueing for Python.
+
+Invariant: a step gets what planning in its own turn gives. Planning depends on nothing but the
+documents and `micro_tokens`, so a plan made for another `micro_tokens` isn't used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.data.microbatch.planner import MicrobatchPlan, Part, plan_step
+from tunesmith.distributed.context_parallel import ContextParallel
+from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction
+from tunesmith.distributed.model_parallel_group import ModelParallelGroup
+from tunesmith.distributed.world import World
+from tunesmith.types import Document, IntArray, TargetOwners
+
+if TYPE_CHECKING:
+    from tunesmith.train.job import Job
+
+TRIES = 5
+"""How often a step is cut anew to find micro-batches that fill the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkModel:
+    """Work of one token, of one token that sees another, and of one target; in any unit."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    target: float = 0.0
+
+    def of(self, plan: MicrobatchPlan) -> float:
+        """The work of a micro-batch."""
+        pairs = 0
+        for chain in plan.layout.chains:
+            length = chain.end - chain.start
+            before = sum(end - start for start, end in chain.prefix)
+            pairs += length * before + length * (length + 1) // 2
+        return self.token * plan.tokens + self.pair * pairs + self.target * len(plan.source)
+
+
+def model_work(model: Any) -> WorkModel:
+    """Multiplications of a forward pass through a CausalLM; sliding windows count as whole."""
+    config = model.config.get_text_config()
+    embeddings = {id(p) for p in (model.base.get_input_embeddings().weight, model.head.weight)}
+    inside = sum(p.numel() for p in model.decoder.parameters() if id(p) not in embeddings)
+    heads = getattr(config, "num_attention_heads", 1)
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head = sum(p.numel() for p in model.head.parameters())
+    return WorkModel(
+        token=float(inside), pair=2.0 * config.num_hidden_layers * width, target=float(head)
+    )
+
+
+def plan_for_ranks(
+    documents: Sequence[Document],
+    ranks: int,
+    *,
+    work_model: WorkModel,
+    micro_tokens: int,
+    share_prefixes: bool = True,
+    unpacked: bool = False,
+) -> list[MicrobatchPlan]:
+    """The micro-batches of a step, cut so that several ranks finish early; for one rank those of
+    `plan_step`.
+
+    A step of too few micro-batches is cut finer, down to its longest path: a prefix that is cut is
+    then computed on several ranks. Of the cuts tried the one whose slowest rank has least work is
+    taken. The same on every rank.
+    """
+
+    def cut(tokens: int) -> list[MicrobatchPlan]:
+        return plan_step(
+            documents, micro_tokens=tokens, share_prefixes=share_prefixes, unpacked=unpacked
+        )
+
+    best = cut(micro_tokens)
+    if ranks == 1 or unpacked or not best:
+        return best
+    least = _time(best, ranks, work_model)
+    wanted = -(-len(best) // ranks) * ranks
+    size = sum(plan.tokens for plan in best) / wanted
+    for number in range(TRIES):
+        tokens = int(size * (1 + number / 8)) + 1
+        if tokens >= micro_tokens:
+            break
+        plans = cut(tokens)
+        time = _time(plans, ranks, work_model)
+        if time < least:
+            best, least = plans, time
+    return best
+
+
+def _time(plans: Sequence[MicrobatchPlan], ranks: int, work_model: WorkModel) -> float:
+    work = [work_model.of(plan) for plan in plans]
+    rounds = assign(work, ranks)
+    return sum(max(work[n] for n in dealt if n != IDLE) for dealt in rounds)
+
+
+def assigned_to(
+    plans: Sequence[MicrobatchPlan], rank: int, *, ranks: int, work_model: WorkModel
+) -> list[MicrobatchPlan]:
+    """The micro-batches of one rank, as many as any other's; where it has none of its own it runs
+    the smallest one without weight.
+    """
+    if ranks == 1:
+        return list(plans)
+    work = [work_model.of(plan) for plan in plans]
+    filler = zero_weight(plans[int(np.argmin(work))])
+    return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in assign(work, ranks)]
+
+
+def step_plans(
+    documents: Sequence[Document],
+    world: World,
+    *,
+    work_model: WorkModel,
+    micro_tokens: int,
+    share_prefixes: bool = True,
+    unpacked: bool = False,
+) -> list[MicrobatchPlan]:
+    """The micro-batches of a step for all ranks, each of `micro_tokens` for every rank that shares
+    it.
+    """
+    return plan_for_ranks(
+        documents,
+        world.dp_size,
+        work_model=work_model,
+        micro_tokens=micro_tokens * world.cp.size,
+        share_prefixes=share_prefixes,
+        unpacked=unpacked,
+    )
+
+
+def local_plans(
+    plans: Sequence[MicrobatchPlan], world: World, *, work_model: WorkModel
+) -> list[MicrobatchPlan]:
+    """What this rank runs of the micro-batches of a step."""
+    dealt = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
+    return [local_part(plan, world.model_parallel) for plan in dealt]
+
+
+def local_part(plan: MicrobatchPlan, group: ModelParallelGroup) -> MicrobatchPlan:
+    """What this rank does of a micro-batch that several work on together. The parts of all of them
+    have every target once.
+    """
+    if group.size == 1:
+        return plan
+    if isinstance(group, ContextParallel):
+        return _local_shard(plan, group)
+    return _local_targets(plan, group)
+
+
+def _local_shard(plan: MicrobatchPlan, cp: ContextParallel) -> MicrobatchPlan:
+    """A slice of the tokens, with the targets of its sources.
+
+    A target's id goes with its source, so nothing is looked for beyond a slice's end.
+    """
+    layout = cp.shard(plan.layout)
+    own = layout.local
+    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")[own]
+    kept = np.flatnonzero((plan.source >= own.start) & (plan.source < own.stop)).astype(np.int32)
+    part = Part(plan, kept, tokens=len(ids))
+    return replace(
+        plan, ids=ids, layout=layout, part=part, **_targets_of(plan, kept, start=own.start)
+    )
+
+
+def _local_targets(plan: MicrobatchPlan, split: ModelParallelGroup) -> MicrobatchPlan:
+    """All tokens, with a share of the targets."""
+    size = -(-len(plan.source) // split.size)
+    kept = np.arange(len(plan.source), dtype=np.int32)[split.rank * size :][:size]
+    part = Part(plan, kept, tokens=plan.tokens if split.rank == 0 else 0)
+    return replace(plan, part=part, **_targets_of(plan, kept, start=0))
+
+
+def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str, Any]:
+    """The fields of a plan with only those targets, whose sources count from token `start`."""
+    number = np.full(len(plan.source), -1, np.int32)
+    number[kept] = np.arange(len(kept), dtype=np.int32)
+    shares = number[plan.shares.target] >= 0
+    return {
+        "source": plan.source[kept] - start,
+        "target": plan.target[kept],
+        "weight": plan.weight[kept],
+        "shares": TargetOwners(
+            number[plan.shares.target[shares]],
+            plan.shares.document[shares],
+            plan.shares.weight[shares],
+        ),
+    }
+
+
+def idle_fraction_of(
+    plans: Sequence[MicrobatchPlan], *, ranks: int, work_model: WorkModel
+) -> float:
+    """The share of all ranks' time that such a step leaves idle."""
+    work = [work_model.of(plan) for plan in plans]
+    return idle_fraction(assign(work, ranks), work)
+
+
+def zero_weight(plan: MicrobatchPlan) -> MicrobatchPlan:
+    """The micro-batch with no weight on its targets, and nobody's: its gradient is zero."""
+    none = np.empty(0, np.int32)
+    shares = TargetOwners(none, none, np.empty(0, np.float32))
+    return replace(plan, weight=np.zeros_like(plan.weight), owners=shares)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A step's documents and micro-batches."""
+
+    documents: list[Document]
+    plans: list[MicrobatchPlan]  # of all ranks
+    local: list[MicrobatchPlan]  # what this rank runs of them
+
+
+class StepPlanner:
+    """Plans the steps of `job`, counted from 0. Keeps this one and the next."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._made: dict[tuple[int, int], PlannedStep] = {}
+
+    def step(self, number: int) -> PlannedStep:
+        """The micro-batches of a step, planned now unless they are there."""
+        key = (number, self._job.micro_tokens)
+        if key not in self._made:
+            self._made = {key: self._plan(number)}
+        return self._made[key]
+
+    def prepare(self, number: int) -> None:
+        """Plan the step that follows; if that fails, it will in its own turn."""
+        kept = (number - 1, self._job.micro_tokens)
+        self._made = {key: planned for key, planned in self._made.items() if key == kept}
+        if number < self._job.total_steps:
+            with suppress(Exception):
+                self._made[number, self._job.micro_tokens] = self._plan(number)
+
+    def _plan(self, number: int) -> PlannedStep:
+        job = self._job
+        documents = [job.documents[int(i)] for i in job.sampler.step_indices(number)]
+        plans = step_plans(
+            documents, job.world, work_model=job.work,
+            micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
+            unpacked=job.model.unpacked,
+        )  # fmt: skip
+        return PlannedStep(documents, plans, local_plans(plans, job.world, work_model=job.work))
