@@ -24,17 +24,16 @@ OLD = [
 def test_an_old_name_is_an_error_that_names_the_new_one(
     tmp_path: Path, way: str, old: str, value: object, new: str, now: object
 ) -> None:
-    base = {"model": "m", "data": "rows.jsonl"}
+    base: dict[str, object] = {"model": "m", "data": "rows.jsonl"}
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: m\ndata: rows.jsonl\ndevice:\n  {old}: {value}\n")
+    sources = {
+        "file": (file, []),
+        "mapping": ({**base, "device": {old: value}}, []),
+        "override": (base, [f"device.{old}={value}"]),
+    }
     with pytest.raises(RecipeError) as caught:
-        if way == "file":
-            (tmp_path / "r.yaml").write_text(
-                f"model: m\ndata: rows.jsonl\ndevice:\n  {old}: {value}\n"
-            )
-            read_recipe(tmp_path / "r.yaml")
-        elif way == "mapping":
-            read_recipe({**base, "device": {old: value}})
-        else:
-            read_recipe(base, [f"device.{old}={value}"])
+        read_recipe(*sources[way])
     assert caught.value.hint == f"write device.{new}={now}"
     assert f"device.{old}" in str(caught.value.where)
     if way == "file":
