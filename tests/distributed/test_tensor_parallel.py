@@ -345,7 +345,7 @@ from tunesmith.train.trainer import Trainer
 one_step = Trainer._one_step
 
 def seeded(self):
-    seed_step(self.job.recipe.train.seed, self.step, 0)
+    seed_step(self.options.seed, self.step, 0)
     one_step(self)
 
 Trainer._one_step = seeded

@@ -62,9 +62,9 @@ def test_paged_state_is_not_counted_as_memory(llama_folder: Path, chats: Path) -
     asked = recipe.device.model_copy(update={"paged_optimizer": True})
     job = module.build(recipe.model_copy(update={"device": asked}))
     parts = module.memory_parts(job, peak=10**9, activations=0, working=0)
-    moments = 8 * job.trained_parameters
-    assert 0 < job.optimizer.paged_bytes < moments
-    assert parts["optimizer"] == moments - job.optimizer.paged_bytes
+    moments = 8 * job.training.trained_parameters
+    assert 0 < job.training.optimizer.paged_bytes < moments
+    assert parts["optimizer"] == moments - job.training.optimizer.paged_bytes
 
 
 def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_copy_for_checkpoints_is_counted_where_one_is_made(
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)
     job = module.build(recipe)
     found = module.copy_beside(job, peak=5_000, free=5_000 + room)
-    saved = sum(t.numel() * t.element_size() for t in job.optimizer.state_dict().values())
+    saved = sum(t.numel() * t.element_size() for t in job.training.optimizer.state_dict().values())
     assert found == copied * saved
     assert saved > 10_000
 

@@ -125,8 +125,8 @@ def test_a_start_says_which_maps_it_is(given: dict[str, Any], tmp_path: Path) ->
          "device": {"kind": "cpu"}}
     )  # fmt: skip
     job = build(recipe)
-    job.loss.close()
-    (line,) = [text for text in job.notes if text.startswith("float8")]
+    job.training.loss.close()
+    (line,) = [text for text in job.choices.notes if text.startswith("float8")]
     assert "8 linear maps" in line  # attention's; 16 does not divide 72
     assert "6 are left" in line
     assert "mlp" in line

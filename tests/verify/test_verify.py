@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.build.job import Job
 from tunesmith.cli.app import run as command
 from tunesmith.config.read import read_recipe
 from tunesmith.run import train
-from tunesmith.train.job import Job
 from tunesmith.types import Batch, Chain, Layout
 from tunesmith.verify import exported, ranks
 from tunesmith.verify import ledger as accounts
@@ -372,7 +372,7 @@ def test_differences_that_are_no_numbers_are_the_largest() -> None:
 def test_a_ledger_that_miscounts_fails_p4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = precise(folder)
     assert not accounts.ledger_adds_up(job, []).failed
-    counts = next(iter(job.prepared.ledger.sources.values()))
+    counts = next(iter(job.data.prepared.ledger.sources.values()))
     for change in ({"rows": 1, "rows_trained": 1}, {"tokens": 1, "tokens_trained": 1}, {"rows": 1}):
         before = {name: getattr(counts, name) for name in change}
         for name, value in change.items():
@@ -515,7 +515,7 @@ def test_ranks_that_learn_otherwise_fail(
         return subprocess.CompletedProcess(given, fault == "code", "", "x\nerror: rank 1 is gone\n")
 
     monkeypatch.setattr(ranks.subprocess, "run", instead)
-    found = ranks.ranks_agree(job.recipe, alone, ranks=2, folders=[], precise=True)
+    found = ranks.ranks_agree(job.choices.recipe, alone, ranks=2, folders=[], precise=True)
     assert found.failed == (fault != "none")
     if fault == "code":
         assert "rank 1 is gone" in found.note

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -97,11 +99,7 @@ def computed_by(kernels: Replaced | None, compiled: str | None) -> dict[str, str
     }
 
 
-def computing_lines(kernels: Replaced | None, compiled: str | None) -> list[str]:
-    """What a start says of it; nothing where the model computes as it is."""
-    said = computed_by(kernels, compiled)
-    return [
-        f"{key}: {said[key]}"
-        for key, there in (("kernels", kernels), ("compile", compiled))
-        if there is not None
-    ]
+def computing_lines(resolved: Mapping[str, Any]) -> list[str]:
+    """The start's lines on kernels and compiled layers; none where plain torch computes."""
+    plain = {"kernels": "torch", "compile": "none"}
+    return [f"{key}: {resolved[key]}" for key, value in plain.items() if resolved[key] != value]

@@ -138,13 +138,13 @@ def ranks_per_copy(recipe: Recipe, world: World) -> int:
 
 
 def sharded_savings(
-    size: MemoryEstimate | None, model: CausalLM, world: World, *, together: int
+    size: MemoryEstimate | None, model: CausalLM, world: World, *, ranks_per_copy: int
 ) -> int:
-    """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
+    """Bytes of the training state that other ranks hold for this one."""
     if size is None:
         return 0
     share = sharded_fraction(model, world) if world.tp.size > 1 else 1.0
-    return int((size.total - size.total // together) * share)
+    return int((size.total - size.total // ranks_per_copy) * share)
 
 
 def parallelize(

@@ -187,7 +187,7 @@ def load_checkpoint(path: Path) -> TrainState:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
         rng = RngState(tensors["rng"], state["rng"]["numpy"], state["rng"]["python"])
-        meta = {RENAMED.get(key, key): value for key, value in state["meta"].items()}
+        meta = {str(RENAMED.get(key, key)): value for key, value in state["meta"].items()}
         return TrainState(state["step"], tensors["model"], tensors["optimizer"], rng, meta)
     except Exception as error:
         raise CheckpointError(f"can't be read: {error}", where=str(path)) from error

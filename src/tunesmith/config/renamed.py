@@ -1,4 +1,4 @@
-"""Recipe keys and values that were renamed: an error for a user's recipe, a translation for a run's.
+"""Renamed recipe keys and values: an error in a user's recipe, translated in a run's.
 
 A user who writes an old name gets the new one in the error. A run folder keeps the names of the
 version that wrote it, so whoever reads a run's recipe translates it.
@@ -40,16 +40,18 @@ def complain_of_old_names(document: Document) -> None:
 
 def translated(data: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a run in today's names, as a copy; anything else stays as it is."""
-    found = {
-        name: dict(cast("Mapping[str, Any]", section)) if isinstance(section, Mapping) else section
-        for name, section in data.items()
-    }
-    for (section, old), new in KEYS.items():
-        held = found.get(section)
-        if isinstance(held, dict) and old in held:
-            held[new] = held.pop(old)
-    for (section, key, old), new in VALUES.items():
-        held = found.get(section)
-        if isinstance(held, dict) and held.get(key) == old:
-            held[key] = new
+    found: dict[str, Any] = dict(data)
+    for name, section in data.items():
+        if isinstance(section, Mapping):
+            found[name] = _translated(name, dict(cast("Mapping[str, Any]", section)))
     return found
+
+
+def _translated(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    for (owner, old), new in KEYS.items():
+        if owner == name and old in section:
+            section[new] = section.pop(old)
+    for (owner, key, old), new in VALUES.items():
+        if owner == name and section.get(key) == old:
+            section[key] = new
+    return section

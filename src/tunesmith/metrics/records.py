@@ -123,6 +123,48 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
+class Evaluated(Protocol):
+    """The means of an evaluation; `train.evaluate.EvalResult`."""
+
+    @property
+    def nll(self) -> float: ...
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def entropy(self) -> float: ...
+    @property
+    def documents(self) -> int: ...
+    @property
+    def target_tokens(self) -> int: ...
+
+
+def eval_record(
+    found: Evaluated, *, step: int, epoch: float, name: str, content_hash: str, seconds: float
+) -> dict[str, Any]:
+    """The record of a held-out set: means over its targets, in nats."""
+    return {
+        "kind": "eval",
+        "step": step,
+        "epoch": epoch,
+        "set": name,
+        "content_hash": content_hash,
+        "rows": found.documents,
+        "target_tokens": found.target_tokens,
+        "nll": found.nll,
+        "perplexity": found.perplexity,
+        "accuracy": found.accuracy,
+        "entropy": found.entropy,
+        "seconds": seconds,
+    }
+
+
+def interrupted_record(step: int, *, signal_name: str) -> dict[str, Any]:
+    """The record of a run that a signal stopped."""
+    return {"kind": "event", "event": "interrupted", "signal": signal_name, "step": step}
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device's allocator, or of the whole process on a CPU."""
     if device.type == "cuda":

@@ -26,7 +26,7 @@ from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantile
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
 from tunesmith.transfer import to_host
-from tunesmith.types import LossOutput, TargetOwners
+from tunesmith.types import LossOutput, StepMetrics, TargetOwners
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
 """The loss of a micro-batch, differentiable; `train.loss` makes it."""
@@ -250,3 +250,32 @@ def read_figures(outputs: Sequence[LossOutput], *more: Tensor) -> tuple[list[Fig
         for output in outputs
     ]
     return figures, [float(value) for value in values]
+
+
+def step_metrics(
+    result: StepResult,
+    *,
+    step: int,
+    epoch: float,
+    lr: float,
+    tokens: Sequence[int],
+    seconds: float,
+    peak_memory: int,
+) -> StepMetrics:
+    """What metrics.jsonl holds of a step; `tokens` are those of each document."""
+    return StepMetrics(
+        step=step,
+        epoch=epoch,
+        loss=result.loss,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        documents=len(tokens),
+        tokens=sum(tokens),
+        computed_tokens=result.computed_tokens,
+        target_tokens=result.target_tokens,
+        weight_sum=result.weight_sum,
+        seconds=seconds,
+        tokens_per_second=sum(tokens) / seconds,
+        stats=result.stats,
+        peak_memory=peak_memory,
+    )

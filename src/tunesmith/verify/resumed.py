@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tunesmith.build.job import Job, make_trainer
 from tunesmith.checkpoint.folder import TENSOR_FILES, load_checkpoint
-from tunesmith.train.job import Job
-from tunesmith.train.trainer import Trainer
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.workload import STEPS
 
@@ -19,7 +18,7 @@ HALF = STEPS // 2
 
 def run_through(job: Job, folder: Path) -> None:
     """The whole short run, saved at half and at its end."""
-    Trainer(job, folder, []).fit()
+    make_trainer(job, folder).fit()
 
 
 def resume_bitwise(build: Callable[[], Job], folder: Path) -> Outcome:
@@ -28,7 +27,7 @@ def resume_bitwise(build: Callable[[], Job], folder: Path) -> Outcome:
     """
     job = build()
     again = folder.with_name(f"{folder.name}-again")
-    trainer = Trainer(job, again, [])
+    trainer = make_trainer(job, again)
     trainer.restore(folder / "checkpoints" / f"step-{HALF}")
     trainer.fit()
     ends = [load_checkpoint(place / "checkpoints" / f"step-{STEPS}") for place in (folder, again)]

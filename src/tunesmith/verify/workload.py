@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from tunesmith.build.build import build
+from tunesmith.build.job import Job
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
 from tunesmith.errors import InputError
-from tunesmith.train.job import Job
 from tunesmith.types import Document
 
 STEPS = 4
@@ -79,12 +79,12 @@ def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tu
         except InputError:
             pass  # too large, or not to be had so; the recipe's own may be
     job = build(own, folders=folders)
-    return job, job.recipe.model.dtype
+    return job, job.choices.recipe.model.dtype
 
 
 def chosen_documents(job: Job, bounds: Bounds) -> list[Document]:
     """The first documents with short enough paths, or the shortest of all."""
-    documents = [job.documents[number] for number in range(len(job.documents))]
+    documents = [job.data.documents[number] for number in range(len(job.data.documents))]
     short = [document for document in documents if document.longest_path <= bounds.tokens]
     if short:
         return short[: bounds.documents]
@@ -93,7 +93,9 @@ def chosen_documents(job: Job, bounds: Bounds) -> list[Document]:
 
 def tolerance_of(job: Job) -> float:
     """How far float rounding alone may take a gradient, relative to its norm."""
-    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
+    narrow = any(
+        p.dtype in (torch.bfloat16, torch.float16) for p in job.training.model.parameters()
+    )
     if narrow:
         return 8e-2
-    return 1e-4 if job.device.type == "cpu" else 5e-3  # float32 on a GPU may mean TF32
+    return 1e-4 if job.training.device.type == "cpu" else 5e-3  # float32 on a GPU may mean TF32
