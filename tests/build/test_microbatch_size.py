@@ -105,10 +105,11 @@ def test_free_memory_decides_in_a_run(tmp_path: Path, monkeypatch) -> None:
     rows = write_jsonl(tmp_path / "chats.jsonl", chat_rows())
     asked = read_recipe({"model": str(folder), "data": {"train": [str(rows)]}}, [])
     plenty = build.build(asked)
-    monkeypatch.setattr(build, "free_memory", lambda _: 12 * MIB)
+    monkeypatch.setattr(importlib.import_module("tunesmith.build.model"), "free_memory",
+                        lambda _: 12 * MIB)  # fmt: skip
     scarce = build.build(asked)
-    assert plenty.chosen["gradient_checkpointing"] == "none"
-    assert scarce.chosen["gradient_checkpointing"] != "none"
-    assert scarce.micro_tokens < plenty.micro_tokens
-    (line,) = [note for note in scarce.notes if note.startswith("device:")]
-    assert f"gradient_checkpointing {scarce.chosen['gradient_checkpointing']}" in line
+    assert plenty.choices.resolved["gradient_checkpointing"] == "none"
+    assert scarce.choices.resolved["gradient_checkpointing"] != "none"
+    assert scarce.microbatching.micro_tokens < plenty.microbatching.micro_tokens
+    (line,) = [note for note in scarce.choices.notes if note.startswith("device:")]
+    assert f"gradient_checkpointing {scarce.choices.resolved['gradient_checkpointing']}" in line

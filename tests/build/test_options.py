@@ -277,7 +277,7 @@ def test_each_source_has_its_own_limit_columns_and_format(
             ("gradient_checkpointing", "selective"),
             "same",
         ),
-        ("device.attention=unpacked", ("attention", "isolated"), "more"),
+        ("device.attention=unpacked", ("attention", "unpacked"), "more"),
         ("device.attention=sdpa", ("attention", "sdpa"), "same"),
     ],
 )

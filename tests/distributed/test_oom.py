@@ -46,8 +46,8 @@ Trainer._between = getattr(Trainer._between, "whole", Trainer._between)
 """
 
 NOBODY_ASKS = """
-from tunesmith.distributed import asking
-asking.MOST = 1
+from tunesmith.distributed import peer_check
+peer_check.MAX_RANKS = 1
 """
 
 

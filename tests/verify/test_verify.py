@@ -307,7 +307,7 @@ def test_a_leak_between_documents_fails_p2_and_p3(
     found = layouts_of(precise(folder))
     assert found["packed = alone"].failed
     assert found["any micro-batches"].failed
-    assert "isolated" in found["packed = alone"].advice
+    assert "unpacked" in found["packed = alone"].advice
 
 
 def test_branches_without_their_prefix_fail_the_tree_alone(
