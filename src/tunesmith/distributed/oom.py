@@ -14,6 +14,11 @@ from tunesmith.distributed.world import World
 _OOM_TEXTS = ("can't allocate memory", "out of memory", "alloc_failed")
 """Messages of torch's allocators and libraries that raise a plain RuntimeError."""
 
+_NO_PRIMITIVE = "could not create a primitive"
+"""oneDNN's message when it gets no memory for a kernel. It says the same of an operation that it
+does not support, so it counts only where the process has a limit of address space.
+"""
+
 
 class CollectiveOOM(MemoryError):
     """`ranks` ran out of memory, and every rank raised this error."""
@@ -28,7 +33,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _OOM_TEXTS)
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(words in text for words in _OOM_TEXTS) or (_NO_PRIMITIVE in text and _limited())
+
+
+def _limited() -> bool:
+    """Whether this process has a limit of address space (`ulimit -v`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 class PeerCheck(Protocol):
