@@ -1,4 +1,6 @@
-"""Whether the decoder's layers are compiled: which recipes that goes with, and that it is exact."""
+"""Regional torch.compile of the decoder's layers, tried against the eager layers before it is
+used.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Ranks that share the tokens of a micro-batch: which recipes and models that goes with, and that
-it is exact.
+"""Context parallelism (DeepSpeed-Ulysses): which models it fits, and a check that it is exact on
+this machine.
 """
 
 from __future__ import annotations

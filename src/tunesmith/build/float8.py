@@ -1,4 +1,4 @@
-"""Products in float8: which recipes and models they go with."""
+"""float8 linear layers (rowwise scaling, as torchao's): which modules of the model get them."""
 
 from __future__ import annotations
 

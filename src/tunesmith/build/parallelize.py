@@ -1,4 +1,4 @@
-"""How several ranks share a model: what each holds, and which recipes that goes with."""
+"""Parallelism of a run: process groups, data parallelism (DDP), FSDP2 or tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What ranks that work on a micro-batch together are held to, whatever they deal: that they are
-whole groups, and that a made-up micro-batch gives what one process computes.
-"""
+"""Parity checks of model parallelism: a made-up micro-batch must give what one process computes."""
 
 from __future__ import annotations
 

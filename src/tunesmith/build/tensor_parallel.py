@@ -1,5 +1,5 @@
-"""Ranks that hold the layers of one copy of a model together: which recipes and models that goes
-with, and that it is exact.
+"""Tensor parallelism (Megatron): which models it fits, and a check that it is exact on this
+machine.
 """
 
 from __future__ import annotations

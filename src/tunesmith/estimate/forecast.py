@@ -1,4 +1,4 @@
-"""Memory, time and work of a run, from its recipe and a few real steps."""
+"""Forecast of a run's memory and time, from its recipe and a few real steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its start to the model that it leaves."""
+"""Runs a job: build, train, export."""
 
 from __future__ import annotations
 

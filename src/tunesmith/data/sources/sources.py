@@ -1,4 +1,4 @@
-"""Where rows come from: files and iterables, read as a stream of rows that know their origin."""
+"""Sources of rows: files and iterables, read as a stream of rows that know their origin."""
 
 from __future__ import annotations
 
