@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,7 @@ class DtypeChoice:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeChoice:
-    """`auto` is bfloat16 where the device multiplies it in hardware, else float32.
-
-    The environment variable TUNESMITH_AUTO_DTYPE (bfloat16 or float32) overrides what `auto` finds:
-    the tests run with both, and a virtual machine may report units that it does not have.
-    """
+    """`auto` is bfloat16 where the device multiplies it in hardware, else float32."""
     if isinstance(dtype, torch.dtype):
         return DtypeChoice(dtype, "as asked")
     if dtype != "auto":
@@ -38,9 +33,6 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeC
                 f"unknown dtype {dtype!r}", where="model.dtype", hint="auto, bfloat16 or float32"
             )
         return DtypeChoice(_DTYPES[dtype], "as asked")
-    forced = os.environ.get("TUNESMITH_AUTO_DTYPE")
-    if forced in _DTYPES:
-        return DtypeChoice(_DTYPES[forced], "TUNESMITH_AUTO_DTYPE says so")
     kind = torch.device(device).type
     if kind == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
