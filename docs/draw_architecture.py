@@ -15,12 +15,12 @@ from __future__ import annotations
 import ast
 import itertools
 import sys
-import tomllib
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import grimp
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
@@ -72,7 +72,7 @@ def imports(rooms: set[str]) -> Edges:
 
 def room_of(module: str) -> str:
     """`model` of `tunesmith.model.load`; the package itself is no room."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def reduced(edges: Edges) -> Edges:
@@ -277,18 +277,18 @@ Ports = dict[tuple[str, str], float]
 def _ports(
     boxes: dict[str, tuple[int, Box]], edges: Edges, lanes: dict[tuple[int, str], float]
 ) -> tuple[Ports, dict[tuple[str, float], float]]:
-    """Where arrows leave a box, by both rooms, and where they enter one, by where they come from."""
+    """Where arrows leave a box, by both rooms, and where they enter it, by where they begin."""
     out: Ports = {}
-    for one in edges:
-        start, box = boxes[one]
-        wished = {to: lanes.get((start + 1, to), boxes[to][1].x) for to in sorted(edges[one])}
-        out |= {(one, to): x for to, x in _spread(box, wished).items()}
+    for room, below in edges.items():
+        start, box = boxes[room]
+        wished = {to: lanes.get((start + 1, to), boxes[to][1].x) for to in sorted(below)}
+        out |= {(room, to): x for to, x in _spread(box, wished).items()}
     into: dict[tuple[str, float], float] = {}
     for to, (end, box) in boxes.items():
         sources = {
             lanes.get((end - 1, to), out[one, to]) if boxes[one][0] < end - 1 else out[one, to]
-            for one in edges
-            if to in edges[one]
+            for one, others in edges.items()
+            if to in others
         }
         into |= {
             (to, x): place for x, place in _spread(box, {x: x for x in sorted(sources)}).items()
@@ -309,7 +309,8 @@ def _curve(
     middle = (y + to_y) / 2
     path = f"M{x:.1f} {y:.1f}C{x:.1f} {middle:.1f} {to_x:.1f} {middle:.1f} {to_x:.1f} {to_y:.1f}"
     path += "" if bottom is None else f"V{bottom:.1f}"
-    return f'<path class="arrow" d="{path}"{" marker-end=" + chr(34) + "url(#head)" + chr(34) if head else ""}/>'
+    marker = ' marker-end="url(#head)"' if head else ""
+    return f'<path class="arrow" d="{path}"{marker}/>'
 
 
 def picture() -> str:
@@ -328,20 +329,22 @@ def picture() -> str:
     below = boxes_of(ground, y)
     parts += [box.svg("ground") for box in below]
     y += below[0].height + 26
-    note = "An arrow means: imports. One that follows from others is left out. All may import the last row."
+    note = "An arrow means: imports. One that follows from others is left out. "
+    note += "All may import the last row."
     parts.append(_text(WIDTH / 2, y, note, "text", TEXT_SIZE))
     return _file(parts, y + 16)
 
 
 def _file(parts: list[str], height: float) -> str:
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" text-anchor="middle">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" '
+        'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, '
+        'sans-serif" text-anchor="middle">\n'
         "<title>The rooms of Tunesmith and what they import</title>\n"
         "<!-- Drawn by docs/draw_architecture.py from the imports. -->\n"
         f"<style>{STYLE}</style>\n"
-        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path class="head" d="M0 1L9 5L0 9z"/></marker></defs>\n'
+        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path class="head" d="M0 1L9 5L0 9z"/></marker></defs>\n'
         f'<rect class="page" width="{WIDTH:.0f}" height="{height:.0f}" rx="10"/>\n'
         '<g fill="none" stroke-width="1.4">\n'
     )
