@@ -260,7 +260,7 @@ def arrows_of(rows: list[list[Box]], edges: Edges) -> list[str]:
     lanes = Lanes(rows, edges).place
     out, into = _ports(boxes, edges, lanes)
     pieces: dict[str, None] = {}
-    for one, to in sorted((one, to) for one in edges for to in edges[one]):
+    for one, to in sorted((a, b) for a, others in edges.items() for b in others):
         (start, above), (end, below) = boxes[one], boxes[to]
         x, y = out[one, to], above.y + above.height
         for number in range(start + 1, end):
