@@ -16,7 +16,10 @@ from tunesmith.estimate import forecast
 from tunesmith.estimate.forecast import evaluations
 from tunesmith.estimate.workload import spread
 
-SETTINGS = ["batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu"]
+SETTINGS = [
+    "batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu",
+    "model.dtype=float32",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -24,6 +27,7 @@ def asked(llama_folder: Path, chats: Path) -> list[str]:
     return ["--model", str(llama_folder), "--data", str(chats), *SETTINGS]
 
 
+@pytest.mark.any_dtype
 def test_counts_are_those_of_the_run(llama_folder: Path, chats: Path, tmp_path: Path) -> None:
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, SETTINGS)
     found = forecast(recipe)

@@ -18,6 +18,7 @@ OPTIONS = [
     "eval.every=2",
     "device.threads=1",
     "optim.lr=0.01",
+    "model.dtype=float32",
 ]
 KILL_AFTER = """
 import os, signal

@@ -41,7 +41,7 @@ from tunesmith.verify.workload import (
 )
 
 BOUNDS = Bounds(documents=4, rows=12)
-PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}}
+PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}, "model": {"dtype": "float32"}}
 
 
 @pytest.fixture(scope="module")

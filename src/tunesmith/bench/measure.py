@@ -117,7 +117,7 @@ def bench(recipe: Recipe, *, folders: Sequence[Path] = (), steps: int = STEPS) -
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(job.microbatching.micro_tokens, work.largest) from error
+        raise out_of_memory(job.microbatching.micro_tokens, work.largest, error) from error
     finally:
         job.training.loss.close()
 

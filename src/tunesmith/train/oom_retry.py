@@ -17,7 +17,7 @@ import torch
 
 from tunesmith.checkpoint.rng import RngState, capture_rng, restore_rng
 from tunesmith.distributed.oom import CollectiveOOM, is_out_of_memory
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, first_line
 from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
 from tunesmith.train.job import MicroBatching, Training
@@ -71,7 +71,7 @@ def retry_on_oom(
                 leave(now)
                 raise out_of_memory_on(training.world.rank, micro_tokens, now) from error
             if now is None or training.optimizer.steps != steps:
-                raise out_of_memory(micro_tokens, largest(micro_tokens)) from error
+                raise out_of_memory(micro_tokens, largest(micro_tokens), error) from error
         # Out here the error is gone, and with it the tensors that its frames held.
         _set_back(training, state)
         shrink(micro_tokens, now, ranks or ())
@@ -160,11 +160,11 @@ def retry_record(
     }
 
 
-def out_of_memory(micro_tokens: int, largest: int) -> RunError:
-    """The error where nothing smaller is left to try."""
+def out_of_memory(micro_tokens: int, largest: int, error: Exception) -> RunError:
+    """The error where nothing smaller is left to try, with what the allocator or library said."""
     return RunError(
         f"out of memory: a micro-batch of {largest} tokens does not fit with "
-        f"device.micro_tokens={micro_tokens}",
+        f"device.micro_tokens={micro_tokens} ({first_line(error)})",
         hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
         "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
     )

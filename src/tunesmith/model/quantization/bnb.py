@@ -53,6 +53,10 @@ def multiply_dequantized(model: nn.Module) -> list[Any]:
     found = [module for module in model.modules() if type(module) in _CLASSES]
     for module in found:
         module.__class__ = _CLASSES[type(module)]
-        # also for callers of bitsandbytes' own forward: repacked weights can't be dequantised
-        module.support_avx512bf16_for_cpu = False
+        # On a CPU with AVX512-BF16, bitsandbytes' own forward pass in evaluation packs the weight
+        # anew, for good: scales and products are then rounded to bfloat16, and an input width that
+        # is no multiple of 64, or an output width that is none of 32, is an error. These classes
+        # have their own forward pass; whoever calls the inherited one must not pack either.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     return found
