@@ -31,8 +31,7 @@ from tunesmith.config.schema import Recipe
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
 from tunesmith.model.adapters import AdapterReport
-from tunesmith.model.kernels import Replaced
-from tunesmith.model.kernels.float8 import check_device
+from tunesmith.model.kernels import Replaced, float8
 from tunesmith.model.memory.activations import MicroChoice
 from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.optim import Optimizer, auto_lr, schedule, warmup_steps
@@ -113,7 +112,7 @@ def check_inputs(
     if recipe.model.float8 != "none":
         came = source is not None and source.adapter_folder is not None
         check_together(recipe, Facts(world.size, world.local_size, device.type, with_adapter=came))
-        check_device(device)
+        float8.check_device(device)
     copies = ranks_per_copy(recipe, world)
     found = find_model(recipe, source, world, device, ranks_per_copy=copies)
     return found, user_objective(recipe, folders)
