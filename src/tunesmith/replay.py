@@ -108,7 +108,7 @@ def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _
             trainer = _trainer(job, Path(place), start)
             say(f"from {'the beginning' if start is None else start.name}: "
                 f"{step - trainer.step} steps")  # fmt: skip
-            return _taken_again(
+            return _replayed(
                 run, trainer, step, unlike=_unlike(meta, trainer), notes=notes, gradients=gradients
             )
         finally:
@@ -137,7 +137,7 @@ def _unlike(meta: Mapping[str, Any], trainer: Trainer) -> list[str]:
     return lines
 
 
-def _taken_again(
+def _replayed(
     run: Path,
     trainer: Trainer,
     step: int,

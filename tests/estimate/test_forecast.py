@@ -14,7 +14,7 @@ from tunesmith.config.read import read_recipe
 from tunesmith.config.values import Duration
 from tunesmith.estimate import forecast
 from tunesmith.estimate.forecast import evaluations
-from tunesmith.estimate.workload import spread
+from tunesmith.estimate.workload import evenly_spaced
 
 SETTINGS = [
     "batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu",
@@ -137,5 +137,5 @@ def test_evaluations_are_counted(every: Duration | None, count: int) -> None:
 
 
 def test_steps_are_spread_evenly() -> None:
-    assert spread(3, 10) == [0, 1, 2]
-    assert spread(100, 4) == [0, 25, 50, 75]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(100, 4) == [0, 25, 50, 75]

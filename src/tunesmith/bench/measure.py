@@ -20,7 +20,7 @@ from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.estimate.flops import training_flops
 from tunesmith.estimate.forecast import memory_parts
 from tunesmith.estimate.probe import activation_bytes_of, run_longest_of, run_step
-from tunesmith.estimate.workload import Work, count_work, documents_of, planned, spread
+from tunesmith.estimate.workload import Work, count_work, documents_of, evenly_spaced, planned
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.ops.packed_weight import parameter_count
 from tunesmith.train.oom_retry import out_of_memory
@@ -128,7 +128,7 @@ def _measured(job: Job, work: Work, steps: int) -> Bench:
     before = matmul_rate(shapes, dtype=dtype, device=job.training.device)
     run_longest_of(job)  # as a run begins
     run_step(job, work.largest_step)
-    timed = tuple(_timed(job, step) for step in spread(job.training.total_steps, steps))
+    timed = tuple(_timed(job, step) for step in evenly_spaced(job.training.total_steps, steps))
     after = matmul_rate(shapes, dtype=dtype, device=job.training.device)
     peak = peak_memory(job.training.device)
     parts = breakdown(job, timed[-1].step)

@@ -92,8 +92,8 @@ def context_line(context: int, ranks: int, *, longest: int) -> list[str]:
         return []
     groups = ranks // context
     size = -(-longest // context)
-    dealt = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
+    groups_text = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
     return [
-        f"context: {dealt}, each rank with 1/{context} of its micro-batch's tokens; of the longest "
-        f"path, {longest:,} tokens, at most {size:,} on a rank"
+        f"context: {groups_text}, each rank with 1/{context} of its micro-batch's tokens; of the "
+        f"longest path, {longest:,} tokens, at most {size:,} on a rank"
     ]

@@ -37,12 +37,12 @@ def for_one_process(recipe: Recipe) -> Recipe:
 
 def make_groups(recipe: Recipe, world: World, device: str) -> World:
     """The world with the context- and tensor-parallel groups of the recipe."""
-    patience, asking = recipe.device.rank_timeout, _peer_check_scope(recipe, world, device)
+    patience, peer_check = recipe.device.rank_timeout, _peer_check_scope(recipe, world, device)
     shared = world.with_context_parallel(
-        recipe.device.context_parallel, timeout_minutes=patience, peer_check=asking
+        recipe.device.context_parallel, timeout_minutes=patience, peer_check=peer_check
     )
     return shared.with_tensor_parallel(
-        recipe.device.tensor_parallel, timeout_minutes=patience, peer_check=asking == "group"
+        recipe.device.tensor_parallel, timeout_minutes=patience, peer_check=peer_check == "group"
     )
 
 

@@ -124,13 +124,13 @@ def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
     the first of either kind: the backward pass to them goes through all trained layers.
     """
     termed = {id(p) for module in plan.partial_grad for p in module.parameters()}
-    spared = {id(p) for p in plan.embedding.parameters()}
+    excluded = {id(p) for p in plan.embedding.parameters()}
     trained = [(p, n) for p, n in plan.sharded if p.requires_grad]
     first = {n: p for p, n in reversed(trained)}
     whole = [
         p
         for p in model.decoder.parameters()
-        if p.requires_grad and id(p) not in spared and plan.shard_dim(p) is None
+        if p.requires_grad and id(p) not in excluded and plan.shard_dim(p) is None
     ]
     return [_Probed(p, plan.shard_dim(p), id(p) in termed) for p in (*whole, *first.values())]
 

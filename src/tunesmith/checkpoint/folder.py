@@ -80,11 +80,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written; the earlier ones are as they were.
     """
-    begin_checkpoint(run, state.step, keep=keep, spared={best, good})
+    begin_checkpoint(run, state.step, keep=keep, protected={best, good})
     return complete_checkpoint(run, state, keep=keep, best=best)
 
 
-def begin_checkpoint(run: Path, step: int, *, keep: int, spared: Collection[int | None]) -> Path:
+def begin_checkpoint(run: Path, step: int, *, keep: int, protected: Collection[int | None]) -> Path:
     """Make room, and the folder that is to become `run/checkpoints/step-N`.
 
     Raises:
@@ -95,7 +95,7 @@ def begin_checkpoint(run: Path, step: int, *, keep: int, spared: Collection[int 
     with writing_told(run, step):
         parent.mkdir(parents=True, exist_ok=True)
         clean_checkpoints(run)
-        _prune(parent, step, keep=keep, spared=spared, later=False)
+        _prune(parent, step, keep=keep, protected=protected, later=False)
         aside.mkdir()
     return aside
 
@@ -126,7 +126,7 @@ def complete_checkpoint(
         os.rename(aside, final)
         sync_folder(parent)
     clean_checkpoints(run)
-    _prune(parent, state.step, keep=keep, spared={best}, later=True)
+    _prune(parent, state.step, keep=keep, protected={best}, later=True)
     return final
 
 
@@ -294,7 +294,7 @@ def _checkpoints(parent: Path) -> list[tuple[int, Path]]:
 
 
 def _prune(
-    parent: Path, step: int, *, keep: int, spared: Collection[int | None], later: bool
+    parent: Path, step: int, *, keep: int, protected: Collection[int | None], later: bool
 ) -> None:
     """Delete all but the newest `keep` up to `step` and the spared; of later steps only if so
     asked.
@@ -302,7 +302,7 @@ def _prune(
     checkpoints = _checkpoints(parent)
     newest = [number for number, _ in checkpoints if number <= step][: max(1, keep)]
     for number, path in checkpoints:
-        if number not in newest and number not in spared and (later or number <= step):
+        if number not in newest and number not in protected and (later or number <= step):
             # Renamed first, so that a crash can't leave a half-deleted folder under its name.
             doomed = path.with_name(f"{path.name}{ASIDE}")
             os.rename(path, doomed)

@@ -33,7 +33,7 @@ from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.metrics.environment import versions
 from tunesmith.model.memory.estimate import free_memory, show
 
-SPARED = 2
+COPY_FACTOR = 2
 """By itself a run copies what it saves if this many times as much memory is free."""
 
 Told = Callable[[Mapping[str, Any]], None]
@@ -116,7 +116,7 @@ class CheckpointManager:
         best = int(progress.best["step"]) if progress.best else None
         if self._world.is_main:
             aside = begin_checkpoint(
-                self._folder, progress.step, keep=self._options.keep, spared={best, self._good}
+                self._folder, progress.step, keep=self._options.keep, protected={best, self._good}
             )
             if self._saved.sharded is not None:
                 with writing_told(self._folder, progress.step):
@@ -225,7 +225,7 @@ class CheckpointManager:
             return self._options.background
         needed = self._saved.local_bytes
         free = free_memory(torch.device("cpu")) // self._world.local_size
-        if self._world.all_reduce_min(free - SPARED * needed) >= 0:
+        if self._world.all_reduce_min(free - COPY_FACTOR * needed) >= 0:
             return True
         said = (
             f"checkpoints are written between steps: copies of {show(needed)} would be needed to "

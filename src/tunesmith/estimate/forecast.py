@@ -15,7 +15,7 @@ from tunesmith.build.job import Job, saved_optimizer
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.build.rank_utilization import idle_line
 from tunesmith.build.summary import FEW_STEPS
-from tunesmith.checkpoint.manager import SPARED
+from tunesmith.checkpoint.manager import COPY_FACTOR
 from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
@@ -145,7 +145,7 @@ def copy_beside(job: Job, *, peak: int, free: int) -> int:
     if asked is False or job.training.device.type != "cpu":
         return 0
     copied = saved_optimizer(job).local_bytes
-    return copied if asked is True or peak + SPARED * copied <= free else 0
+    return copied if asked is True or peak + COPY_FACTOR * copied <= free else 0
 
 
 def _on_cuda(recipe: Recipe) -> bool:
@@ -220,8 +220,8 @@ def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) 
         lines.append(f"device.micro_tokens={job.microbatching.micro_tokens // 2}")
     state = memory["gradients"] + memory["optimizer"]
     adapter_share = 0.05  # of the state that an adapter needs of its own, at most
-    spared = state * (1 - adapter_share)
-    if job.choices.recipe.adapter.kind == "none" and measured.peak - spared <= free:
+    saved_bytes = state * (1 - adapter_share)
+    if job.choices.recipe.adapter.kind == "none" and measured.peak - saved_bytes <= free:
         lines.append("adapter=lora")
     return tuple(lines)
 

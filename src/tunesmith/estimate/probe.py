@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tunesmith.build.job import Job
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan
-from tunesmith.estimate.workload import Work, documents_of, planned, spread
+from tunesmith.estimate.workload import Work, documents_of, evenly_spaced, planned
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.memory.allocator import footprint
 from tunesmith.train.evaluate import evaluate
@@ -46,7 +46,7 @@ def probe(job: Job, work: Work) -> Measured:
     seconds = tokens = timed = 0
     started = time.monotonic()
     ran: list[int] = []
-    for step in spread(job.training.total_steps, TIMED_STEPS + 1):
+    for step in evenly_spaced(job.training.total_steps, TIMED_STEPS + 1):
         took, computed = run_step(job, step)
         ran.append(step)
         if len(ran) == 1 and job.training.total_steps > TIMED_STEPS:

@@ -60,7 +60,7 @@ def documents_of(job: Job, step: int, *, sampler: BatchSampler | None = None) ->
     ]
 
 
-def spread(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of 0..count-1, evenly spread, the first among them."""
     taken = min(count, most)
     return [number * count // taken for number in range(taken)]
@@ -68,7 +68,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
     """Lay out steps of the run and add up their tokens."""
-    steps = spread(job.training.total_steps, most)
+    steps = evenly_spaced(job.training.total_steps, most)
     names = ("tokens", "computed", "unshared", "padded", "target_tokens")
     sums: dict[str, int] = dict.fromkeys(names, 0)
     largest_step = largest = 0

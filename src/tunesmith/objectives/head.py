@@ -93,7 +93,7 @@ class _HeadCall:
         else:
             self.log_effective_weight[part] = torch.nan
         values = {
-            "accuracy": chunk.likeliest == chunk.target,
+            "accuracy": chunk.argmax == chunk.target,
             "entropy": chunk.entropy.detach(),
             "logprob": -surprise,
             **chunk.notes,

@@ -95,14 +95,14 @@ def grouped(
             alike.setdefault(_kind(member, stacks(member)), []).append(member)
         else:
             alone.append(member)
-    bundles: list[TensorGroup] = []
+    groups: list[TensorGroup] = []
     for group in alike.values():
         for part in _parts(group):
             if len(part) == 1:
                 alone += part
             else:
-                bundles.append(_group(part, stacked=stacks(part[0])))
-    return bundles, alone
+                groups.append(_group(part, stacked=stacks(part[0])))
+    return groups, alone
 
 
 def _kind(member: Member, stacked: bool) -> tuple[Any, ...]:

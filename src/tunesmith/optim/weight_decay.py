@@ -32,10 +32,10 @@ def undecayed(model: nn.Module) -> frozenset[str]:
 
     A head tied to the embedding is the embedding.
     """
-    spared = {
+    excluded = {
         id(parameter)
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(prefix, recurse=False)
         if no_decay(name, parameter, module)
     }
-    return frozenset(n for n, parameter in model.named_parameters() if id(parameter) in spared)
+    return frozenset(n for n, parameter in model.named_parameters() if id(parameter) in excluded)

@@ -58,7 +58,7 @@ class _Recorder:
         # entropy over 49,152 tokens.
         logp = torch.log_softmax(chunk.logits.detach(), -1, dtype=torch.float64)
         self.nll.append(-logp.gather(1, chunk.target[:, None]).squeeze(1))
-        self.correct.append(chunk.likeliest == chunk.target)
+        self.correct.append(chunk.argmax == chunk.target)
         self.entropy.append(torch.special.entr(logp.exp_()).sum(-1))
         return nll(chunk)
 

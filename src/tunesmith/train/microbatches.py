@@ -101,7 +101,7 @@ def plan_for_ranks(
 def _time(plans: Sequence[MicrobatchPlan], ranks: int, work_model: WorkModel) -> float:
     work = [work_model.of(plan) for plan in plans]
     rounds = assign(work, ranks)
-    return sum(max(work[n] for n in dealt if n != IDLE) for dealt in rounds)
+    return sum(max(work[n] for n in one if n != IDLE) for one in rounds)
 
 
 def assigned_to(
@@ -114,7 +114,7 @@ def assigned_to(
         return list(plans)
     work = [work_model.of(plan) for plan in plans]
     filler = zero_weight(plans[int(np.argmin(work))])
-    return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in assign(work, ranks)]
+    return [filler if one[rank] == IDLE else plans[one[rank]] for one in assign(work, ranks)]
 
 
 def step_plans(
@@ -143,8 +143,8 @@ def local_plans(
     plans: Sequence[MicrobatchPlan], world: World, *, work_model: WorkModel
 ) -> list[MicrobatchPlan]:
     """What this rank runs of the micro-batches of a step."""
-    dealt = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
-    return [local_part(plan, world.model_parallel) for plan in dealt]
+    assigned = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
+    return [local_part(plan, world.model_parallel) for plan in assigned]
 
 
 def local_part(plan: MicrobatchPlan, group: ModelParallelGroup) -> MicrobatchPlan:

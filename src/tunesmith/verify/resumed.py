@@ -26,11 +26,14 @@ def resume_bitwise(build: Callable[[], Job], folder: Path) -> Outcome:
     with the end there: weights, optimizer, random state, losses of rows.
     """
     job = build()
-    again = folder.with_name(f"{folder.name}-again")
-    trainer = make_trainer(job, again)
+    resumed_folder = folder.with_name(f"{folder.name}-again")
+    trainer = make_trainer(job, resumed_folder)
     trainer.restore(folder / "checkpoints" / f"step-{HALF}")
     trainer.fit()
-    ends = [load_checkpoint(place / "checkpoints" / f"step-{STEPS}") for place in (folder, again)]
+    ends = [
+        load_checkpoint(place / "checkpoints" / f"step-{STEPS}")
+        for place in (folder, resumed_folder)
+    ]
     pairs = [
         (
             {f"{part}: {name}": tensor for name, tensor in tensors.items()}

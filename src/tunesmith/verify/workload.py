@@ -28,9 +28,9 @@ class Bounds:
     tokens: int = 768  # longest path of a document that goes through the model
 
 
-def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
+def bounded(recipe: Recipe, bounds: Bounds, *, untrained: bool = False) -> Recipe:
     """The recipe on the first rows of its sources, for a few steps, without held-out data,
-    trackers and caches; all else is as it was. `at_rest`: rows are not joined to packs either.
+    trackers and caches; all else is as it was. `untrained`: rows are not joined to packs either.
     """
     sections = [
         section.model_copy(update={"limit": min(section.limit or bounds.rows, bounds.rows)})
@@ -45,7 +45,7 @@ def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
         "log": {"to": []},
         "device": {"cache": False, "num_proc": 1},
     }
-    if at_rest:
+    if untrained:
         parts["batch"] |= {"packing": "none", "pack_tokens": None}
     changed = {
         name: getattr(recipe, name).model_copy(update=update) for name, update in parts.items()
@@ -70,7 +70,7 @@ def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tu
 
     Its products are never in float8, which round too much for two ways to be held to each other.
     """
-    own = bounded(recipe, bounds, at_rest=True)
+    own = bounded(recipe, bounds, untrained=True)
     own = own.model_copy(update={"model": own.model.model_copy(update={"float8": "none"})})
     if recipe.model.dtype != "float32":
         wide = own.model.model_copy(update={"dtype": "float32"})

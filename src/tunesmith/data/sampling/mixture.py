@@ -135,11 +135,11 @@ class Mixture:
             return _assign(self._tree, np.arange(len(rest)), rest)
         ends = np.cumsum(self._weights)
         owner = np.searchsorted(ends, rest, side="right")
-        dealt: list[tuple[int, Places, Places]] = []
+        assigned: list[tuple[int, Places, Places]] = []
         for source, end in enumerate(ends.tolist()):
             at = np.flatnonzero(owner == source)
-            dealt.append((source, at, rest[at] - (end - self._weights[source])))
-        return dealt
+            assigned.append((source, at, rest[at] - (end - self._weights[source])))
+        return assigned
 
     def _documents(self, source: int, visits: Places) -> IntArray:
         """The documents of a source's visits, which are consecutive numbers."""

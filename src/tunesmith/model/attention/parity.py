@@ -80,8 +80,8 @@ def _agrees(
         expected = _tried(plain, layout, asked, device, dtype)
         problem = _difference(found, expected, ROUNDING[dtype])
         if problem is None and same_bits:
-            again = _tried(fused.attend, layout, asked, device, dtype)
-            if not all(torch.equal(f, a) for f, a in zip(found, again, strict=True)):
+            repeated = _tried(fused.attend, layout, asked, device, dtype)
+            if not all(torch.equal(f, a) for f, a in zip(found, repeated, strict=True)):
                 problem = "it gives other bits each time"
     except Exception as error:  # of compilers and drivers, which raise whatever they like
         problem = first_line(error)
