@@ -124,9 +124,14 @@ def plain(folder: Path, form: str = "none") -> Any:
             bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=["lm_head"],
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=chosen, device_map={"": "cpu"}
     )
+    for module in model.modules():
+        # With AVX512-BF16 bitsandbytes' maps would round to bfloat16, or fail at a width of 96.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()
