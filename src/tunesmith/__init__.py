@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of language models that cannot be silently wrong."""
+"""Supervised fine-tuning (SFT) of language models that cannot be silently wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One step of a run, taken again from the nearest checkpoint before it. The run's folder stays as
-it is.
+"""Replay of one training step from the nearest checkpoint before it. The run folder is not
+changed.
 """
 
 from __future__ import annotations

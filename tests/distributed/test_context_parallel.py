@@ -21,9 +21,9 @@ from attention_oracle import softmax_over_mask, visible
 from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build.context_parallel import check_exact, check_model, context_line
-from tunesmith.build.parallelize import check_parallelism
 from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.cli.plan import lines
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
@@ -255,7 +255,8 @@ def test_heads_that_cannot_be_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(

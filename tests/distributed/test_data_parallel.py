@@ -61,10 +61,11 @@ prepare._fresh, CheckedCollective.__call__, Trainer._learn = freshly, gathering,
 """
 
 ALLOWED = """
-from tunesmith.build import parallelize as sharing
+from dataclasses import replace
+from tunesmith.build import build
 
-check = sharing._check_kind
-sharing._check_kind = lambda recipe, device: check(recipe, "cuda")
+check = build.check_together
+build.check_together = lambda recipe, facts: check(recipe, replace(facts, device="cuda"))
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tunesmith.build.parallelize import check_parallelism
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.distributed import spawn
 from tunesmith.distributed.env import is_main_process, launched_world_size
@@ -19,7 +19,8 @@ TWO = World(0, 2, 0, 2)
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from torch import Tensor
 from gang import assert_same_learning, losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build import tensor_parallel as assembled
-from tunesmith.build.parallelize import check_parallelism
 from tunesmith.build.tensor_parallel import tp_plan_of
 from tunesmith.checkpoint.folder import differences, load_checkpoint
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
@@ -204,7 +204,8 @@ def test_ranks_of_a_copy_work_on_one_micro_batch_and_draw_alike() -> None:
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(

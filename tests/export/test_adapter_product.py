@@ -128,8 +128,9 @@ def plain(folder: Path, form: str = "none") -> Any:
         folder, dtype=torch.float32, quantization_config=chosen, device_map={"": "cpu"}
     )
     for module in model.modules():
-        # With AVX512-BF16 bitsandbytes' maps would round to bfloat16, or fail at a width of 96.
         if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16 bitsandbytes would round to bfloat16 in evaluation, and fail
+            # on widths that its blocks do not divide.
             module.support_avx512bf16_for_cpu = False
     return model
 

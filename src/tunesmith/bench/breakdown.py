@@ -1,4 +1,4 @@
-"""Where the time of a step goes, under names that a user knows.
+"""Time of a step by category (attention, linear layers, optimizer, ...), from torch's profiler.
 
 A step runs once under torch's profiler. Each operation's own time goes to the part that what it is
 called from belongs to, or else it itself, by name: forward and backward alike, since the backward

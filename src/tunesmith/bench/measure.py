@@ -1,4 +1,4 @@
-"""The measurement: a few real steps of a run, timed, and what they should have taken."""
+"""Benchmark of a run: a few real steps are timed and compared with the floor."""
 
 from __future__ import annotations
 

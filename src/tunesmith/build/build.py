@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from tunesmith.build.adapter import choose_trained, noisy_adapter, resolved_adapter
-from tunesmith.build.compile import check_computing, compile_model
+from tunesmith.build.compile import compile_model
 from tunesmith.build.data import Data, prepare_data
 from tunesmith.build.deferred_model import TestedModel, load_tested
 from tunesmith.build.device import choose_device, seed_everything
-from tunesmith.build.float8 import check_float8
 from tunesmith.build.inputs import UserObjects
 from tunesmith.build.job import Choices, Job
-from tunesmith.build.kernels import choose_kernels
+from tunesmith.build.kernels import check_kernels, choose_kernels
 from tunesmith.build.microbatch_size import choose_micro_batch
 from tunesmith.build.model import FoundModel, find_model, resolve_source
 from tunesmith.build.objective import make_loss, noisy_objective, user_objective
@@ -27,11 +26,12 @@ from tunesmith.build.optimizer import make_optimizer
 from tunesmith.build.parallelize import make_groups, parallelize, ranks_per_copy, sharded_savings
 from tunesmith.build.sampler import Steps, pin_revisions, plan_steps
 from tunesmith.build.summary import resolved_choices, summary_lines
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
 from tunesmith.model.adapters import AdapterReport
-from tunesmith.model.kernels import Replaced
+from tunesmith.model.kernels import Replaced, float8
 from tunesmith.model.memory.activations import MicroChoice
 from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.optim import Optimizer, auto_lr, schedule, warmup_steps
@@ -91,11 +91,12 @@ def open_world(recipe: Recipe, world: World) -> tuple[torch.device, World]:
         RecipeError: parts of the recipe that do not go together on this device.
     """
     device = world.device(choose_device(recipe))
+    check_together(recipe, Facts(world.size, world.local_size, device.type))
     world = make_groups(recipe, world, device.type)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    check_computing(recipe)
+    check_kernels(recipe)
     return device, world
 
 
@@ -108,7 +109,10 @@ def check_inputs(
 ) -> tuple[FoundModel, UserObjective | None]:
     """The model's files and the user's objective, before anything slow begins."""
     source = resolve_source(recipe, objects)
-    check_float8(recipe, world, source, device)
+    if recipe.model.float8 != "none":
+        came = source is not None and source.adapter_folder is not None
+        check_together(recipe, Facts(world.size, world.local_size, device.type, with_adapter=came))
+        float8.check_device(device)
     copies = ranks_per_copy(recipe, world)
     found = find_model(recipe, source, world, device, ranks_per_copy=copies)
     return found, user_objective(recipe, folders)

@@ -1,5 +1,5 @@
-"""Ranks that share the tokens of a micro-batch: which recipes and models that goes with, and that
-it is exact.
+"""Context parallelism (DeepSpeed-Ulysses): which models it fits, and a check that it is exact on
+this machine.
 """
 
 from __future__ import annotations
@@ -9,47 +9,17 @@ from torch import Tensor
 
 from tunesmith.build.parity import (
     NARROW,
-    check_groups,
     difference,
     probe_plan,
     rounding_of,
     states_only,
 )
-from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
 from tunesmith.distributed.world import World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.microbatches import local_part
-
-
-def check_context_recipe(recipe: Recipe, world: World) -> None:
-    """Refuse what can't be shared by so many ranks, before anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    context = recipe.device.context_parallel
-    if context == 1:
-        return
-    check_groups("device.context_parallel", context, world, what="share a sequence")
-    section = recipe.objective
-    for where, asked, why in (
-        ("device.attention", recipe.device.attention == "unpacked", "takes whole paths"),
-        ("objective.router_aux", section.router_aux > 0, "looks at all tokens of a path at once"),
-        (
-            "objective.scheduled_sampling",
-            section.scheduled_sampling > 0,
-            "writes guesses over tokens that another rank may have",
-        ),
-    ):
-        if asked:
-            raise RecipeError(
-                f"this {why}, and device.context_parallel={context} gives each rank a slice",
-                where=where,
-                hint=f"leave {where} at its default, or device.context_parallel=1",
-            )
 
 
 def check_model(model: CausalLM, cp: ContextParallel) -> None:

@@ -1,4 +1,6 @@
-"""The sources, the tokenizer with its template, the length limit and the order of the documents."""
+"""Data preparation of a run: sources, tokenizer with chat template, length limit, rendered
+documents.
+"""
 
 from __future__ import annotations
 

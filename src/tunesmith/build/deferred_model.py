@@ -1,5 +1,5 @@
-"""A model that no rank ever holds whole: its weights stay in their files until each reads its part,
-and a trial model of a few layers is tested in its place.
+"""Deferred initialisation on the meta device: no rank ever holds the whole model. Each rank reads
+its shards from the files, and a trial model of a few layers is self-tested in its place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model on its device, once it is sure to fit."""
+"""Find, size and load the model, after a check that training fits into memory."""
 
 from __future__ import annotations
 

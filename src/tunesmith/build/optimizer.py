@@ -1,4 +1,4 @@
-"""The optimizer over the trained parameters, and its learning rate."""
+"""The optimizer over the trained parameters, with learning-rate factors by group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a step has work for all ranks, and how large one would have to be."""
+"""Warns when data-parallel ranks idle because a step has too few micro-batches."""
 
 from __future__ import annotations
 

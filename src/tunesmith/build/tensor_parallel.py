@@ -1,5 +1,5 @@
-"""Ranks that hold the layers of one copy of a model together: which recipes and models that goes
-with, and that it is exact.
+"""Tensor parallelism (Megatron): which models it fits, and a check that it is exact on this
+machine.
 """
 
 from __future__ import annotations
@@ -11,74 +11,27 @@ import torch
 from torch import Tensor
 
 from tunesmith.build.parity import (
-    ELEMENTWISE,
     NARROW,
-    check_groups,
     difference,
     probe_plan,
     rounding_of,
     states_only,
 )
-from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
 from tunesmith.distributed.world import World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 
-ADAPTERS = ("none", "lora", "rslora")
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
 was missing it would be off by more than half.
 """
 TINY = 1e-30
-
-
-def check_tensor_recipe(recipe: Recipe, world: World) -> None:
-    """Refuse what can't be divided over so many ranks, before anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    count = recipe.device.tensor_parallel
-    if count == 1:
-        return
-    check_groups(KEY, count, world, what="divide the layers")
-    for where, wrong, instead, why in (
-        (
-            "device.context_parallel",
-            recipe.device.context_parallel > 1,
-            "1",
-            "deals sequences to the same ranks",
-        ),
-        ("device.shard", recipe.device.shard != "none", "none", "divides the same weights"),
-        ("adapter.kind", recipe.adapter.kind not in ADAPTERS, "lora", "needs whole weights"),
-        ("model.quantization", recipe.model.quantization != "none", "none", "packs whole weights"),
-        (
-            "optim.name",
-            recipe.optim.name not in ELEMENTWISE,
-            ELEMENTWISE[0],
-            "looks at whole weights",
-        ),
-        ("device.attention", recipe.device.attention == "unpacked", "auto", "is not divided"),
-        (
-            "objective.scheduled_sampling",
-            recipe.objective.scheduled_sampling > 0,
-            "0",
-            "needs the guesses at all targets, of which each rank has a share",
-        ),
-        ("eval.samples", recipe.eval.samples > 0, "0", "needs a whole model on one rank"),
-    ):
-        if wrong:
-            raise RecipeError(
-                f"this {why}, and {KEY}={count} gives each rank a part of every layer",
-                where=where,
-                hint=f"{where}={instead}, or {KEY}=1",
-            )
 
 
 def sharded_fraction(model: CausalLM, world: World) -> float:

@@ -1,0 +1,1 @@
+"""Checkpoints: atomic, sharded, written in the background, resumed bitwise."""

@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoint folders that are whole or not there: fsync, rename, and a manifest with SHA-256
+digests.
 
 A checkpoint is `RUN/checkpoints/step-N/`: tensors as safetensors, everything else as JSON, and a
 manifest with size and SHA-256 of each file. It is written under another name, brought to the disk,

@@ -1,4 +1,5 @@
-"""A run's state on its way to a checkpoint and back: what of it is kept, who writes, and when.
+"""The checkpoint manager: what is saved, by which rank, when, and in the background (as DCP's async
+save).
 
 A save copies what it needs and lets the run go on while a thread writes; or it writes at once. One
 checkpoint is written at a time. Several ranks agree between steps on how far they are, so that no

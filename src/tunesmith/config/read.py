@@ -1,4 +1,4 @@
-"""From a recipe file, a mapping or keywords to a checked Recipe, with every error at once."""
+"""Read a recipe from a file, a mapping or keywords; all errors are reported at once."""
 
 from __future__ import annotations
 

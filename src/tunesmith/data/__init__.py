@@ -1,0 +1,1 @@
+"""From rows to micro-batches: sources, formats, templates, rendering, packing, sampling."""

@@ -1,4 +1,4 @@
-"""Memory, time and work of a run, from its recipe and a few real steps."""
+"""Forecast of a run's memory and time, from its recipe and a few real steps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from tunesmith.build.build import build
-from tunesmith.build.context_parallel import check_context_recipe, context_line
+from tunesmith.build.context_parallel import context_line
 from tunesmith.build.job import Job, saved_optimizer
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.build.rank_utilization import idle_line
 from tunesmith.build.summary import FEW_STEPS
-from tunesmith.build.tensor_parallel import check_tensor_recipe
 from tunesmith.checkpoint.manager import SPARED
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
 from tunesmith.data.preprocess.document_store import longest_paths
@@ -131,8 +131,8 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     context = recipe.device.context_parallel
     # alone, it is for ranks of other machines
     count = ranks if ranks > 1 else context * recipe.device.tensor_parallel
-    for check in (check_context_recipe, check_tensor_recipe):
-        check(recipe, World(0, count, 0, count))
+    if count > 1:
+        check_together(recipe, Facts(count, count, "cuda" if _on_cuda(recipe) else "cpu"))
     played = World(cp=ContextParallel(context))
     return build(for_one_process(recipe), folders=folders, world=played)
 

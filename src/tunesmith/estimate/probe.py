@@ -1,5 +1,5 @@
-"""A few real steps of a run, to see what they take. The model of the process is changed by them, so
-nothing may be kept of it.
+"""A few real steps of a run, timed and measured. The model is changed by them and must not be used
+afterwards.
 """
 
 from __future__ import annotations

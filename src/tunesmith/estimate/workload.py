@@ -1,4 +1,6 @@
-"""Tokens of a run: what the data holds, what is computed, and what plain batches would compute."""
+"""Token counts of a run: of its data, of what is computed, and of what padded batches would
+compute.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Adapters merged into their base: computed in float32, checked by its logits, written in the
-base's own dtype.
-"""
+"""Merge adapters into their base in float32, compare the logits, write in the base's dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts and chats by which an export is compared with the trained model."""
+"""Probe texts and chats with which an export is compared with the trained model."""
 
 from __future__ import annotations
 

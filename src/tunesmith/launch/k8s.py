@@ -1,4 +1,4 @@
-"""Objects for Kubernetes: an indexed Job with one pod a node, its Service and its recipe."""
+"""Kubernetes manifests: an indexed Job with one pod a node, its Service and its recipe."""
 
 from __future__ import annotations
 

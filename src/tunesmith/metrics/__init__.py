@@ -1,0 +1,1 @@
+"""Metrics: records, console, experiment trackers, machine description."""

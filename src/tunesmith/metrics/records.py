@@ -1,4 +1,4 @@
-"""Records of a run: where they go, how they are read back, and the description of the machine.
+"""Metric records of a run: made, written to metrics.jsonl, and read back.
 
 A record is a flat mapping with `kind` train, eval or event, and the `step` it belongs to. Records
 of kind eval name their `set`, those of kind event say what in `event`.

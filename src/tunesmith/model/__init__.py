@@ -1,0 +1,1 @@
+"""The model: loading, adapters, attention, quantization, kernels, memory."""

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch, one code for all layers of a class, of any number of tokens.
+"""Regional torch.compile: decoder layers of a class share one compiled code with dynamic shapes.
 
 Attention stays out of the graphs: it looks at layouts, which are Python objects and change with
 each micro-batch, and brings a compiled kernel of its own. What recomputes activations stays

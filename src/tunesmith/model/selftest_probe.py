@@ -1,4 +1,6 @@
-"""Made-up paths run through a model alone, packed and as a tree, and how far the results differ."""
+"""The probes of the self-test: made-up paths run alone, packed and as a tree, and their
+differences.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whether a function can be an objective: shapes, gradients, and that targets don't mix."""
+"""Checks of a user's objective: shapes, gradients by finite differences, and independence of
+targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective sees: the logits of a few targets, and what every loss asks of them.
+"""The argument of an objective: the logits of a few targets, with log-probabilities and entropy.
 
 The softmax of a chunk is made once. Log-probability, log-sum, entropy and likeliest token come from
 it, their gradients are multiples of it, and the statistics of a step are the same numbers.

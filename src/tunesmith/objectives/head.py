@@ -1,4 +1,5 @@
-"""The loss head: hidden states in, sums of losses out, logits of a few targets at a time.
+"""The chunked loss head: hidden states in, sums of losses out, logits of a few targets at a time,
+never [N, V].
 
 Invariant: loss and gradients equal those of `objective(logits(hidden[source] @ W.T + b))` summed
 with the weights, while no more than a chunk of logits exists at once and positions without a target

@@ -1,5 +1,5 @@
-"""Small parameters updated together, since on a GPU starting an operation takes longer than running
-it on few elements.
+"""Multi-tensor updates: small parameters are updated together, since on a GPU a kernel launch takes
+longer than the work on few elements.
 
 What is kept of the members lies end to end in one tensor, of which each member's own is a view; so
 states are saved and loaded as if nothing were joined. A step copies gradients and parameters end to

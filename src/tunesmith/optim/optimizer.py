@@ -1,5 +1,5 @@
-"""What every optimizer shares: updates exact to float32 whatever the precision of the parameters,
-clipping, and a state that is saved and taken over to the bit.
+"""The base of all optimizers: float32-exact updates for parameters of any precision, clipping, and
+a state that is restored bitwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which parameters weight decay pulls towards zero: matrices that multiply, nothing else."""
+"""Weight decay groups: matrices are decayed; norms, biases and embeddings are not."""
 
 from __future__ import annotations
 

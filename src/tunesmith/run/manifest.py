@@ -1,4 +1,4 @@
-"""What the folder of a run holds before its first step."""
+"""The files of a run folder before its first step: recipe, machine, ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run gives back: answers to held-out prompts on the way, model and report at the end."""
+"""The result of a run: samples during training, the model folder and the report at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on with a run: the recipe, the data and the checkpoint it must be the same run by."""
+"""Checks of a resume: the recipe, data, template and checkpoint must be those of the run."""
 
 from __future__ import annotations
 

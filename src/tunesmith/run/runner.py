@@ -1,4 +1,4 @@
-"""A run from its start to the model that it leaves."""
+"""Runs a job: build, train, export."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: boo
     tracked = TrackedRun(
         folder=folder.path,
         project=job.choices.recipe.log.project,
-        recipe=to_plain(job.choices.recipe),
+        settings=to_plain(job.choices.recipe),
         resumed=folder.resumed,
     )
     sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]

@@ -1,6 +1,4 @@
-"""Every target of every document under a model, on the path that evaluation takes: the same plans,
-packing, shared prefixes and head.
-"""
+"""Per-target losses of documents, computed as evaluation does: packed, with shared prefixes."""
 
 from __future__ import annotations
 

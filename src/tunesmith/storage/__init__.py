@@ -1,0 +1,1 @@
+"""The run folder: lock, atomic writes, file names."""

@@ -1,5 +1,5 @@
-"""Held-out loss through the same renderer, packing, model and head as training; the loss is always
-plain NLL.
+"""Evaluation: held-out negative log-likelihood, through the same packing, model and head as
+training.
 """
 
 from __future__ import annotations

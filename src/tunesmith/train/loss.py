@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the model's pass, and what an objective needs besides it.
+"""The loss of a micro-batch: the model's forward pass, and what an objective needs besides it.
 
 Everything an objective can need is here, each piece None or zero where it isn't asked for: the base
 model's view (kl), the old policy (psft), noise on the embeddings, guesses read in place of targets,

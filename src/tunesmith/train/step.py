@@ -1,4 +1,4 @@
-"""One optimizer step. Nothing here logs or saves.
+"""One optimizer step with gradient accumulation. Nothing here logs or saves.
 
 Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
 however they are cut into micro-batches and on however many ranks; gradients are added up in

@@ -1,6 +1,4 @@
-"""P6: the folder that is written, read by plain transformers or peft, is the model that was
-trained.
-"""
+"""P6: the exported folder, read by plain transformers or peft, is the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss and gradients of documents: by plain transformers, and by a step of this package."""
+"""Losses and gradients of documents, by plain transformers and by a training step."""
 
 from __future__ import annotations
 

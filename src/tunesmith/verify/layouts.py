@@ -1,4 +1,4 @@
-"""P2 and P3: how documents share forward passes changes neither loss nor gradients."""
+"""P2 and P3: packing, prefix sharing and micro-batching change neither loss nor gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P4: every row and token is accounted for; counted again by hand."""
+"""P4: every row and token is accounted for, counted again independently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P5: a run that was saved and taken up by a new process' worth of objects goes on bit for bit."""
+"""P5: a run that is resumed from a checkpoint continues bit for bit."""
 
 from __future__ import annotations
 

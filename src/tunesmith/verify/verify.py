@@ -1,4 +1,4 @@
-"""All checks in turn, on as few models in memory as can be."""
+"""Runs all checks in turn, with as few models in memory as possible."""
 
 from __future__ import annotations
 

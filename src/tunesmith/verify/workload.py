@@ -1,4 +1,4 @@
-"""What is verified: the recipe cut down to a few rows and steps, and what is built from it."""
+"""The workload of a verification: the recipe reduced to a few rows and steps."""
 
 from __future__ import annotations
 

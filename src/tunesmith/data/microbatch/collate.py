@@ -1,4 +1,4 @@
-"""A planned micro-batch as tensors on its device."""
+"""The collator: a planned micro-batch as tensors on its device."""
 
 from __future__ import annotations
 

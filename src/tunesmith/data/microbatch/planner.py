@@ -1,4 +1,5 @@
-"""A step's documents as micro-batches: prefix tree, fewest balanced cuts, depth-first layout.
+"""The micro-batch planner: a step's prefix tree, cut into the fewest balanced micro-batches
+(best-fit decreasing) and laid out depth first.
 
 Invariant: over the micro-batches of a step every target of every document is there exactly once,
 and each of its ancestors is visible to it and nothing else is. How a step is cut changes speed and

@@ -1,4 +1,4 @@
-"""Prepared documents made ready for packs of so many tokens; the ledger learns what that cut."""
+"""Sequence packing of prepared documents; what is cut is entered in the ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many rows at a time: each is rendered apart, their texts are encoded together."""
+"""Batched rendering: rows are rendered one by one, and their texts are tokenized in one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other processes that render batches of rows, for data that takes longer than starting them.
+"""Parallel preprocessing with worker processes, for data that takes longer than starting them.
 
 They talk through pipes. Where that is safe they are copies of this one, which are there at once;
 else interpreters of their own, in which the program that started the run is not imported again, so

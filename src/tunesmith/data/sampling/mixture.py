@@ -1,5 +1,5 @@
-"""Mixtures of sources: which source each place of the run takes its document from, and which of
-its documents, both in closed form.
+"""Mixtures of data sources by weight: the source and the document of every place in closed form,
+without state.
 
 Places are dealt down a Huffman tree of the weights. Of the first n places that reach a node, the
 one child gets n * (its part of the node's weight), rounded, and the other the rest. The share of a

@@ -1,4 +1,5 @@
-"""Whether a fused attention is right on a device: tried before it is used, against plain attention.
+"""Parity trial of a fused attention kernel: compared with plain attention on the device before it
+is used.
 
 Drivers, compilers and chips differ, and a wrong gradient tells nobody. So each kernel computes a
 small layout's output and gradients once, in the precision that the run uses.

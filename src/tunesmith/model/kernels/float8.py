@@ -1,4 +1,5 @@
-"""Linear maps that multiply in 8-bit floats while they are trained, with a scale for each row.
+"""float8 training of linear layers with rowwise scaling (torchao's float8 recipe; arXiv
+2209.05433).
 
 A token's row has a scale of its own, and so has each row of the weight, so that no row's result
 depends on what is computed beside it (P2), as it would with one scale for a whole tensor. Gradients

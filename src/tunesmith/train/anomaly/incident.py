@@ -1,5 +1,5 @@
-"""What a step whose numbers went wrong leaves behind: its rows, their text and the loss of each
-target, from all ranks.
+"""Incident records: the rows of a bad step, their text and the loss of each target, from all
+ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""bitsandbytes' weight packing for CPUs with AVX512-BF16 is never entered by a 4-bit base of ours.
-
-The library asks `has_avx512bf16` when a map is made. Here it is told that the CPU has it, so what
-follows is the library's own code, and it packs in PyTorch as it would there.
-"""
+"""bitsandbytes layers compute the same in training and evaluation, on every kind of CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run as command
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.quantization.load import Quantization
-from tunesmith.model.source import ModelSource
+from tunesmith.model.source import resolve_model
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -37,46 +33,51 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny_folder(tmp_path / "model", num_hidden_layers=2)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_are_not_repacked_for_avx512(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with AVX512-BF16, where bitsandbytes repacks in evaluation, for good."""
+
+    def repacked(*_: object) -> None:
+        raise AssertionError("the weight is repacked")
+
+    modules = bnb.nn.modules
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", repacked)
+    source = resolve_model(str(tiny_folder(tmp_path / "m", hidden_size=96)))
+    model = load_causal_lm(source, dtype="float32", quantization=Quantization(kind))
+    layers = [m for m in model.modules() if isinstance(m, modules.Linear4bit)]
+    assert layers
+    model.eval()
+    for layer in layers:
+        given = torch.randn(3, layer.in_features)
+        with torch.no_grad():
+            ours = layer(given)
+            theirs = modules.Linear4bit.forward(layer, given)
+        assert torch.equal(ours, layer.train()(given).detach())
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        layer.eval()
 
 
-def four_bit_maps(base: Path, kind: str = "nf4") -> list[Any]:
-    model = load_causal_lm(
-        ModelSource("base", base), dtype="float32", quantization=Quantization(kind)
-    )
-    return [m for m in model.base.modules() if isinstance(m, bnb.nn.Linear4bit)]
-
-
-def test_as_the_library_makes_it_a_map_is_packed(packed: list[torch.Size]) -> None:
-    """So the tests below would see it: a width of 96 can't be packed and ends in an error."""
+def test_as_the_library_makes_it_a_layer_is_packed(packed: list[torch.Size]) -> None:
+    """So the test below can fail: a width of 96 can't be packed and ends in an error."""
     made = bnb.nn.Linear4bit(96, 64, bias=False, quant_type="nf4").to("cpu").eval()
     with pytest.raises(RuntimeError, match="is invalid for input of size 96"):
         made(torch.ones(1, 96))
     assert [tuple(shape) for shape in packed] == [(64, 96)]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_neither_forward_pass_packs(packed: list[torch.Size], base: Path, kind: str) -> None:
-    """Nor does the inherited one, which a caller may ask for by its class."""
-    maps = four_bit_maps(base, kind)
-    assert {module.in_features for module in maps} == {64, 96}
-    for module in maps:
-        x = torch.randn(3, module.in_features)
-        with torch.no_grad():
-            ours = module.eval()(x)
-            theirs = bnb.nn.Linear4bit.forward(module, x)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert packed == []
-
-
 def test_a_run_its_evaluation_its_answers_and_its_merge_do_not_pack(
-    packed: list[torch.Size], base: Path, tmp_path: Path
+    packed: list[torch.Size], tmp_path: Path
 ) -> None:
     rows = str(write_jsonl(tmp_path / "rows.jsonl", chat_rows()))
     recipe = {
-        "model": {"name": str(base), "dtype": "float32", "quantization": "nf4"},
+        "model": {
+            "name": str(tiny_folder(tmp_path / "m")),
+            "dtype": "float32",
+            "quantization": "nf4",
+        },
         "data": {"train": rows, "eval": rows},
         "adapter": "lora",
         "batch": 4,
