@@ -94,7 +94,7 @@ def test_data_in_every_form_trains_the_same(
 def test_recipe_as_mapping_object_or_file(
     reference: tunesmith.Run, folder: Path, tmp_path: Path
 ) -> None:
-    values = {**SHORT, "model": str(folder)}
+    values = {**SHORT, "model": {"name": str(folder), "dtype": "float32"}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(values))
     typed = tunesmith.read_recipe(values)

@@ -542,7 +542,8 @@ def test_a_run_keeps_its_table_and_its_own_model_is_looked_at(
 ) -> None:
     run = tmp_path / "run"
     train(
-        model=str(folder / "model"), data=str(folder / "rows.jsonl"), out=run, progress=False,
+        model={"name": str(folder / "model"), "dtype": "float32"},
+        data=str(folder / "rows.jsonl"), out=run, progress=False,
         batch=4, train={"epochs": 1}, optim={"lr": 1e-3},
     )  # fmt: skip
     few = ["--documents", "2", "--rows", "5"]
