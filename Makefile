@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test any-dtype test-ranks test-faults fuzz lint format benchmark clean
+.PHONY: help demo test any-dtype test-ranks test-faults fuzz lint format hooks benchmark clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -57,6 +57,9 @@ lint: $(INSTALLED)  ## style, types, import rules
 format: $(INSTALLED)  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+hooks: $(INSTALLED)  ## git hooks that check format, lint and the form of commit subjects
+	git config core.hooksPath .githooks
 
 benchmark: $(INSTALLED)  ## tokens/s and memory against TRL, in turn on this machine (DATA=rows.jsonl)
 	$(BIN)/python examples/smollm2.py .cache/smollm2
