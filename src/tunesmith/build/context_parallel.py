@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.build.parity import (
-    NARROW,
-    difference,
     probe_plan,
-    rounding_of,
     states_only,
 )
 from tunesmith.data.microbatch.collate import collate
@@ -19,6 +16,7 @@ from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.train.microbatches import local_part
 
 
@@ -56,7 +54,7 @@ def check_exact(
     if world.cp.size == 1:
         return
     difference = _difference(model, world.cp, device, narrow=compute in NARROW)
-    (worst,) = world.all_reduce_max([difference / rounding_of(compute, device)])
+    (worst,) = world.all_reduce_max([difference / whole_model_bound(compute, device)])
     if not worst <= 1:
         raise ModelError(
             f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
@@ -83,7 +81,9 @@ def _difference(
     assert isinstance(found, Tensor)
     own = part.layout.local
     wanted = whole[own.start : own.stop]  # without what was added at the end
-    return difference(found[: len(wanted)], wanted, narrow=narrow) if len(wanted) else 0.0
+    if not len(wanted):
+        return 0.0
+    return relative_difference(found[: len(wanted)], wanted, rows=True, robust=narrow)
 
 
 def context_line(context: int, ranks: int, *, longest: int) -> list[str]:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.build.parity import (
-    NARROW,
-    difference,
     probe_plan,
-    rounding_of,
     states_only,
 )
 from tunesmith.data.microbatch.collate import collate
@@ -25,13 +22,13 @@ from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
+from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
 was missing it would be off by more than half.
 """
-TINY = 1e-30
 
 
 def sharded_fraction(model: CausalLM, world: World) -> float:
@@ -157,16 +154,16 @@ def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: W
     rounding may change.
     """
     split, device = world.tp, found.hidden.device
-    states, narrow = rounding_of(found.compute, device), found.compute in NARROW
+    states, narrow = whole_model_bound(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
-    worst = difference(found.hidden, wanted.hidden, narrow=narrow) / states
+    worst = relative_difference(found.hidden, wanted.hidden, rows=True, robust=narrow) / states
     for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
             one = one.chunk(split.size, probe.dimension)[split.rank]
         one, own = one.to(device).float(), own.float()
         if probe.partial_grad:
             own = split.all_reduce(own.clone())
-        worst = max(worst, float((own - one).norm() / one.norm().clamp(min=TINY)) / gradients)
+        worst = max(worst, relative_difference(own, one) / gradients)
     return worst
 
 
