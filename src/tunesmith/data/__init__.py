@@ -1,0 +1,1 @@
+"""From files to micro-batches: rows, formats, chat templates, tokens, packing and sampling."""

@@ -1,0 +1,1 @@
+"""The language model: loading, attention, adapters, quantization, kernels and memory."""

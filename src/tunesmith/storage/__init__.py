@@ -1,0 +1,1 @@
+"""The run folder on the disk: its files, its lock and atomic writes."""
