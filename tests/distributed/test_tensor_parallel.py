@@ -139,7 +139,7 @@ def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, TPPlan]:
     """A copy of the model with this rank's part of its layers."""
     copied = copy.deepcopy(model)
     tp_plan = tp_plan_of(copied, ranks)
-    copied.before_head = apply_tensor_parallel(tp_plan, ranks.tp).copy_to
+    apply_tensor_parallel(tp_plan, ranks.tp)
     return copied, tp_plan
 
 

@@ -29,8 +29,9 @@ from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.compile import MARK, compile_layers, difference, restore_layers
+from tunesmith.model.compile import compile_layers, difference, restore_layers
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
+from tunesmith.module_swap import RECORD
 from tunesmith.types import Document, Origin, Segment
 
 QUICK = "eager"
@@ -200,7 +201,7 @@ def test_names_classes_and_copies_stay() -> None:
     assert_same(model, expected, 1e-12)
     assert learned(twin)[0] != expected[0]
     restore_layers(model)
-    assert not any(MARK in vars(m) or "forward" in vars(m) for m in model.modules())
+    assert not any(RECORD in vars(m) or "forward" in vars(m) for m in model.modules())
     assert_same(model, expected, 1e-6)
 
 

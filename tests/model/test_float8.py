@@ -127,7 +127,7 @@ def test_evaluation_multiplies_plainly_and_names_stay() -> None:
     model.eval()
     assert torch.equal(module(given), plain)
     model.train()
-    float8.restore_products(model)
+    float8.SWAP.restore(model)
     assert type(module) is nn.Linear
     assert torch.equal(module(given), plain)
 

@@ -59,7 +59,9 @@ def tp_plan_of(model: CausalLM, world: World) -> TPPlan:
     plan = _plan_of(model, world)
     embedding = model.base.get_input_embeddings()
     termed = [*plan.partial_grad, embedding, model.head]  # each rank has its own targets
-    return TPPlan(plan.colwise, plan.rowwise, plan.sharded, termed, embedding)
+    return TPPlan(
+        plan.colwise, plan.rowwise, plan.sharded, termed, embedding, before_head=model.before_head
+    )
 
 
 def tensor_parallelize_checked(
@@ -78,7 +80,6 @@ def tensor_parallelize_checked(
     probes = _probes(model, plan)
     wanted = _probe(model, probes, terms=1)
     shards = tensor_parallelize(model, plan, world, device)
-    model.before_head = shards.region.copy_to
     try:
         with world.naming_lost_rank():
             found = _probe(model, probes, terms=world.tp.size)

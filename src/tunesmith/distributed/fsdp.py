@@ -275,7 +275,9 @@ def _unwrap(root: nn.Module, made: Mapping[int, nn.Parameter]) -> None:
                 found = getattr(state, handle, None)
                 if found is not None:
                     found.remove()
-            module.__class__ = type(module).__mro__[2]  # after FSDP's own two
+            # torch's fully_shard changed the class, and has no call that undoes it. The class
+            # that was there before comes after FSDP's own two.
+            module.__class__ = type(module).__mro__[2]
     for module in root.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

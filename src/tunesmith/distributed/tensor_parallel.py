@@ -11,9 +11,8 @@ kinds and gives the same bits everywhere (P3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from tunesmith.distributed.grad_sync import ShardedSync
 from tunesmith.distributed.tensor_parallel_ops import TensorParallel, TPRegion
 from tunesmith.distributed.world import World
+from tunesmith.module_swap import ModuleSwap
 
+SWAP = ModuleSwap("tensor parallelism")
 COPY, PART = "copy", "part"
 
 
@@ -35,6 +36,7 @@ class TPPlan:
     sharded: Sequence[tuple[Tensor, int]]  # their parameters, with the sharded dimension
     partial_grad: Sequence[nn.Module]  # replicated; each rank has a part of the gradient sum
     embedding: nn.Module
+    before_head: nn.Module  # what the final hidden states go through, an identity
 
     def shard_dim(self, parameter: Tensor) -> int | None:
         """The dimension along which the parameter is sharded; None if it is replicated."""
@@ -54,38 +56,49 @@ class TPPlan:
 def apply_tensor_parallel(plan: TPPlan, tp: TensorParallel) -> TPRegion:
     """Shard the linears in place and wrap their forwards with the collectives of the region.
 
-    The caller must pass the final hidden states through `TPRegion.copy_to` before the head.
+    The head is replicated and each rank has its own targets, so the gradient of the final hidden
+    states is summed over the ranks too: `before_head` does that.
     """
     region = TPRegion(tp)
     for parameter, dimension in plan.sharded:
         part = parameter.detach().chunk(tp.size, dimension)[tp.rank]
         parameter.data = part.clone(memory_format=torch.contiguous_format)
     for module in plan.colwise:
-        module.forward = partial(_colwise, region, module)
+        SWAP.set_forward(module, _colwise(region))
     for module in plan.rowwise:
-        module.forward = partial(_rowwise, region, module)
-    plan.embedding.forward = partial(_replicated, region, plan.embedding)
+        SWAP.set_forward(module, _rowwise(region))
+    SWAP.set_forward(plan.embedding, _replicated(region))
+    SWAP.set_forward(plan.before_head, lambda _, hidden: region.copy_to(hidden))
     return region
 
 
-def _colwise(region: TPRegion, module: nn.Module, whole: Tensor) -> Tensor:
-    return type(module).forward(module, region.copy_to(whole))
+def _colwise(region: TPRegion) -> Callable[..., Tensor]:
+    def forward(module: nn.Module, whole: Tensor) -> Tensor:
+        return type(module).forward(module, region.copy_to(whole))
+
+    return forward
 
 
-def _rowwise(region: TPRegion, module: Any, part: Tensor) -> Tensor:
-    """The bias is added once, after the all-reduce."""
-    own = getattr(module, "base_layer", module)._parameters
-    bias, own["bias"] = own["bias"], None
-    try:
-        term = type(module).forward(module, part)
-    finally:
-        own["bias"] = bias
-    whole = region.reduce_from(term)
-    return whole if bias is None else whole + bias
+def _rowwise(region: TPRegion) -> Callable[..., Tensor]:
+    def forward(module: Any, part: Tensor) -> Tensor:
+        # the bias is added once, after the all-reduce, and not by each rank
+        own = getattr(module, "base_layer", module)._parameters
+        bias, own["bias"] = own["bias"], None
+        try:
+            term = type(module).forward(module, part)
+        finally:
+            own["bias"] = bias
+        whole = region.reduce_from(term)
+        return whole if bias is None else whole + bias
+
+    return forward
 
 
-def _replicated(region: TPRegion, module: nn.Module, ids: Tensor) -> Tensor:
-    return region.grad_on_first(type(module).forward(module, ids))
+def _replicated(region: TPRegion) -> Callable[..., Tensor]:
+    def forward(module: nn.Module, ids: Tensor) -> Tensor:
+        return region.grad_on_first(type(module).forward(module, ids))
+
+    return forward
 
 
 def tensor_parallelize(
@@ -101,7 +114,7 @@ class TensorParallelSync(ShardedSync):
     """Gradients under tensor parallelism: sharded linears, everything else replicated."""
 
     def __init__(self, world: World, root: nn.Module, plan: TPPlan, region: TPRegion) -> None:
-        self._root, self._plan, self._region = root, plan, region
+        self._root, self._region = root, region
         self._shard_dims, self._partial_grad = plan.shard_dims(root), plan.partial_grad_names(root)
         self._named: dict[str, nn.Parameter] = dict(root.named_parameters())
         trained = {n: p for n, p in self._named.items() if p.requires_grad}
@@ -167,9 +180,7 @@ class TensorParallelSync(ShardedSync):
                     parameter.data = torch.cat([part.cpu() for part in parts], dimension)
         if split.rank == 0:
             self._root.to("cpu")
-            plan = self._plan
-            for module in (*plan.colwise, *plan.rowwise, plan.embedding):
-                del module.forward
+            SWAP.restore(self._root)
 
 
 def _square(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

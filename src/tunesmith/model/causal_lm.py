@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,8 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        # Tensor parallelism swaps its forward for a collective.
+        self.before_head = nn.Identity()
         self.logits = logits
         self.native_attention = native_attention
         self.unpacked = False
@@ -38,7 +40,6 @@ class CausalLM(nn.Module):
         self.untied = False  # head and embedding differ since an adapter of one was merged
         self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
         self.of_quantized = False  # the adapter began with what quantising took from the base
-        self.before_head: Callable[[Tensor], Tensor] | None = None  # what hidden states go through
         self.unread: Any = None  # the files of a model whose weights are not in memory
         self.new_rows: tuple[int, ...] = ()  # of tokens that the tokenizer got for its template
 
@@ -85,8 +86,7 @@ class CausalLM(nn.Module):
                 use_cache=False,
                 **keywords,
             )
-        hidden = output.last_hidden_state
-        return (hidden if self.before_head is None else self.before_head(hidden))[0]
+        return self.before_head(output.last_hidden_state)[0]
 
     def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
         """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""

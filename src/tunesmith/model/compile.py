@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.forward_override import replace_forward, restore_forwards
 from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
+from tunesmith.module_swap import ModuleSwap, without_forwards
 from tunesmith.types import Batch
 
-MARK = "compiled_by_torch"
+SWAP = ModuleSwap("torch.compile")
 WRAPPER = "forward_with_checkpointing"
 """The function that transformers puts around a layer's own forward."""
 OPTIONS = {"fallback_random": True}
@@ -41,12 +40,12 @@ def compile_layers(
         plain, wrapped = _own_forward(type(layer))
         if plain not in made:
             made[plain] = torch.compile(plain, dynamic=True, backend=backend, options=options)
-        replace_forward(layer, _forward(made[plain], plain, wrapped), MARK)
+        SWAP.set_forward(layer, _forward(made[plain], plain, wrapped))
 
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
-    restore_forwards(model, MARK)
+    SWAP.restore(model)
 
 
 def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> float:
@@ -107,7 +106,7 @@ def _inputs(
     def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen[layer] = inputs, named
 
-    with torch.no_grad(), _as_they_are(layers):
+    with torch.no_grad(), without_forwards(layers):
         handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in layers]
         try:
             model.hidden(batch)
@@ -115,16 +114,6 @@ def _inputs(
             for handle in handles:
                 handle.remove()
     yield from ((layer, *called) for layer, called in seen.items())
-
-
-@contextmanager
-def _as_they_are(layers: Sequence[nn.Module]) -> Iterator[None]:
-    compiled = [(layer, layer.__dict__.pop("forward")) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, forward in compiled:
-            layer.__dict__["forward"] = forward
 
 
 def _learned(

@@ -13,12 +13,9 @@ import torch
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.compile import restore_layers
-from tunesmith.model.kernels import restore_modules
-from tunesmith.model.kernels.float8 import restore_products
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logit_transform import read_logit_transform
-from tunesmith.model.ops.bf16_upcast import restore_linear_layers, upcast_linear_layers
+from tunesmith.model.ops.bf16_upcast import upcast_linear_layers
 from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
 from tunesmith.model.source import (
@@ -27,6 +24,7 @@ from tunesmith.model.source import (
     refuse_foreign_code,
     resolve_model,
 )
+from tunesmith.module_swap import restore_all
 
 if TYPE_CHECKING:
     from tunesmith.model.quantization.load import Quantization
@@ -162,10 +160,7 @@ def settings_kept(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        restore_linear_layers(model)
-        restore_modules(model)
-        restore_layers(model)
-        restore_products(model)
+        restore_all(model)
         base.set_attn_implementation(native)
         config.use_cache = cache
         model.train(training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,8 @@ def conduct(
     """Build, train, export. Imports torch here, so that a wrong recipe is told at once."""
     from tunesmith.build.build import build
     from tunesmith.metrics.console import announce
-    from tunesmith.model.compile import restore_layers
-    from tunesmith.model.kernels import restore_modules
+    from tunesmith.model import compile as compiled
+    from tunesmith.model.kernels import replace as kernels
 
     path = folder.path
     faults = path.with_name(f"{path.name}-faults.jsonl")
@@ -68,12 +68,12 @@ def conduct(
         check_data(path, job, changed_data=changed_data)
     elif world.is_main:
         write_start(path, asked, job)
-    try:
+    model = job.training.model
+    # The model may be the caller's own: afterwards it computes as it did.
+    with (
+        closing(job.training.loss), kernels.SWAP.restoring(model), compiled.SWAP.restoring(model),
+    ):  # fmt: skip
         return _train_and_export(folder, job, progress=progress)
-    finally:
-        job.training.loss.close()  # the model may be the caller's own
-        restore_modules(job.training.model)
-        restore_layers(job.training.model)
 
 
 def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:

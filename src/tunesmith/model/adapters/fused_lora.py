@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tunesmith.model.ops.bf16_upcast import needs_upcast
-from tunesmith.model.ops.forward_override import replace_forward
+from tunesmith.module_swap import ModuleSwap
 
-MARK = "added_in_one_pass"
+SWAP = ModuleSwap("fused LoRA")
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -38,7 +38,7 @@ def fuse_low_rank(model: nn.Module) -> int:
         and isinstance(module.get_base_layer(), nn.Linear)
     ]
     for module in known:
-        replace_forward(module, _forward, MARK)
+        SWAP.set_forward(module, _forward)
     return len(known)
 
 

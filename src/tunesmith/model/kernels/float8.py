@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
+from tunesmith.module_swap import ModuleSwap
 
+SWAP = ModuleSwap("float8")
 E4M3 = torch.float8_e4m3fn
 MULTIPLE = 16
 """What both sides of a weight must be divisible by for the products of a GPU."""
@@ -60,18 +62,11 @@ def use_float8(model: nn.Module, names: Iterable[str]) -> tuple[list[str], list[
         module = model.get_submodule(name)
         sizes = getattr(module, "in_features", 1), getattr(module, "out_features", 1)
         if type(module) is nn.Linear and not any(size % MULTIPLE for size in sizes):
-            module.__class__ = Float8Linear
+            SWAP.set_class(module, Float8Linear)
             done.append(name)
         else:
             left.append(name)
     return done, left
-
-
-def restore_products(model: nn.Module) -> None:
-    """Undo `use_float8`."""
-    for module in model.modules():
-        if type(module) is Float8Linear:
-            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def to_float8(values: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,9 @@ from tunesmith.model.kernels.trial import (
     norm_eps,
     norm_variants,
 )
-from tunesmith.model.ops.forward_override import replace_forward, restore_forwards
+from tunesmith.module_swap import ModuleSwap
 
-MARK = "computed_by_a_kernel"
+SWAP = ModuleSwap("fused kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def use_kernels(
 
 def restore_modules(model: nn.Module) -> None:
     """Undo `use_kernels`."""
-    restore_forwards(model, MARK)
+    SWAP.restore(model)
 
 
 def _variants(module: nn.Module, kernels: Provider) -> dict[str, Compute] | None:
@@ -108,7 +108,7 @@ def _variants(module: nn.Module, kernels: Provider) -> dict[str, Compute] | None
 def _replace(module: nn.Module, compute: Compute, dtype: torch.dtype, device: torch.device) -> None:
     weight = module._parameters.get("weight")
     forward = _forward(compute, dtype, device.type, None if weight is None else weight.dtype)
-    replace_forward(module, forward, MARK)
+    SWAP.set_forward(module, forward)
 
 
 def _forward(

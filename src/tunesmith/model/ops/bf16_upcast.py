@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tunesmith.model.ops.dtype import cpu_bfloat16
+from tunesmith.module_swap import ModuleSwap
+
+SWAP = ModuleSwap("bfloat16 upcast")
 
 
 def needs_upcast(tensor: Tensor) -> bool:
@@ -41,15 +44,13 @@ def upcast_linear_layers(model: nn.Module) -> int:
     """
     slow = [m for m in model.modules() if type(m) is nn.Linear and needs_upcast(m.weight)]
     for module in slow:
-        module.__class__ = UpcastLinear
+        SWAP.set_class(module, UpcastLinear)
     return len(slow)
 
 
 def restore_linear_layers(model: nn.Module) -> None:
-    """Undo `widen_linear_maps`."""
-    for module in model.modules():
-        if type(module) is UpcastLinear:
-            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+    """Undo `upcast_linear_layers`."""
+    SWAP.restore(model)
 
 
 def upcast(tensor: Tensor) -> Tensor:

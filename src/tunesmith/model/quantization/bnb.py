@@ -15,6 +15,9 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from tunesmith.model.quantization.matmul import multiply
+from tunesmith.module_swap import ModuleSwap
+
+SWAP = ModuleSwap("bitsandbytes")
 
 
 class Dequantized4bit(Linear4bit):
@@ -52,7 +55,7 @@ def multiply_dequantized(model: nn.Module) -> list[Any]:
     """Turn every bitsandbytes layer of the model into one of these classes; returns them."""
     found = [module for module in model.modules() if type(module) in _CLASSES]
     for module in found:
-        module.__class__ = _CLASSES[type(module)]
+        SWAP.set_class(module, _CLASSES[type(module)])
         # On a CPU with AVX512-BF16, bitsandbytes' own forward pass in evaluation packs the weight
         # anew, for good: scales and products are then rounded to bfloat16, and an input width that
         # is no multiple of 64, or an output width that is none of 32, is an error. These classes

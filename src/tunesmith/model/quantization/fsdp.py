@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.quantization.bnb import Dequantized4bit
+from tunesmith.module_swap import ModuleSwap
+
+SWAP = ModuleSwap("FSDP of 4-bit weights")
+"""Is never restored, since the weight has another form too. Such a model ends with its run."""
 
 
 class Sharded4bit(Dequantized4bit):
@@ -49,7 +53,7 @@ def make_spreadable(model: nn.Module, *, device: torch.device, compute: torch.dt
         module.scales = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         module.scales.to(device)
         module.weight = nn.Parameter(packed.view(compute), requires_grad=False)
-        module.__class__ = Sharded4bit
+        SWAP.set_class(module, Sharded4bit)
     return len(found)
 
 

@@ -22,7 +22,10 @@ from torchao.utils import TorchAOBaseTensor
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.quantization.matmul import multiply
+from tunesmith.module_swap import ModuleSwap
 
+SWAP = ModuleSwap("torchao")
+"""Is never restored in a run: in 4 bits the weight has another form too."""
 GROUP = 32
 """Weights that share one scale in 4 bits."""
 
@@ -135,5 +138,5 @@ def multiply_dequantized(model: nn.Module) -> list[Any]:
         if hasattr(weight, "target_dtype"):
             kept = PackedInt4.pack(weight.qdata, weight.scale, weight.dtype)
             module.weight = nn.Parameter(kept, requires_grad=False)
-        module.__class__ = DequantizedTorchao
+        SWAP.set_class(module, DequantizedTorchao)
     return found
