@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ranks test-faults fuzz lint format benchmark clean
+.PHONY: help demo test any-dtype test-ranks test-faults fuzz lint format hooks benchmark clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -30,7 +30,14 @@ demo: $(INSTALLED)  ## fine-tune SmolLM2-135M on the example task; show before a
 
 test: $(INSTALLED)  ## every check: lint, types, layers, tests
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory any-dtype
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# Whatever this CPU computes best in, each test must pass on a CPU of the other kind too.
+SAMPLE := tests/model/test_auto_dtype.py tests/build tests/estimate tests/bench tests/surface/test_api.py
+any-dtype: $(INSTALLED)  ## a sample of the tests with model.dtype=auto as bfloat16 and as float32
+	@printf '%s\n' bfloat16 float32 | OMP_NUM_THREADS=1 xargs -P 2 -I DTYPE env TUNESMITH_TEST_DTYPE=DTYPE \
+		$(BIN)/python -m pytest -q -m any_dtype $(SAMPLE)
 
 test-ranks: $(INSTALLED)  ## the longer tests of several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -q tests/distributed tests/verify
@@ -50,6 +57,9 @@ lint: $(INSTALLED)  ## style, types, import rules
 format: $(INSTALLED)  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+hooks: $(INSTALLED)  ## git hooks that check format, lint and the form of commit subjects
+	git config core.hooksPath .githooks
 
 benchmark: $(INSTALLED)  ## tokens/s and memory against TRL, in turn on this machine (DATA=rows.jsonl)
 	$(BIN)/python examples/smollm2.py .cache/smollm2

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tiny import chat_rows, tiny_folder, write_jsonl  # noqa: E402
 from tunesmith.build.build import build  # noqa: E402
+from tunesmith.build.job import make_trainer  # noqa: E402
 from tunesmith.config.read import read_recipe  # noqa: E402
 from tunesmith.train.trainer import Trainer  # noqa: E402
 
@@ -35,7 +36,7 @@ WAYS = ("no save", "between steps", "beside steps")
 ENDLESS = 100_000
 
 
-def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
+def trainer_of(arguments: argparse.Namespace, folder: Path) -> Trainer:
     model = arguments.model or tiny_folder(folder / "model", num_hidden_layers=2)
     rows = arguments.data or write_jsonl(folder / "rows.jsonl", chat_rows(64))
     recipe = read_recipe(
@@ -48,7 +49,7 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
     )  # fmt: skip
     run = folder / "run"
     run.mkdir()
-    return Trainer(build(recipe), run, [])
+    return make_trainer(build(recipe), run)
 
 
 def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
@@ -63,10 +64,10 @@ def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
     for _ in range(steps):
         before = time.perf_counter()
         trainer._one_step()
-        saving.proceed(saving.state)
+        saving.poll(saving.state)
         longest = max(longest, time.perf_counter() - before)
     stepped = time.perf_counter()
-    saving.settle()
+    saving.wait()
     ended = time.perf_counter()
     return {
         "seconds": ended - began,
@@ -77,7 +78,7 @@ def one(trainer: Trainer, way: str, steps: int) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(arguments, folder)
+    trainer = trainer_of(arguments, folder)
     for way in WAYS:  # memory of the copies, the allocator's, the disk's cache
         one(trainer, way, 2)
     rounds: list[dict[str, dict[str, float]]] = []
@@ -89,7 +90,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     newest = max((folder / "run" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
     return {
         "model": Path(arguments.model).name if arguments.model else "tiny",
-        "parameters": sum(p.numel() for p in trainer.job.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.training.model.parameters()),
         "checkpoint_bytes": sum(f.stat().st_size for f in newest.rglob("*") if f.is_file()),
         "steps": arguments.steps,
         "documents": arguments.documents,

@@ -36,9 +36,9 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
 
     from tunesmith.build.build import build
+    from tunesmith.build.job import make_trainer
     from tunesmith.config.read import read_recipe
     from tunesmith.distributed.world import connect
-    from tunesmith.train.trainer import Trainer
 
     folder = Path(arguments.worker)
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def work(arguments: argparse.Namespace) -> None:
 
         def close(self) -> None: ...
 
-    trainer = Trainer(job, folder, [Clock()])
+    trainer = make_trainer(job, folder, [Clock()])
     kept = held(job)
     note_gradients(job, kept)
     updates = note_updates(job)
@@ -85,38 +85,38 @@ def held(job: Any) -> dict[str, int]:
         found = {t.data_ptr(): t.numel() * t.element_size() for t in local if t.numel()}
         return sum(found.values())
 
-    state = [t for slot in job.optimizer._slots.values() for t in slot.state.values()]
-    weights = [p.detach() for p in job.model.parameters()]
+    state = [t for slot in job.training.optimizer._slots.values() for t in slot.state.values()]
+    weights = [p.detach() for p in job.training.model.parameters()]
     return {
         "weights": size(weights),
         "optimizer": size(state),
-        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "parameters": sum(p.numel() for p in job.training.model.parameters()),
         "threads": torch.get_num_threads(),
     }
 
 
 def note_gradients(job: Any, kept: dict[str, int]) -> None:
     """Have the bytes of the gradients that a step hands to the optimizer noted."""
-    norm = job.optimizer.grad_norm
+    norm = job.training.optimizer.grad_norm
 
     def noted() -> Any:
-        grads = [p.grad for p in job.optimizer.parameters if p.grad is not None]
+        grads = [p.grad for p in job.training.optimizer.parameters if p.grad is not None]
         kept["gradients"] = sum(grad.numel() * grad.element_size() for grad in grads)
         return norm()
 
-    job.optimizer.grad_norm = noted
+    job.training.optimizer.grad_norm = noted
 
 
 def note_updates(job: Any) -> list[float]:
     """Seconds of each update of the weights from now on."""
-    own, seconds = job.optimizer.step, []
+    own, seconds = job.training.optimizer.step, []
 
     def timed(lr: float, grad_scale: float = 1.0) -> None:
         started = time.perf_counter()
         own(lr, grad_scale)
         seconds.append(time.perf_counter() - started)
 
-    job.optimizer.step = timed
+    job.training.optimizer.step = timed
     return seconds
 
 
@@ -129,17 +129,17 @@ def slowest(job: Any, steps: int) -> float:
 
     waited = total = 0.0
     for number in range(1, steps + 1):
-        documents = [job.documents[int(n)] for n in job.sampler.step_indices(number)]
+        documents = [job.data.documents[int(n)] for n in job.data.sampler.step_indices(number)]
         plans = step_plans(
             documents,
-            job.world,
-            work_model=job.work,
-            micro_tokens=job.micro_tokens,
-            share_prefixes=job.share_prefixes,
+            job.training.world,
+            work_model=job.microbatching.work,
+            micro_tokens=job.microbatching.micro_tokens,
+            share_prefixes=job.microbatching.share_prefixes,
         )
-        each = [job.work.of(plan) for plan in plans]
+        each = [job.microbatching.work.of(plan) for plan in plans]
         total += sum(each)
-        for dealt in assign(each, job.world.count):
+        for dealt in assign(each, job.training.world.size):
             waited += max(each[n] for n in dealt if n != IDLE)
     return waited / total
 
@@ -149,17 +149,23 @@ def messages(job: Any) -> dict[str, float]:
     of shards `passing`, each layer gathered twice and its gradients added up, for a micro-batch,
     `root` the same of what is outside of the layers, and `gather`, that gathered once a step.
     """
-    if job.world.alone:
+    if job.training.world.alone:
         return {}
-    shards = job.grad_sync.sharded
+    shards = job.training.grad_sync.sharded
     if shards is None:
-        found = {"reduce": timed(job.world, job.grad_sync.sync_gradients)}
-        job.optimizer.zero_grad()
+        found = {"reduce": timed(job.training.world, job.training.grad_sync.sync_gradients)}
+        job.training.optimizer.zero_grad()
         return found
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in job.model.decoder.layers]
-    root = sum(p.numel() for p in job.model.parameters()) - sum(layers)
-    gather, add = (timed(job.world, act) for act in exchanges(job.world.count, layers[0]))
-    root_gather, root_add = (timed(job.world, act) for act in exchanges(job.world.count, root))
+    layers = [
+        sum(p.numel() for p in layer.parameters()) for layer in job.training.model.decoder.layers
+    ]
+    root = sum(p.numel() for p in job.training.model.parameters()) - sum(layers)
+    gather, add = (
+        timed(job.training.world, act) for act in exchanges(job.training.world.size, layers[0])
+    )
+    root_gather, root_add = (
+        timed(job.training.world, act) for act in exchanges(job.training.world.size, root)
+    )
     return {
         "passing": len(layers) * (2 * gather + add), "root": root_add, "gather": root_gather,
     }  # fmt: skip
@@ -205,13 +211,13 @@ def cut(job: Any) -> dict[str, int]:
     """Micro-batches of the first step on all ranks, and the tokens they compute."""
     from tunesmith.train.microbatches import plan_for_ranks
 
-    documents = [job.documents[int(n)] for n in job.sampler.step_indices(0)]
+    documents = [job.data.documents[int(n)] for n in job.data.sampler.step_indices(0)]
     plans = plan_for_ranks(
         documents,
-        job.world.count,
-        work_model=job.work,
-        micro_tokens=job.micro_tokens,
-        share_prefixes=job.share_prefixes,
+        job.training.world.size,
+        work_model=job.microbatching.work,
+        micro_tokens=job.microbatching.micro_tokens,
+        share_prefixes=job.microbatching.share_prefixes,
     )
     return {"micro_batches": len(plans), "tokens": sum(plan.tokens for plan in plans)}
 

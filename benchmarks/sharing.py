@@ -23,10 +23,10 @@ import torch
 from peer_rows import write_rows
 
 from tunesmith.build.build import build
+from tunesmith.build.job import Job
 from tunesmith.config.read import read_recipe
 from tunesmith.estimate.probe import take_step
 from tunesmith.estimate.workload import documents_of, planned
-from tunesmith.train.job import Job
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHANGES = ["model.dtype=float32", "train.epochs=1", "data.shuffle=false"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if os.environ.get("TUNESMITH_TEST_DTYPE"):
+    # Here and in every process that a test starts, `model.dtype: auto` becomes this dtype.
+    _hook = str(Path(__file__).parent / "auto_dtype")
+    sys.path.insert(0, _hook)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        path for path in (_hook, os.environ.get("PYTHONPATH")) if path
+    )
+    import importlib
+
+    sys.modules.pop("sitecustomize", None)  # Python may have imported the system's at its start
+    importlib.import_module("sitecustomize")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of language models that cannot be silently wrong."""
+"""Supervised fine-tuning (SFT) of language models that cannot be silently wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError, InterruptedRun, RunError, TunesmithError
-from tunesmith.version import __version__
+from tunesmith.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tunesmith.config.read import read_recipe
@@ -21,7 +21,6 @@ __all__ = [
     "Run",
     "RunError",
     "TunesmithError",
-    "__version__",
     "read_recipe",
     "resume",
     "train",

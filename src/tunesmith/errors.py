@@ -1,4 +1,4 @@
-"""Every error a user can cause or meet: what happened, where, and a hint on how to mend it."""
+"""The errors a user can cause or meet: what happened, where, and a hint that mends it."""
 
 from __future__ import annotations
 

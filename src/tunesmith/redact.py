@@ -1,4 +1,4 @@
-"""What must not be shown or kept: passwords in addresses, access tokens, secrets of the machine.
+"""Redaction of secrets: passwords in URLs, access tokens, secrets of the environment.
 
 A recipe that holds one is refused; in errors, logs and what a run keeps they are written `***`.
 """

@@ -1,5 +1,5 @@
-"""One step of a run, taken again from the nearest checkpoint before it. The run's folder stays as
-it is.
+"""Replay of one training step from the nearest checkpoint before it. The run folder is not
+changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from tunesmith.build.build import build
+from tunesmith.build.job import Job, make_trainer
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.checkpoint.folder import differences, find_damage, load_checkpoint
 from tunesmith.checkpoint.rng import capture_rng, restore_rng
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
+from tunesmith.config.renamed import translated
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import InputError
 from tunesmith.metrics.records import read_records
@@ -29,7 +31,6 @@ from tunesmith.storage.run_files import run_files
 from tunesmith.storage.run_folder import is_run
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.anomaly.incident import number_or_text, ranked
-from tunesmith.train.job import Job
 from tunesmith.train.trainer import Trainer
 from tunesmith.types import Document
 
@@ -94,11 +95,11 @@ def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _
         job = _build(run, machine, meta)
         try:
             check_data(run, job)
-            if step > job.total_steps:
+            if step > job.training.total_steps:
                 raise InputError(
-                    f"the run has {job.total_steps} steps", where=f"{run} --step {step}"
+                    f"the run has {job.training.total_steps} steps", where=f"{run} --step {step}"
                 )
-            if gradients and job.loss.balance is not None:
+            if gradients and job.training.loss.balance is not None:
                 raise InputError(
                     "routers are balanced over all documents of a step together",
                     where="--gradients",
@@ -107,18 +108,18 @@ def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _
             trainer = _trainer(job, Path(place), start)
             say(f"from {'the beginning' if start is None else start.name}: "
                 f"{step - trainer.step} steps")  # fmt: skip
-            return _taken_again(
+            return _replayed(
                 run, trainer, step, unlike=_unlike(meta, trainer), notes=notes, gradients=gradients
             )
         finally:
-            job.loss.close()
+            job.training.loss.close()
 
 
 def _trainer(job: Job, place: Path, start: Path | None) -> Trainer:
-    trainer = Trainer(job, place, [])
+    trainer = make_trainer(job, place)
     # Nothing may end the replay of a step that ended the run.
     trainer.guard = Guard(
-        place, job.template.decode, non_finite="skip", patience=None,
+        place, job.data.template.decode, non_finite="skip", patience=None,
         limits={"loss": None, "grad_norm": None},
     )  # fmt: skip
     if start is not None:
@@ -136,7 +137,7 @@ def _unlike(meta: Mapping[str, Any], trainer: Trainer) -> list[str]:
     return lines
 
 
-def _taken_again(
+def _replayed(
     run: Path,
     trainer: Trainer,
     step: int,
@@ -145,8 +146,8 @@ def _taken_again(
     notes: list[str],
     gradients: bool,
 ) -> Replay:
-    job, first = trainer.job, trainer.step
-    documents = [job.documents[int(i)] for i in job.sampler.step_indices(step - 1)]
+    data, first = trainer.data, trainer.step
+    documents = [data.documents[int(i)] for i in data.sampler.step_indices(step - 1)]
     norms: list[float] | None = None
     if gradients:
         trainer.advance_to(step - 1)
@@ -170,7 +171,7 @@ def _taken_again(
         "grad_norm": number_or_text(result.grad_norm),
         "target_tokens": result.target_tokens,
         "computed_tokens": result.computed_tokens,
-        "lr": job.lr(step - 1),
+        "lr": trainer.training.lr(step - 1),
     }
     return Replay(step, first, now, _recorded(run, step), rows, unlike, notes)
 
@@ -180,20 +181,21 @@ def _own_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[floa
 
     Random numbers, where there are any, are others than in the step.
     """
-    job = trainer.job
+    training, cut = trainer.training, trainer.microbatching
+    model, device = training.model, training.device
     kept = capture_rng()
     total = sum(float(s.weight.sum(dtype=np.float64)) for d in documents for s in d.segments)
-    job.loss.begin(job.model, trainer.step, trainer.planned, job.device)
+    training.loss.begin(model, trainer.step, trainer.planned, device)
     norms: list[float] = []
     for document in documents:
         plans = plan_step(
-            [document], micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
-            unpacked=job.model.unpacked,
+            [document], micro_tokens=cut.micro_tokens, share_prefixes=cut.share_prefixes,
+            unpacked=model.unpacked,
         )  # fmt: skip
         for plan in plans:
-            (job.loss(job.model, plan, job.device).loss_sum / total).backward()
-        norms.append(float(job.optimizer.grad_norm()))
-        job.optimizer.zero_grad()
+            (training.loss(model, plan, device).loss_sum / total).backward()
+        norms.append(float(training.optimizer.grad_norm()))
+        training.optimizer.zero_grad()
     restore_rng(kept)
     return norms
 
@@ -217,14 +219,17 @@ def _nearest(run: Path, step: int) -> tuple[Path | None, list[str]]:
 def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint of step 0 would say, from machine.json."""
     chosen = machine["chosen"]
+    device = translated(machine["asked"])["device"]
     return {
         "versions": machine["versions"],
         "world_size": machine["world_size"],
-        "context": machine["asked"]["device"].get("context_parallel", 1),
-        "tensor": machine["asked"]["device"].get("tensor_parallel", 1),
+        "context_parallel": device.get("context_parallel", 1),
+        "tensor_parallel": device.get("tensor_parallel", 1),
         "threads": machine["threads"],
         "device": str(chosen["device"]).partition(":")[0],
-        "deterministic": machine["asked"]["device"]["deterministic"],
+        "kernels": chosen["kernels"],
+        "compile": chosen["compile"],
+        "deterministic": device["deterministic"],
         "micro_tokens": chosen["micro_tokens"],
     }
 

@@ -1,4 +1,4 @@
-"""report.html: a run on one page that needs nothing but itself. No text of the data is markup."""
+"""report.html: the report of a run as one self-contained page; text of the data is escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies between the host's memory and a device for which nobody waits longer than has to be.
+"""Copies between host and device that do not block: pinned memory and non-blocking transfers.
 
 A GPU works through what the host has queued. Each time the host asks it for a value, the queue runs
 empty, and a copy out of ordinary memory has to be finished before the host may go on.

@@ -21,7 +21,7 @@ from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model
 
-SETTINGS = ["batch.documents=4", "train.epochs=2", "device.kind=cpu"]
+SETTINGS = ["batch.documents=4", "train.epochs=2", "device.kind=cpu", "model.dtype=float32"]
 measure = importlib.import_module("tunesmith.bench.measure")
 
 
@@ -82,6 +82,7 @@ def test_names_are_known(name: str, part: str | None) -> None:
     assert part_of(name) == part
 
 
+@pytest.mark.any_dtype
 def test_the_floor_is_the_work_at_the_measured_rate(recipe, monkeypatch) -> None:
     rates = iter([1e9, 2e9])
     asked = []

@@ -97,18 +97,21 @@ def test_a_mode_that_runs_out_of_memory_is_passed_over(model, monkeypatch) -> No
     assert fit(model, 3 * MIB).checkpointing == "selective"
 
 
+@pytest.mark.any_dtype
 def test_free_memory_decides_in_a_run(tmp_path: Path, monkeypatch) -> None:
     from tiny import chat_rows, write_jsonl
 
     build = importlib.import_module("tunesmith.build.build")
     folder = tiny_folder(tmp_path / "m")
     rows = write_jsonl(tmp_path / "chats.jsonl", chat_rows())
-    asked = read_recipe({"model": str(folder), "data": {"train": [str(rows)]}}, [])
+    model = {"name": str(folder), "dtype": "float32"}
+    asked = read_recipe({"model": model, "data": {"train": [str(rows)]}}, [])
     plenty = build.build(asked)
-    monkeypatch.setattr(build, "free_memory", lambda _: 12 * MIB)
+    monkeypatch.setattr(importlib.import_module("tunesmith.build.model"), "free_memory",
+                        lambda _: 12 * MIB)  # fmt: skip
     scarce = build.build(asked)
-    assert plenty.chosen["gradient_checkpointing"] == "none"
-    assert scarce.chosen["gradient_checkpointing"] != "none"
-    assert scarce.micro_tokens < plenty.micro_tokens
-    (line,) = [note for note in scarce.notes if note.startswith("device:")]
-    assert f"gradient_checkpointing {scarce.chosen['gradient_checkpointing']}" in line
+    assert plenty.choices.resolved["gradient_checkpointing"] == "none"
+    assert scarce.choices.resolved["gradient_checkpointing"] != "none"
+    assert scarce.microbatching.micro_tokens < plenty.microbatching.micro_tokens
+    (line,) = [note for note in scarce.choices.notes if note.startswith("device:")]
+    assert f"gradient_checkpointing {scarce.choices.resolved['gradient_checkpointing']}" in line

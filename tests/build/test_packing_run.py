@@ -192,7 +192,7 @@ def test_plan_and_start_name_the_packs(place: Path, tmp_path: Path) -> None:
     assert found.packing == packing
     line = f"packing: bfd, 24 documents in {packing['packs']} packs of 40 tokens"
     assert any(one.startswith(line) and "targets lost" in one for one in lines(found))
-    notes = build(recipe).notes
+    notes = build(recipe).choices.notes
     assert any(one.startswith(line) for one in notes)
     assert any("of 3 packs" in one for one in notes)
 

@@ -61,9 +61,9 @@ def seen_by(plan: MicrobatchPlan, token: int) -> list[int]:
 def found(plans: list[MicrobatchPlan]) -> Counter:
     result: Counter = Counter()
     for plan in plans:
-        shares = plan.shares
+        owners = plan.owners
         for target, document, weight in zip(
-            shares.target, shares.document, shares.weight, strict=True
+            owners.target, owners.document, owners.weight, strict=True
         ):
             before = tuple(int(plan.ids[k]) for k in seen_by(plan, int(plan.source[target])))
             result[int(document), before, int(plan.target[target])] += float(weight)
@@ -86,8 +86,8 @@ def test_every_target_is_there_once_and_sees_exactly_its_path(documents, layout)
     plans = plan_step(documents, **layout)
     assert found(plans) == expected(documents)
     for plan in plans:
-        shares = plan.shares
-        summed = np.bincount(shares.target, weights=shares.weight, minlength=len(plan.weight))
+        owners = plan.owners
+        summed = np.bincount(owners.target, weights=owners.weight, minlength=len(plan.weight))
         np.testing.assert_allclose(summed, plan.weight)
         pairs = list(zip(plan.source, plan.target, strict=True))
         assert len(pairs) == len(set(pairs))

@@ -182,7 +182,7 @@ def test_a_script_without_a_main_guard(source, tmp_path):
             from tunesmith.data.preprocess import workers
             from tunesmith.data.preprocess.prepare import prepare
             from tunesmith.data.sources.sources import Source
-            from tunesmith.data.templates.template import wrap_tokenizer
+            from tunesmith.data.templates.load import wrap_tokenizer
 
             ready = workers._Pool.ready.fget
             def wait(pool):

@@ -21,8 +21,8 @@ COMMON = [
 KINDS = {"copied": [], "shared": ["device.context_parallel=2"]}
 PRELUDE = """
 from tunesmith.model.compile import compile_layers
-from tunesmith.build import compiled
-compiled.compile_layers = lambda layers, **_: compile_layers(layers, backend="eager")
+from tunesmith.build import compile as assembled
+assembled.compile_layers = lambda layers, **_: compile_layers(layers, backend="eager")
 """
 
 

@@ -21,9 +21,9 @@ from attention_oracle import softmax_over_mask, visible
 from gang import assert_same_learning, losses, records, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build.context_parallel import check_exact, check_model, context_line
-from tunesmith.build.parallelize import check_parallelism
 from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.cli.plan import lines
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
@@ -71,7 +71,7 @@ def entries(plan: MicrobatchPlan, start: int) -> tuple[list[Any], list[Any]]:
     """(source, target, weight) of each target, and each share as (target, document, weight)."""
     source = (plan.source + start).tolist()
     targets = list(zip(source, plan.target.tolist(), plan.weight.tolist(), strict=True))
-    s = plan.shares
+    s = plan.owners
     triples = zip(s.target.tolist(), s.document.tolist(), s.weight.tolist(), strict=True)
     return targets, [(targets[t], d, w) for t, d, w in triples]
 
@@ -255,7 +255,8 @@ def test_heads_that_cannot_be_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -451,7 +452,7 @@ def test_a_resume_is_the_run_to_the_bit(fast: Path) -> None:
 def test_a_resume_with_another_group_is_not_to_the_bit(fast: Path) -> None:
     saved = load_checkpoint(fast / "whole" / "checkpoints" / f"step-{STEPS}").meta
     alone = load_checkpoint(fast / "whole-alone" / "checkpoints" / f"step-{STEPS}").meta
-    assert "context was 2, is 1" in differences(saved, alone)
+    assert "context parallel was 2, is 1" in differences(saved, alone)
     before = {key: value for key, value in alone.items() if key != "context"}
     assert not differences(before, alone)
 

@@ -27,11 +27,11 @@ NOTED = """
 import json
 from pathlib import Path
 from tunesmith.data.preprocess import prepare
-from tunesmith.distributed.peer_check import Asked
+from tunesmith.distributed.peer_check import CheckedCollective
 from tunesmith.train.trainer import Trainer
 
 fresh = getattr(prepare._fresh, "whole", prepare._fresh)
-call = getattr(Asked.__call__, "whole", Asked.__call__)
+call = getattr(CheckedCollective.__call__, "whole", CheckedCollective.__call__)
 learn = getattr(Trainer._learn, "whole", Trainer._learn)
 step = [-1]
 
@@ -57,14 +57,15 @@ def learning(self, number, lr):
         step[0] = -1
 
 freshly.whole, gathering.whole, learning.whole = fresh, call, learn
-prepare._fresh, Asked.__call__, Trainer._learn = freshly, gathering, learning
+prepare._fresh, CheckedCollective.__call__, Trainer._learn = freshly, gathering, learning
 """
 
 ALLOWED = """
-from tunesmith.build import ranks as sharing
+from dataclasses import replace
+from tunesmith.build import build
 
-check = sharing._check_kind
-sharing._check_kind = lambda recipe, device: check(recipe, "cuda")
+check = build.check_together
+build.check_together = lambda recipe, facts: check(recipe, replace(facts, device="cuda"))
 """
 
 

@@ -26,8 +26,7 @@ OPTIONS = ["train.steps=2", "model.dtype=bfloat16", "optim.lr=0.01", "batch.docu
 MEASURED = """
 import json, os, threading
 from pathlib import Path
-from tunesmith.train import build
-from tunesmith.build import unread
+from tunesmith.build import build, deferred_model
 
 WHOLE = {whole}
 if WHOLE:
@@ -37,7 +36,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-load, share = build.load_for_ranks, build.parallelize
+load, share = deferred_model.load_for_ranks, build.parallelize
 seen = {{"peak": 0}}
 ended = threading.Event()
 
@@ -61,7 +60,7 @@ def sharing(*args, **options):
     (Path({place!r}) / name).write_text(json.dumps(seen))
     return found
 
-build.load_for_ranks, build.parallelize = loading, sharing
+deferred_model.load_for_ranks, build.parallelize = loading, sharing
 """
 
 
@@ -111,15 +110,15 @@ def test_it_learns_the_same(runs: Path) -> None:
 
 
 NOTED = """
-from tunesmith.train import build
-load = build.load_for_ranks
+from tunesmith.build import deferred_model
+load = deferred_model.load_for_ranks
 
 def loading(*args, **options):
     loaded = load(*args, **options)
     assert any("reads its own part" in note for note in loaded.model.notes), loaded.model.notes
     return loaded
 
-build.load_for_ranks = loading
+deferred_model.load_for_ranks = loading
 """
 
 

@@ -30,7 +30,7 @@ SHARD = ["device.shard=full"]
 NOTED = """
 import json, os
 from pathlib import Path
-from tunesmith.train import build
+from tunesmith.build import build
 from tunesmith.build.summary import quantized_share
 share = build.parallelize
 
@@ -39,7 +39,7 @@ def noted(recipe, model, *args, **options):
     before = quantized_share(model.base)
     found = share(recipe, model, *args, **options)
     own = [
-        m.weight.to_local().nbytes for m in model.modules() if type(m).__name__ == "Spread4bit"
+        m.weight.to_local().nbytes for m in model.modules() if type(m).__name__ == "Sharded4bit"
     ]
     seen = [len(packed), sum(packed), len(own), sum(own), before, quantized_share(model.base)]
     (Path({place!r}) / ("rank-" + os.environ["RANK"])).write_text(json.dumps(seen))

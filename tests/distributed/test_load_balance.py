@@ -62,9 +62,9 @@ def shares(plans) -> dict[tuple[int, int], float]:
     """Weight by document and target id."""
     found: dict[tuple[int, int], float] = {}
     for plan in plans:
-        targets = plan.target[plan.shares.target].tolist()
+        targets = plan.target[plan.owners.target].tolist()
         for number, target, weight in zip(
-            plan.shares.document.tolist(), targets, plan.shares.weight.tolist(), strict=True
+            plan.owners.document.tolist(), targets, plan.owners.weight.tolist(), strict=True
         ):
             found[number, target] = found.get((number, target), 0.0) + weight
     return found
@@ -118,4 +118,4 @@ def test_a_rank_without_work_runs_the_smallest_without_weight() -> None:
     filler = assigned_to(plans, 2, ranks=3, work_model=work_model)[0]
     assert filler.tokens == min(plan.tokens for plan in plans)
     assert filler.weight.sum() == 0
-    assert len(filler.shares.weight) == 0
+    assert len(filler.owners.weight) == 0

@@ -31,9 +31,9 @@ between = getattr(Trainer._between, "whole", Trainer._between)
 
 def limited(self):
     between(self)
-    if rank not in {ranks} or self.job.model.training != {training} or self.step < {step}:
+    if rank not in {ranks} or self.training.model.training != {training} or self.step < {step}:
         return
-    if self.job.micro_tokens > {fits}:
+    if self.microbatching.micro_tokens > {fits}:
         torch.rand(7)  # what was drawn before the failure must not count
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -46,8 +46,8 @@ Trainer._between = getattr(Trainer._between, "whole", Trainer._between)
 """
 
 NOBODY_ASKS = """
-from tunesmith.distributed import asking
-asking.MOST = 1
+from tunesmith.distributed import peer_check
+peer_check.MAX_RANKS = 1
 """
 
 

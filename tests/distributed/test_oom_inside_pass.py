@@ -42,8 +42,8 @@ armed = [""]
 
 def arming(self):
     between(self)
-    wanted = {training} == self.job.model.training
-    large = self.job.micro_tokens > {fits} and self.step >= {step}
+    wanted = {training} == self.training.model.training
+    large = self.microbatching.micro_tokens > {fits} and self.step >= {step}
     armed[0] = {where!r} if rank in {ranks} and wanted and large else ""
 
 def full(*_):

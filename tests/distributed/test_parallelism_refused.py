@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tunesmith.build.parallelize import check_parallelism
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.distributed import spawn
 from tunesmith.distributed.env import is_main_process, launched_world_size
@@ -19,7 +19,8 @@ TWO = World(0, 2, 0, 2)
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_call_from_python_is_one_rank(llama_folder, chats) -> None:
         tunesmith.train(model=llama_folder, data=chats, overrides=["device.ranks=2"])
 
 
-@pytest.mark.parametrize("key", ["context_parallel", "tensor_parallel"])
+@pytest.mark.parametrize("key", ["sequence_parallel", "pipeline_parallel"])
 def test_other_ways_to_share_have_no_key(key: str) -> None:
     with pytest.raises(RecipeError):
         read_recipe({"model": "M", "data": "D.jsonl"}, [f"device.{key}=2"])
@@ -96,7 +97,7 @@ def test_other_ways_to_share_have_no_key(key: str) -> None:
 
 def test_torch_distributed_is_known_in_one_place() -> None:
     package = Path(tunesmith.__file__).parent
-    allowed = {package / "train" / "checkpoint.py"}
+    allowed = {package / "checkpoint" / "sharded.py"}
     for file in package.rglob("*.py"):
         if "distributed" in file.relative_to(package).parts or file in allowed:
             continue

@@ -34,7 +34,7 @@ call = getattr(StepLoss.__call__, "whole", StepLoss.__call__)
 
 def poisoned(self, model, plan, device):
     output = call(self, model, plan, device)
-    worth = len(plan.shares.weight) and plan.weight.any()
+    worth = len(plan.owners.weight) and plan.weight.any()
     if self.step + 1 in {steps} and rank == {rank} and worth:
         bad = torch.full_like(output.token_loss, float("nan"))
         output = dataclasses.replace(output, loss_sum=output.loss_sum * {times}, token_loss={loss})

@@ -20,9 +20,9 @@ from torch import Tensor
 from gang import assert_same_learning, losses, run_groups, weights
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build import tensor_parallel as assembled
-from tunesmith.build.parallelize import check_parallelism
 from tunesmith.build.tensor_parallel import tp_plan_of
 from tunesmith.checkpoint.folder import differences, load_checkpoint
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
@@ -123,7 +123,7 @@ def on_ranks(count: int, act: Callable[[World], Any], monkeypatch: pytest.Monkey
 class Played(World):
     """Ranks that are threads; they can't make a mesh, and agree on sums alone."""
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
 
@@ -138,9 +138,9 @@ def gradients_of(model: CausalLM, plan: MicrobatchPlan) -> tuple[float, dict[str
 def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, TPPlan]:
     """A copy of the model with this rank's part of its layers."""
     copied = copy.deepcopy(model)
-    plan = tp_plan_of(copied, ranks)
-    copied.before_head = apply_tensor_parallel(plan, ranks.tp).copy_to
-    return copied, plan
+    tp_plan = tp_plan_of(copied, ranks)
+    copied.before_head = apply_tensor_parallel(tp_plan, ranks.tp).copy_to
+    return copied, tp_plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,8 +155,8 @@ def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.Mo
     loss, wanted = gradients_of(copy.deepcopy(model), plan)
 
     def run(ranks: World) -> tuple[float, dict[str, Tensor], dict[str, int | None], set[str]]:
-        mine, plan = divided(model, ranks)
-        places, termed = plan.shard_dims(mine), plan.partial_grad_names(mine)
+        mine, tp_plan = divided(model, ranks)
+        places, termed = tp_plan.shard_dims(mine), tp_plan.partial_grad_names(mine)
         return *gradients_of(mine, local_part(plan, ranks.tp)), places, termed
 
     ranks = on_ranks(2, run, monkeypatch)
@@ -187,7 +187,7 @@ def test_parts_have_every_target_once_and_count_tokens_once() -> None:
         for key in ("source", "target", "weight"):
             found = np.concatenate([getattr(part, key) for part in parts])
             assert found.tolist() == getattr(plan, key).tolist()
-        assert sum(len(part.shares.weight) for part in parts) == len(plan.shares.weight)
+        assert sum(len(part.owners.weight) for part in parts) == len(plan.owners.weight)
         keys = np.concatenate([target_keys(part) for part in parts])
         assert keys.tolist() == target_keys(plan).tolist()
 
@@ -204,7 +204,8 @@ def test_ranks_of_a_copy_work_on_one_micro_batch_and_draw_alike() -> None:
 
 
 def check(ranks: World, *overrides: str) -> None:
-    check_parallelism(read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides)), ranks, "cpu")
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, list(overrides))
+    check_together(recipe, Facts(ranks.size, ranks.local_size, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ from tunesmith.train.trainer import Trainer
 one_step = Trainer._one_step
 
 def seeded(self):
-    seed_step(self.job.recipe.train.seed, self.step, 0)
+    seed_step(self.options.seed, self.step, 0)
     one_step(self)
 
 Trainer._one_step = seeded
@@ -445,7 +446,7 @@ def test_a_checkpoint_goes_on_with_other_numbers(slow: Path, name: str) -> None:
 def test_a_resume_with_another_division_is_not_to_the_bit(fast: Path) -> None:
     saved = load_checkpoint(fast / "llama" / "checkpoints" / f"step-{STEPS}").meta
     alone = load_checkpoint(fast / "llama-alone" / "checkpoints" / f"step-{STEPS}").meta
-    assert "tensor was 2, is 1" in differences(saved, alone)
+    assert "tensor parallel was 2, is 1" in differences(saved, alone)
     before = {key: value for key, value in alone.items() if key != "tensor"}
     assert not differences(before, alone)
 

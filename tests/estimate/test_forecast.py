@@ -14,9 +14,12 @@ from tunesmith.config.read import read_recipe
 from tunesmith.config.values import Duration
 from tunesmith.estimate import forecast
 from tunesmith.estimate.forecast import evaluations
-from tunesmith.estimate.workload import spread
+from tunesmith.estimate.workload import evenly_spaced
 
-SETTINGS = ["batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu"]
+SETTINGS = [
+    "batch.documents=2", "train.epochs=2", "optim.lr=1e-3", "device.kind=cpu",
+    "model.dtype=float32",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -24,6 +27,7 @@ def asked(llama_folder: Path, chats: Path) -> list[str]:
     return ["--model", str(llama_folder), "--data", str(chats), *SETTINGS]
 
 
+@pytest.mark.any_dtype
 def test_counts_are_those_of_the_run(llama_folder: Path, chats: Path, tmp_path: Path) -> None:
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, SETTINGS)
     found = forecast(recipe)
@@ -62,9 +66,9 @@ def test_paged_state_is_not_counted_as_memory(llama_folder: Path, chats: Path) -
     asked = recipe.device.model_copy(update={"paged_optimizer": True})
     job = module.build(recipe.model_copy(update={"device": asked}))
     parts = module.memory_parts(job, peak=10**9, activations=0, working=0)
-    moments = 8 * job.trained_parameters
-    assert 0 < job.optimizer.paged_bytes < moments
-    assert parts["optimizer"] == moments - job.optimizer.paged_bytes
+    moments = 8 * job.training.trained_parameters
+    assert 0 < job.training.optimizer.paged_bytes < moments
+    assert parts["optimizer"] == moments - job.training.optimizer.paged_bytes
 
 
 def test_memory_of_16_bit_weights_and_a_base_model(llama_folder: Path, chats: Path) -> None:
@@ -87,7 +91,7 @@ def test_a_copy_for_checkpoints_is_counted_where_one_is_made(
     recipe = read_recipe({"model": str(llama_folder), "data": {"train": [str(chats)]}}, changes)
     job = module.build(recipe)
     found = module.copy_beside(job, peak=5_000, free=5_000 + room)
-    saved = sum(t.numel() * t.element_size() for t in job.optimizer.state_dict().values())
+    saved = sum(t.numel() * t.element_size() for t in job.training.optimizer.state_dict().values())
     assert found == copied * saved
     assert saved > 10_000
 
@@ -133,5 +137,5 @@ def test_evaluations_are_counted(every: Duration | None, count: int) -> None:
 
 
 def test_steps_are_spread_evenly() -> None:
-    assert spread(3, 10) == [0, 1, 2]
-    assert spread(100, 4) == [0, 25, 50, 75]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(100, 4) == [0, 25, 50, 75]

@@ -124,9 +124,15 @@ def plain(folder: Path, form: str = "none") -> Any:
             bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=["lm_head"],
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=chosen, device_map={"": "cpu"}
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16 bitsandbytes would round to bfloat16 in evaluation, and fail
+            # on widths that its blocks do not divide.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ OPTIONS = [
     "eval.every=2",
     "device.threads=1",
     "optim.lr=0.01",
+    "model.dtype=float32",
 ]
 KILL_AFTER = """
 import os, signal
@@ -26,7 +27,7 @@ save = Trainer.save
 def saved(self):
     save(self)
     if self.step == {step}:
-        self._settle()
+        self._wait_for_writer()
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.save = saved
 """

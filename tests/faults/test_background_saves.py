@@ -18,7 +18,7 @@ def held(descriptor):
     fsync(descriptor)
 
 def saved(self):
-    self._settle()
+    self._wait_for_writer()
     if self.step == 4:
         stuck.set()
     save(self)

@@ -36,7 +36,7 @@ from tunesmith.train.trainer import Trainer
 save = Trainer.save
 def prepared(self):
     if self.step == 3:
-        self._settle()
+        self._wait_for_writer()
         {first}
     save(self)
 Trainer.save = prepared

@@ -36,7 +36,7 @@ CPU_SAYS = (
     "RuntimeError(\"[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
     'allocate memory: you tried to allocate 1 bytes. Error code 12 (Cannot allocate memory)")'
 )
-
+ONEDNN_SAYS = 'RuntimeError("could not create a primitive")'
 
 WEIGHTS = "model/model.safetensors"
 
@@ -51,7 +51,7 @@ def too_large(
     return TOO_LARGE.format(module="trainer", tokens=tokens, calls=calls, error=error, when=when)
 
 
-@pytest.mark.parametrize("error", [CUDA_SAYS, CPU_SAYS], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("error", [CUDA_SAYS, CPU_SAYS, ONEDNN_SAYS], ids=["gpu", "cpu", "onednn"])
 def test_from_the_first_step_it_is_a_run_with_less(
     place: Place, tmp_path: Path, error: str
 ) -> None:
@@ -128,6 +128,15 @@ def test_where_nothing_smaller_is_left_the_run_ends(place: Place, tmp_path: Path
     assert resumed.code == 0, resumed.said
 
 
+def test_a_fault_that_returns_at_every_size_is_shown_at_the_end(
+    place: Place, tmp_path: Path
+) -> None:
+    """oneDNN's words may stand for something other than memory: they must not be lost."""
+    done = place.run(tmp_path / "run", prelude=too_large(0, calls=8, error=ONEDNN_SAYS))
+    assert_clean(done, code=1)
+    assert "could not create a primitive" in done.said
+
+
 def test_weights_that_began_to_change_are_not_tried_again(place: Place, tmp_path: Path) -> None:
     prelude = """
 from tunesmith.optim.optimizer import Optimizer
@@ -156,7 +165,7 @@ def limited(self, batch, head):
     calls[0] += 1
     if calls[0] == 6:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        size = pages * resource.getpagesize() + 2**28  # threads reserve some
+        size = pages * resource.getpagesize() + 2**30  # threads and oneDNN reserve some
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
     if calls[0] > 5 and batch.input_ids.shape[-1] > 140:
         import torch
@@ -178,6 +187,9 @@ CausalLM.forward = limited
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("could not create a primitive descriptor for the matmul primitive"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

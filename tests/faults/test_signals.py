@@ -14,9 +14,9 @@ from forked import Running
 NOISY = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "device.micro_tokens=120"]
 SLOW = """
 import pathlib, time
-from tunesmith.train import stopping
+from tunesmith.train import signals
 from tunesmith.train.trainer import Trainer
-stopping.FINISH_SECONDS = 0.0  # as if each micro-batch took seconds
+signals.FINISH_SECONDS = 0.0  # as if each micro-batch took seconds
 between = Trainer._between
 def slow(self):
     between(self)
@@ -44,7 +44,9 @@ def test_a_step_that_takes_too_long_is_left_and_done_again(place: Place, tmp_pat
     assert place.run(tmp_path / "wanted", NOISY).code == 0
     run, marker = tmp_path / "run", tmp_path / "marker"
     options = [*NOISY, "checkpoint.every=null"]
-    prelude = SLOW.format(when="self.job.model.training and self.step == 3", marker=str(marker))
+    prelude = SLOW.format(
+        when="self.training.model.training and self.step == 3", marker=str(marker)
+    )
     terminated(place.start(run, options, prelude=prelude), marker)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"]
     done = place.resume(run)
@@ -58,7 +60,7 @@ def test_a_step_that_takes_too_long_is_left_and_done_again(place: Place, tmp_pat
 def test_an_evaluation_that_takes_too_long_is_owed(place: Place, tmp_path: Path, step: int) -> None:
     run, marker = tmp_path / "run", tmp_path / "marker"
     prelude = SLOW.format(
-        when=f"not self.job.model.training and self.step == {step}", marker=str(marker)
+        when=f"not self.training.model.training and self.step == {step}", marker=str(marker)
     )
     options = ["device.micro_tokens=120"]
     assert place.run(tmp_path / "wanted", options).code == 0
@@ -75,7 +77,7 @@ def test_an_evaluation_that_takes_too_long_is_owed(place: Place, tmp_path: Path,
 
 def test_before_the_first_step_there_is_nothing_to_save(place: Place, tmp_path: Path) -> None:
     run, marker = tmp_path / "run", tmp_path / "marker"
-    prelude = SLOW.format(when="self.job.model.training", marker=str(marker))
+    prelude = SLOW.format(when="self.training.model.training", marker=str(marker))
     running = place.start(run, ["device.micro_tokens=120"], prelude=prelude)
     running.until(marker.exists)
     running.kill(signal.SIGINT)

@@ -21,8 +21,8 @@ from tunesmith.types import Document, Origin, Segment
 LAYOUTS = {
     "shared": {"micro_tokens": 10**6},
     "cut": {"micro_tokens": 200},
-    "packed": {"micro_tokens": 10**6, "share": False},
-    "alone": {"micro_tokens": 1, "share": False},
+    "packed": {"micro_tokens": 10**6, "share_prefixes": False},
+    "alone": {"micro_tokens": 1, "share_prefixes": False},
 }
 BASE = "alone"
 

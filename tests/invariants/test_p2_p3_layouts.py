@@ -108,7 +108,7 @@ def run(family: str, rows: list[Document], total: float, **layout):
     model = tiny_model(family, attention="tunesmith")
     model.load_state_dict(reference.state_dict())
     causal_lm = CausalLM(model, logits=read_logit_transform(model.config), native_attention="eager")
-    if layout.get("isolated"):
+    if layout.get("unpacked"):
         causal_lm.run_unpacked()
     # a chunk smaller than the targets of a micro-batch, and one that does not divide them
     head = functools.partial(head_loss, objective=nll, chunk_bytes=4 * 448 * 7)
@@ -146,7 +146,7 @@ def test_order_of_documents_does_not_matter(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_isolated_paths_through_the_models_own_attention_agree(family: str) -> None:
+def test_unpacked_paths_through_the_models_own_attention_agree(family: str) -> None:
     total = one_at_a_time(family)[2]
     loss, grads = run(family, documents(), total, micro_tokens=1, unpacked=True)
     assert_equal(family, loss, grads)

@@ -33,7 +33,7 @@ LAYOUTS = {
     "cut": dict(micro_tokens=70),
     "path by path": dict(micro_tokens=1),
     "unshared": dict(micro_tokens=10**6, share_prefixes=False),
-    "isolated": dict(micro_tokens=1, unpacked=True),
+    "unpacked": dict(micro_tokens=1, unpacked=True),
 }
 OBJECTIVES: dict[str, tuple[Callable, Callable]] = {
     "nll": (named_objective("nll"), formulas.nll),
@@ -142,7 +142,7 @@ def wrapped(model) -> CausalLM:
 
 def run(model: CausalLM, loss: StepLoss, rows: list[Document], old=None, **layout):
     """(loss, gradients) of the second step of an outer batch, as the trainer takes it."""
-    if layout.get("isolated"):
+    if layout.get("unpacked"):
         model.run_unpacked()
     model.train()
     plans = plan_step(rows, **layout)
@@ -172,7 +172,7 @@ def assert_equal(found, expected) -> None:
 def one_step(name: str, rows: list[Document], **layout):
     needs_base = name in ("asft", "psft anchored")
     base = wrapped(moved("llama", 1, attention="tunesmith")).requires_grad_(False).eval()
-    if layout.get("isolated"):
+    if layout.get("unpacked"):
         base.run_unpacked()
     loss = StepLoss(
         objective=OBJECTIVES[name][0],

@@ -23,6 +23,7 @@ from gang import losses, records, weights
 from tiny import chat_inputs, four_steps
 from tunesmith.build import compile as assembled
 from tunesmith.build.microbatch_size import made_up_batch
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
@@ -267,13 +268,10 @@ def test_layers_that_differ_stay_as_they_are(
     ("device.tensor_parallel=2", "device.tensor_parallel"),
     ("device.activation_offload=true", "device.activation_offload"),
 ])  # fmt: skip
-def test_what_does_not_go_together_is_refused(
-    option: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assembled, "check_kernels", lambda _: None)
+def test_what_does_not_go_together_is_refused(option: str, where: str) -> None:
     recipe = read_recipe({"model": "m", "data": "d"}, ["device.compile=layers", option])
     with pytest.raises(RecipeError, match="does not go with") as refused:
-        assembled.check_computing(recipe)
+        check_together(recipe, Facts(world_size=2, local_size=2, device="cuda"))
     assert refused.value.where == where
     assert refused.value.hint is not None
 

@@ -69,7 +69,7 @@ def test_families_that_pack(family: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ISOLATED)
-def test_families_that_must_be_isolated(family: str, dtype: torch.dtype) -> None:
+def test_families_that_must_be_unpacked(family: str, dtype: torch.dtype) -> None:
     causal_lm, result = run(family, ISOLATED[family], dtype=dtype)
     assert result.unpacked
     assert causal_lm.unpacked

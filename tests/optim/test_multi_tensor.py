@@ -41,7 +41,7 @@ def optimizers(rule: str, dtype: torch.dtype, **options: Any) -> tuple[Any, ...]
         named = parameters(dtype)
         optimizer = RULES[rule](
             named.items(), weight_decay=0.1, undecayed=("embed", "one.bias", "two.bias"),
-            lr_factors={"two.weight": 3.0}, bundles=joined, **options,
+            lr_factors={"two.weight": 3.0}, group_small=joined, **options,
         )  # fmt: skip
         made += [named, optimizer]
     return tuple(made)
@@ -62,8 +62,8 @@ def assert_same(rule: str, one: dict[str, torch.Tensor], two: dict[str, torch.Te
 @pytest.mark.parametrize("rule", RULES)
 def test_together_is_as_each_by_itself(rule: str, dtype: torch.dtype) -> None:
     named, together, others, apart = optimizers(rule, dtype)
-    assert len(together._bundles) >= 2
-    assert not apart._bundles
+    assert len(together._groups) >= 2
+    assert not apart._groups
     for step in range(4):
         set_gradients(named, step)
         set_gradients(others, step)
@@ -122,7 +122,7 @@ def test_launches_do_not_grow_with_the_number_of_parameters(rule: str) -> None:
     for count in (4, 32):
         shapes = {f"layer.{number}.weight": (64, 128) for number in range(count)}
         named = make_parameters(shapes, torch.bfloat16)
-        optimizer = RULES[rule](named.items(), bundles=True)
+        optimizer = RULES[rule](named.items(), group_small=True)
         for step in range(2):  # the first makes what is kept
             set_gradients(named, step)
             with Launches() as launches:
@@ -136,26 +136,26 @@ def test_bundles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_tensor, "SMALL", 5000)
     monkeypatch.setattr(multi_tensor, "MOST", 10000)
     shapes = {f"{number}.weight": (40, 100) for number in range(7)} | {"large.weight": (80, 100)}
-    optimizer = AdamW(make_parameters(shapes).items(), bundles=True)
-    assert [len(bundle.members) for bundle, _ in optimizer._bundles] == [2, 2, 2]
+    optimizer = AdamW(make_parameters(shapes).items(), group_small=True)
+    assert [len(bundle.members) for bundle, _ in optimizer._groups] == [2, 2, 2]
     assert sorted(slot.flat.numel() for slot in optimizer._alone) == [4000, 8000]
 
 
 def test_memory_between_steps_is_the_same() -> None:
     _, together, _, apart = optimizers("adamw", torch.bfloat16)
     assert together.held_bytes == apart.held_bytes
-    slot = together._slots["one.bias"]
-    kept = [slot.rest, *slot.state.values()]
+    slot = together._states["one.bias"]
+    kept = [slot.low_bits, *slot.state.values()]
     storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
     inside = {
         tensor.untyped_storage().data_ptr()
-        for bundle, _ in together._bundles
-        for tensor in (bundle.rest, *bundle.state.values())
+        for bundle, _ in together._groups
+        for tensor in (bundle.low_bits, *bundle.state.values())
     }
     assert storages <= inside
 
 
 def test_a_cpu_updates_one_parameter_at_a_time() -> None:
-    assert not AdamW(parameters(torch.float32).items())._bundles
+    assert not AdamW(parameters(torch.float32).items())._groups
     on_device = {name: p.to("meta") for name, p in parameters(torch.float32).items()}
-    assert AdamW(on_device.items())._bundles
+    assert AdamW(on_device.items())._groups

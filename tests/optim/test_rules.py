@@ -177,7 +177,7 @@ def test_eight_bit_moments_are_the_nearest_entries_and_follow_adamw():
 )
 def test_bytes_of_the_state(kind, most):
     named = {"w": nn.Parameter(torch.zeros(256, 64))}
-    state = make(kind, named)._slots["w"].state
+    state = make(kind, named)._states["w"].state
     held = sum(t.numel() * t.element_size() for t in state.values())
     assert 0.9 * most * named["w"].numel() * (kind is not Adafactor) <= held
     assert held <= most * named["w"].numel()

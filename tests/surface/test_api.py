@@ -27,7 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, out: Path, **more: Any) -> tunesmith.Run:
-    return tunesmith.train(model=folder, out=out, progress=False, **{**SHORT, **more})
+    return tunesmith.train(
+        model={"name": str(folder), "dtype": "float32"}, out=out, progress=False,
+        **{**SHORT, **more},
+    )  # fmt: skip
 
 
 def weights(run: tunesmith.Run) -> dict[str, torch.Tensor]:
@@ -91,7 +94,7 @@ def test_data_in_every_form_trains_the_same(
 def test_recipe_as_mapping_object_or_file(
     reference: tunesmith.Run, folder: Path, tmp_path: Path
 ) -> None:
-    values = {**SHORT, "model": str(folder)}
+    values = {**SHORT, "model": {"name": str(folder), "dtype": "float32"}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(values))
     typed = tunesmith.read_recipe(values)
@@ -136,6 +139,7 @@ def test_held_out_data(
         assert math.isfinite(run.metrics[f"{name}/nll"])
 
 
+@pytest.mark.any_dtype
 def test_a_given_model_is_trained_and_handed_back_as_it_came(
     reference: tunesmith.Run, tmp_path: Path
 ) -> None:

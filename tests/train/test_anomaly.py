@@ -70,7 +70,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[int], *, document: int = 
         output = own(self, model, plan, device)
         if self.step + 1 not in bad:
             return output
-        hit = torch.from_numpy(plan.shares.target[plan.shares.document == document].astype(int))
+        hit = torch.from_numpy(plan.owners.target[plan.owners.document == document].astype(int))
         if not len(hit):
             return output
         losses = output.token_loss.clone()

@@ -125,8 +125,8 @@ def test_a_start_says_which_maps_it_is(given: dict[str, Any], tmp_path: Path) ->
          "device": {"kind": "cpu"}}
     )  # fmt: skip
     job = build(recipe)
-    job.loss.close()
-    (line,) = [text for text in job.notes if text.startswith("float8")]
+    job.training.loss.close()
+    (line,) = [text for text in job.choices.notes if text.startswith("float8")]
     assert "8 linear maps" in line  # attention's; 16 does not divide 72
     assert "6 are left" in line
     assert "mlp" in line
@@ -139,7 +139,6 @@ def test_a_start_says_which_maps_it_is(given: dict[str, Any], tmp_path: Path) ->
         (["adapter=lora", "model.quantization=int8"], "model.quantization"),
         (["adapter=dora"], "adapter.kind"),
         (["objective=psft"], "objective.name"),
-        (["objective=asft"], "objective.name"),
         (["objective.kl=0.1"], "objective.kl"),
     ],
 )
@@ -150,6 +149,18 @@ def test_what_it_does_not_go_with(
         run(given, tmp_path / "run", FLOAT8, *options)
     assert caught.value.where == where
     assert "model.float8=none" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_all_that_it_does_not_go_with_is_said_at_once(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        run(given, tmp_path / "run", FLOAT8, "objective=asft")  # which also sets objective.kl
+    said = str(caught.value)
+    for key in ("objective.name", "objective.kl"):
+        assert f"{key}: does not go with products in float8" in said
+    assert said.count("or model.float8=none") == 2
 
 
 def test_a_cpu_is_refused(

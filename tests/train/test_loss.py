@@ -131,15 +131,15 @@ def test_lengths_do_not_depend_on_neighbours() -> None:
     assert sorted(path_lengths(together.layout).tolist()) == sorted(np.concatenate(alone).tolist())
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_guesses_replace_targets_where_they_are_read(isolated: bool) -> None:
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_guesses_replace_targets_where_they_are_read(unpacked: bool) -> None:
     """At the last step with probability 1 every target that is read is the model's guess."""
     model = wrapped()
-    if isolated:
+    if unpacked:
         model.run_unpacked()
     loss = StepLoss(named_objective("nll"), steps=5, sampling=1.0, step=4)
     documents = rows()[:2]
-    for plan in plan_step(documents, micro_tokens=100, share_prefixes=False, unpacked=isolated):
+    for plan in plan_step(documents, micro_tokens=100, share_prefixes=False, unpacked=unpacked):
         batch = collate(plan, CPU)
         found = loss._with_guesses(model, batch, plan)
         logits = model.head(model.hidden(batch))

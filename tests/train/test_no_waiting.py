@@ -19,15 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tiny import chat_inputs, tiny_folder
 from tunesmith import transfer
 from tunesmith.build.build import build
+from tunesmith.build.job import Job, make_trainer
 from tunesmith.build.optimizer import make_optimizer
 from tunesmith.config.schema import Recipe
 from tunesmith.model.attention.flex import block_mask
 from tunesmith.model.attention.window import AttentionWindow
 from tunesmith.model.kernels import float8
 from tunesmith.train import step as step_module
-from tunesmith.train.job import Job
 from tunesmith.train.step import StepResult, train_step
-from tunesmith.train.trainer import Trainer
 from tunesmith.types import Chain, Layout
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
@@ -110,21 +109,22 @@ def step_on_meta(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ste
         return [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
     monkeypatch.setattr(step_module, "to_host", told)
-    trainer = Trainer(job, folder, [])
+    trainer = make_trainer(job, folder)
     number = 3
     # The old policy of psft is read before the first micro-batch of its outer batch.
-    job.loss.begin(job.model, 0, trainer.planned, torch.device("cpu"))
-    job.loss.begin(job.model, number, trainer.planned, torch.device("cpu"))
-    for model in (job.model, job.loss.frozen):
+    job.training.loss.begin(job.training.model, 0, trainer.planned, torch.device("cpu"))
+    job.training.loss.begin(job.training.model, number, trainer.planned, torch.device("cpu"))
+    for model in (job.training.model, job.training.loss.frozen):
         if model is not None:
             model.to(META)
-    optimizer = make_optimizer(job.recipe, job.model)
+    optimizer = make_optimizer(job.choices.recipe, job.training.model)
     documents, plans = trainer.planned(number)
     assert len(plans) > 2
     with Copies() as copies:
         result = train_step(
-            job.model, optimizer, plans, job.loss, documents=len(documents), lr=1e-3,
-            max_grad_norm=job.recipe.optim.max_grad_norm, device=META,
+            job.training.model, optimizer, plans, job.training.loss, documents=len(documents),
+            lr=1e-3,
+            max_grad_norm=job.choices.recipe.optim.max_grad_norm, device=META,
         )  # fmt: skip
     assert copies.found == []
     assert len(reads) == 1
@@ -140,7 +140,7 @@ def test_a_step_reads_once(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     try:
         result = step_on_meta(job, tmp_path, monkeypatch)
     finally:
-        job.loss.close()
+        job.training.loss.close()
     assert result.loss_sum == len(result.micro_losses)  # a one for each micro-batch
 
 
@@ -150,7 +150,7 @@ def test_so_does_a_step_of(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     try:
         step_on_meta(job, tmp_path, monkeypatch)
     finally:
-        job.loss.close()
+        job.training.loss.close()
 
 
 @pytest.mark.parametrize("locality", [None, AttentionWindow(8, chunked=False)])
@@ -177,7 +177,7 @@ def test_what_asks_for_a_value_would_be_found(
     ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = made(tmp_path, "llama", {})
-    inner = job.loss.objective
+    inner = job.training.loss.objective
 
     def curious(chunk: Any) -> torch.Tensor:
         losses = inner(chunk)
@@ -185,7 +185,7 @@ def test_what_asks_for_a_value_would_be_found(
             ask(losses.sum())
         return losses
 
-    job.loss.objective = curious
+    job.training.loss.objective = curious
     with pytest.raises((RuntimeError, NotImplementedError)):
         step_on_meta(job, tmp_path, monkeypatch)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("torch_settings")
 
 BASE = [
     "batch.documents=3", "train.steps=4", "checkpoint.every=null", "device.threads=1",
-    "optim.lr=1e-2", "optim.warmup=0", "optim.schedule=constant",
+    "optim.lr=1e-2", "optim.warmup=0", "optim.schedule=constant", "model.dtype=float32",
 ]  # fmt: skip
 
 

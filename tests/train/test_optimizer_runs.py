@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("torch_settings")
 NAMES = ["adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd"]
 BASE = [
     "batch.documents=4", "train.steps=4", "checkpoint.every=2", "device.threads=1",
-    "optim.lr=1e-2", "optim.warmup=0",
+    "optim.lr=1e-2", "optim.warmup=0", "model.dtype=float32",
 ]  # fmt: skip
 
 Weights = dict[str, torch.Tensor]

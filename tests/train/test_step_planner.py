@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import tunesmith
 from gang import records
 from tiny import chat_inputs
 from tunesmith.build.build import build
+from tunesmith.build.job import make_trainer
 from tunesmith.config.schema import Recipe
-from tunesmith.train import step, trainer
+from tunesmith.train import step
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.microbatches import PlannedStep, StepPlanner, local_plans, step_plans
 
@@ -38,9 +40,9 @@ def test_the_next_step_is_planned_after_the_last_micro_batch_and_before_the_read
     events: list[str] = []
     plan, call, read = StepPlanner._plan, StepLoss.__call__, step.to_host
 
-    def planned(self: StepPlanner, number: int) -> PlannedStep:
+    def planned(self: StepPlanner, number: int, cut: Any) -> PlannedStep:
         events.append(f"plan {number}")
-        return plan(self, number)
+        return plan(self, number, cut)
 
     def called(*args: Any) -> Any:
         if events[-1:] != ["loss"]:  # of several micro-batches one is enough
@@ -66,10 +68,10 @@ def test_what_fails_ahead_fails_in_its_own_turn(
 ) -> None:
     plan = StepPlanner._plan
 
-    def planned(self: StepPlanner, number: int) -> PlannedStep:
+    def planned(self: StepPlanner, number: int, cut: Any) -> PlannedStep:
         if number == 2:
             raise OSError("the data is gone")
-        return plan(self, number)
+        return plan(self, number, cut)
 
     monkeypatch.setattr(StepPlanner, "_plan", planned)
     with pytest.raises(OSError, match="the data is gone"):
@@ -85,22 +87,25 @@ def test_a_plan_for_other_micro_tokens_is_not_used(tmp_path: Path) -> None:
             "train": {"steps": 3}, "device": {"kind": "cpu", "micro_tokens": 256},
         })
     )  # fmt: skip
-    own = trainer.Trainer(job, tmp_path, [])
-    own._planner.step(0)
-    own._planner.prepare(1)
-    before = len(own._planner.step(1).plans)
-    own._planner.prepare(1)
-    job.micro_tokens = 64
+    own = make_trainer(job, tmp_path)
+    cut = job.microbatching
+    own._planner.step(0, cut)
+    own._planner.prepare(1, cut)
+    before = len(own._planner.step(1, cut).plans)
+    own._planner.prepare(1, cut)
+    own.microbatching = replace(cut, micro_tokens=64)
     documents, plans = own.planned(1)
     fresh = step_plans(
         documents,
-        job.world,
-        work_model=job.work,
+        job.training.world,
+        work_model=job.microbatching.work,
         micro_tokens=64,
-        share_prefixes=job.share_prefixes,
+        share_prefixes=job.microbatching.share_prefixes,
     )
     assert len(plans) == len(fresh) > before
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(plans, fresh, strict=True))
-    mine = local_plans(fresh, job.world, work_model=job.work)
-    assert [plan.tokens for plan in own._planner.step(1).local] == [plan.tokens for plan in mine]
-    job.loss.close()
+    mine = local_plans(fresh, job.training.world, work_model=job.microbatching.work)
+    assert [plan.tokens for plan in own._planner.step(1, own.microbatching).local] == [
+        plan.tokens for plan in mine
+    ]
+    job.training.loss.close()

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, out: Path, **sections):
     return train(
-        model=str(folder / "model"),
+        model={"name": str(folder / "model"), "dtype": "float32"},
         data=str(folder / "rows.jsonl"),
         out=out,
         progress=False,

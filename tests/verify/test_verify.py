@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import chat_rows, tiny_folder, write_jsonl
+from tunesmith.build.job import Job
 from tunesmith.cli.app import run as command
 from tunesmith.config.read import read_recipe
 from tunesmith.run import train
-from tunesmith.train.job import Job
 from tunesmith.types import Batch, Chain, Layout
 from tunesmith.verify import exported, ranks
 from tunesmith.verify import ledger as accounts
@@ -41,7 +41,7 @@ from tunesmith.verify.workload import (
 )
 
 BOUNDS = Bounds(documents=4, rows=12)
-PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}}
+PLAIN = {"data": {"shuffle": False}, "optim": {"lr": 1e-3}, "model": {"dtype": "float32"}}
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_a_leak_between_documents_fails_p2_and_p3(
     found = layouts_of(precise(folder))
     assert found["packed = alone"].failed
     assert found["any micro-batches"].failed
-    assert "isolated" in found["packed = alone"].advice
+    assert "unpacked" in found["packed = alone"].advice
 
 
 def test_branches_without_their_prefix_fail_the_tree_alone(
@@ -372,7 +372,7 @@ def test_differences_that_are_no_numbers_are_the_largest() -> None:
 def test_a_ledger_that_miscounts_fails_p4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = precise(folder)
     assert not accounts.ledger_adds_up(job, []).failed
-    counts = next(iter(job.prepared.ledger.sources.values()))
+    counts = next(iter(job.data.prepared.ledger.sources.values()))
     for change in ({"rows": 1, "rows_trained": 1}, {"tokens": 1, "tokens_trained": 1}, {"rows": 1}):
         before = {name: getattr(counts, name) for name in change}
         for name, value in change.items():
@@ -515,7 +515,7 @@ def test_ranks_that_learn_otherwise_fail(
         return subprocess.CompletedProcess(given, fault == "code", "", "x\nerror: rank 1 is gone\n")
 
     monkeypatch.setattr(ranks.subprocess, "run", instead)
-    found = ranks.ranks_agree(job.recipe, alone, ranks=2, folders=[], precise=True)
+    found = ranks.ranks_agree(job.choices.recipe, alone, ranks=2, folders=[], precise=True)
     assert found.failed == (fault != "none")
     if fault == "code":
         assert "rank 1 is gone" in found.note
@@ -542,7 +542,8 @@ def test_a_run_keeps_its_table_and_its_own_model_is_looked_at(
 ) -> None:
     run = tmp_path / "run"
     train(
-        model=str(folder / "model"), data=str(folder / "rows.jsonl"), out=run, progress=False,
+        model={"name": str(folder / "model"), "dtype": "float32"},
+        data=str(folder / "rows.jsonl"), out=run, progress=False,
         batch=4, train={"epochs": 1}, optim={"lr": 1e-3},
     )  # fmt: skip
     few = ["--documents", "2", "--rows", "5"]

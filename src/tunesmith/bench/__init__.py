@@ -1,4 +1,4 @@
-"""How fast a run is on this machine, held against what the machine could do."""
+"""Benchmark of a run on this machine, against the floor of its matrix products."""
 
 from tunesmith.bench.measure import Bench, bench
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, under names that a user knows.
+"""Time of a step by category (attention, linear layers, optimizer, ...), from torch's profiler.
 
 A step runs once under torch's profiler. Each operation's own time goes to the part that what it is
 called from belongs to, or else it itself, by name: forward and backward alike, since the backward
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tunesmith.build.job import Job
 from tunesmith.estimate.workload import documents_of, planned
-from tunesmith.train.job import Job
 from tunesmith.train.step import Optimizer, train_step
 
 LINEAR = "linear maps of the decoder"
@@ -76,19 +76,24 @@ def breakdown(job: Job, step: int) -> dict[str, float]:
     """
     started = time.perf_counter()
     documents, plans = documents_of(job, step), planned(job, step)
-    job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
+    job.training.loss.begin(
+        job.training.model,
+        step,
+        lambda n: (documents_of(job, n), planned(job, n)),
+        job.training.device,
+    )
     planning = time.perf_counter() - started
-    on_host = job.device.type == "cpu"
+    on_host = job.training.device.type == "cpu"
     activities = [ProfilerActivity.CPU, *([] if on_host else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as recorded:
         started = time.perf_counter()
         train_step(
-            job.model, _Regions(job.optimizer), plans, job.loss,
+            job.training.model, _Regions(job.training.optimizer), plans, job.training.loss,
             documents=len(documents), lr=0.0,
-            max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+            max_grad_norm=job.choices.recipe.optim.max_grad_norm, device=job.training.device,
         )  # fmt: skip
         if not on_host:
-            torch.accelerator.synchronize(job.device)
+            torch.accelerator.synchronize(job.training.device)
         seconds = time.perf_counter() - started
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     parts[PLANNING] = planning

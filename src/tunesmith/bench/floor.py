@@ -1,4 +1,4 @@
-"""How fast this device multiplies matrices: what no step can be faster than."""
+"""Matrix product throughput of this device (FLOP/s): the floor of every step's time."""
 
 from __future__ import annotations
 

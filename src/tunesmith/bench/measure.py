@@ -1,9 +1,9 @@
-"""The measurement: a few real steps of a run, timed, and what they should have taken."""
+"""Benchmark of a run: a few real steps are timed and compared with the floor."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from tunesmith.bench.breakdown import breakdown
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.build.build import build
+from tunesmith.build.job import Job
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.estimate.flops import training_flops
 from tunesmith.estimate.forecast import memory_parts
-from tunesmith.estimate.probe import activation_bytes_of, run_longest, run_step
-from tunesmith.estimate.workload import Work, count_work, documents_of, planned, spread
+from tunesmith.estimate.probe import activation_bytes_of, run_longest_of, run_step
+from tunesmith.estimate.workload import Work, count_work, documents_of, evenly_spaced, planned
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.ops.packed_weight import parameter_count
-from tunesmith.train.job import Job
 from tunesmith.train.oom_retry import out_of_memory
 
 STEPS = 5
@@ -54,7 +54,7 @@ class Bench:
     peak: int
     parts: dict[str, float]  # seconds of a step by where they went, under the profiler
     work: Work  # of the whole run
-    chosen: dict[str, Any]
+    chosen: Mapping[str, Any]
 
     @property
     def seconds(self) -> float:
@@ -117,27 +117,27 @@ def bench(recipe: Recipe, *, folders: Sequence[Path] = (), steps: int = STEPS) -
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(job.micro_tokens, work.largest) from error
+        raise out_of_memory(job.microbatching.micro_tokens, work.largest, error) from error
     finally:
-        job.loss.close()
+        job.training.loss.close()
 
 
 def _measured(job: Job, work: Work, steps: int) -> Bench:
-    shapes = product_shapes(job.model, work.largest)
-    dtype = product_dtype(job.model)
-    before = matmul_rate(shapes, dtype=dtype, device=job.device)
-    run_longest(job)  # as a run begins
+    shapes = product_shapes(job.training.model, work.largest)
+    dtype = product_dtype(job.training.model)
+    before = matmul_rate(shapes, dtype=dtype, device=job.training.device)
+    run_longest_of(job)  # as a run begins
     run_step(job, work.largest_step)
-    timed = tuple(_timed(job, step) for step in spread(job.total_steps, steps))
-    after = matmul_rate(shapes, dtype=dtype, device=job.device)
-    peak = peak_memory(job.device)
+    timed = tuple(_timed(job, step) for step in evenly_spaced(job.training.total_steps, steps))
+    after = matmul_rate(shapes, dtype=dtype, device=job.training.device)
+    peak = peak_memory(job.training.device)
     parts = breakdown(job, timed[-1].step)
     activations, working = activation_bytes_of(job, work)
-    parameters = list(job.model.parameters())
+    parameters = list(job.training.model.parameters())
     return Bench(
-        device=str(job.device),
+        device=str(job.training.device),
         threads=torch.get_num_threads(),
-        dtype=str(job.model.head.weight.dtype).removeprefix("torch."),
+        dtype=str(job.training.model.head.weight.dtype).removeprefix("torch."),
         parameters=sum(parameter_count(p) for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         steps=timed,
@@ -146,7 +146,7 @@ def _measured(job: Job, work: Work, steps: int) -> Bench:
         peak=peak,
         parts=parts,
         work=work,
-        chosen=job.chosen,
+        chosen=job.choices.resolved,
     )
 
 
@@ -154,5 +154,5 @@ def _timed(job: Job, step: int) -> StepTime:
     seconds, computed = run_step(job, step)
     targets = sum(len(plan.target) for plan in planned(job, step))
     tokens = sum(document.tokens for document in documents_of(job, step))
-    flops = training_flops(job.model, tokens=computed, targets=targets)
+    flops = training_flops(job.training.model, tokens=computed, targets=targets)
     return StepTime(step, seconds, tokens, computed, flops)

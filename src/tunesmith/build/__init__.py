@@ -1,1 +1,1 @@
-"""The parts of a job, each made from its section of the recipe."""
+"""From a recipe to a training job: every part is made and checked here."""

@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Which parameters are trained: all, a pattern, the top layers, or a peft adapter."""
 
 from __future__ import annotations
 

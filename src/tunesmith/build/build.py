@@ -1,74 +1,44 @@
-"""From a recipe to the objects of a run. The only place that sees both the recipe and the parts it
-is about.
+"""From a recipe to a training job, in a few calls that each return a frozen value.
+
+`build/` is the only room that sees both the recipe and the parts it is about.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tunesmith.build.adapter import (
-    adapter_lines,
-    choose_trained,
-    noisy_adapter,
-    resolved_adapter,
-)
-from tunesmith.build.compile import (
-    check_computing,
-    compile_model,
-    computed_by,
-    computing_lines,
-)
-from tunesmith.build.context_parallel import context_line
-from tunesmith.build.data import (
-    data_sources,
-    open_template,
-    preparation,
-    resolve_max_length,
-)
-from tunesmith.build.deferred_model import load_for_ranks, test_loaded
-from tunesmith.build.device import (
-    choose_device,
-    seed_everything,
-)
-from tunesmith.build.float8 import check_float8, use_float8
+from tunesmith.build.adapter import choose_trained, noisy_adapter, resolved_adapter
+from tunesmith.build.compile import compile_model
+from tunesmith.build.data import Data, prepare_data
+from tunesmith.build.deferred_model import TestedModel, load_tested
+from tunesmith.build.device import choose_device, seed_everything
 from tunesmith.build.inputs import UserObjects
-from tunesmith.build.kernels import choose_kernels
+from tunesmith.build.job import Choices, Job
+from tunesmith.build.kernels import check_kernels, choose_kernels
 from tunesmith.build.microbatch_size import choose_micro_batch
-from tunesmith.build.model import check_memory
-from tunesmith.build.objective import (
-    make_loss,
-    noisy_objective,
-    objective_line,
-    user_objective,
-)
+from tunesmith.build.model import FoundModel, find_model, resolve_source
+from tunesmith.build.objective import make_loss, noisy_objective, user_objective
 from tunesmith.build.optimizer import make_optimizer
 from tunesmith.build.parallelize import make_groups, parallelize, ranks_per_copy, sharded_savings
-from tunesmith.build.rank_utilization import idle_line
-from tunesmith.build.sampler import pack_prepared, pin_revisions, plan_steps
-from tunesmith.build.sources import prepare_all
-from tunesmith.build.summary import start_lines
-from tunesmith.build.tensor_parallel import tensor_line
+from tunesmith.build.sampler import Steps, pin_revisions, plan_steps
+from tunesmith.build.summary import resolved_choices, summary_lines
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
-from tunesmith.data.preprocess.document_store import longest_paths
+from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
 from tunesmith.model.adapters import AdapterReport
-from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.load import resolve_model
+from tunesmith.model.kernels import Replaced, float8
 from tunesmith.model.memory.activations import MicroChoice
-from tunesmith.model.memory.estimate import (
-    free_memory,
-)
 from tunesmith.model.ops.malloc import keep_freed_memory
-from tunesmith.model.selftest import SelfTest
-from tunesmith.model.source import ModelSource
-from tunesmith.optim import auto_lr, schedule, warmup_steps
-from tunesmith.train.job import Job
-from tunesmith.train.microbatches import model_work
-from tunesmith.train.user_objective import COPY, is_own
+from tunesmith.optim import Optimizer, auto_lr, schedule, warmup_steps
+from tunesmith.train.job import MicroBatching, RunData, Training
+from tunesmith.train.loss import StepLoss
+from tunesmith.train.microbatches import WorkModel, model_work
+from tunesmith.train.user_objective import COPY, UserObjective, is_own
 
 SINGLE_WORLD = World()
 
@@ -81,155 +51,193 @@ def build(
     faults_file: Path | None = None,
     world: World = SINGLE_WORLD,
 ) -> Job:
-    """Everything a run needs, checked. `folders`: where data is looked for after the current
-    folder. All of `ranks` build at the same time.
+    """Everything a run needs, checked. All ranks of `world` build at the same time.
+
+    `folders`: where data is searched for after the current folder. `faults_file`: where bad rows
+    are written.
 
     Raises:
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
     objects = objects or UserObjects()
+    device, world = open_world(recipe, world)
+    found, custom = check_inputs(recipe, objects, world, device, folders)
+    data = prepare_data(
+        recipe, objects, found.source, world, folders=folders, faults_file=faults_file
+    )
+    loaded = load_tested(recipe, found, objects, data, world, device)
+    fitted = fit_to_device(recipe, found, loaded, data, world, device)
+    steps = plan_steps(recipe, data.prepared, data.sources, data.packing)
+    resolved = resolve(recipe, found, loaded, fitted, data)
+    trained = make_trainables(resolved, loaded, fitted, steps, world, device, custom, faults_file)
+    job = Job(
+        data=RunData(data.template, data.prepared, data.eval_sets, steps.sampler),
+        training=_training(resolved, found, loaded, fitted, steps, trained, world, device),
+        choices=Choices(resolved, {}, custom),
+        microbatching=MicroBatching(
+            fitted.micro.tokens, _share_prefixes(recipe, loaded), trained.work
+        ),
+    )
+    choices = resolved_choices(job, loaded.tested, fitted.micro, fitted.kernels, trained.compiled)
+    notes = [*data.prepared.notes, *loaded.notes, *steps.notes]
+    lines = summary_lines(job, fitted.report, choices, notes, longest=data.longest)
+    return Job(job.data, job.training, Choices(resolved, choices, custom, lines), job.microbatching)
+
+
+def open_world(recipe: Recipe, world: World) -> tuple[torch.device, World]:
+    """This rank's device, and the world with its model-parallel groups; seeds are set on the way.
+
+    Raises:
+        RecipeError: parts of the recipe that do not go together on this device.
+    """
     device = world.device(choose_device(recipe))
+    check_together(recipe, Facts(world.size, world.local_size, device.type))
     world = make_groups(recipe, world, device.type)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    check_computing(recipe)
-    source = (
-        None
-        if objects.model is not None
-        else resolve_model(recipe.model.name, revision=recipe.model.revision)
-    )
-    check_float8(recipe, world, source, device)
-    together = ranks_per_copy(recipe, world)
-    size = check_memory(recipe, source, device, free=_room(device, world) * together)
-    own = user_objective(recipe, folders)
-    template = open_template(recipe, source, objects)
-    max_length = resolve_max_length(recipe, template)
-    train, held_out = data_sources(recipe, objects, folders)
-    with preparation(recipe, world) as kept:
-        prepared, eval_sets = world.main_process_first(
-            lambda: prepare_all(
-                train,
-                held_out,
-                template,
-                recipe.data,
-                max_length=max_length,
-                faults_file=faults_file,
-                **kept,
-            )
-        )
-    packing = pack_prepared(recipe, prepared, max_length=max_length)
-    room = int(world.all_reduce_min(_room(device, world)))
-    loaded = load_for_ranks(recipe, source, objects, template=template, world=world, device=device)
+    check_kernels(recipe)
+    return device, world
+
+
+def check_inputs(
+    recipe: Recipe,
+    objects: UserObjects,
+    world: World,
+    device: torch.device,
+    folders: Sequence[Path],
+) -> tuple[FoundModel, UserObjective | None]:
+    """The model's files and the user's objective, before anything slow begins."""
+    source = resolve_source(recipe, objects)
+    if recipe.model.float8 != "none":
+        came = source is not None and source.adapter_folder is not None
+        check_together(recipe, Facts(world.size, world.local_size, device.type, with_adapter=came))
+        float8.check_device(device)
+    copies = ranks_per_copy(recipe, world)
+    found = find_model(recipe, source, world, device, ranks_per_copy=copies)
+    return found, user_objective(recipe, folders)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What is trained, by which kernels, and how much of it goes through the device at a time."""
+
+    report: AdapterReport
+    kernels: Replaced | None
+    micro: MicroChoice
+
+
+def fit_to_device(
+    recipe: Recipe,
+    found: FoundModel,
+    loaded: TestedModel,
+    data: Data,
+    world: World,
+    device: torch.device,
+) -> Fitted:
+    """Attach the adapter, replace modules by kernels, and size the micro-batches."""
     model = loaded.model
-    longest = int(longest_paths(prepared.documents).max())
-    if recipe.device.attention == "unpacked":
-        model.run_unpacked()
-    tested = test_loaded(loaded, world, max_length=longest)
-    notes = [*prepared.notes, *model.notes, *tested.notes, *use_float8(recipe, model)]
-    trained = choose_trained(recipe, model)
+    report = choose_trained(recipe, model)
     kernels = choose_kernels(recipe, model, device)
-    spared = sharded_savings(size, model, world, together=together)
-    fit = choose_micro_batch(
+    savings = sharded_savings(found.size, model, world, ranks_per_copy=found.ranks_per_copy)
+    micro = choose_micro_batch(
         recipe,
         model,
         device,
-        longest=-(-longest // world.cp.size),
-        room=room + spared,
-        held=size,
+        longest=-(-data.longest // world.cp.size),
+        room=loaded.room + savings,
+        held=found.size,
         probes=world.is_single,
     )
-    steps = plan_steps(recipe, prepared, train, packing)
-    order, total = steps.sampler, steps.total
-    notes += steps.notes
-    resolved = pin_revisions(
-        resolve(recipe, model=model, source=source, trained=trained, max_length=max_length),
-        train,
-        held_out,
-    )
-    assert isinstance(resolved.optim.lr, float)
+    return Fitted(report, kernels, micro)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What updates the model."""
+
+    loss: StepLoss
+    grad_sync: NoSync
+    optimizer: Optimizer
+    compiled: str | None
+    work: WorkModel
+
+
+def make_trainables(
+    recipe: Recipe,
+    loaded: TestedModel,
+    fitted: Fitted,
+    steps: Steps,
+    world: World,
+    device: torch.device,
+    custom: UserObjective | None,
+    faults_file: Path | None,
+) -> Trained:
+    """The loss, the model spread over the ranks, its compiled layers, and the optimizer.
+
+    The work model is read before the model is sharded, since it counts parameters. The optimizer
+    comes last: under FSDP it is made over this rank's shards.
+    """
+    model = loaded.model
     model.train()
-    work_model = model_work(model)
+    work = model_work(model)
     loss = make_loss(
-        recipe, model, order, total_steps=total, user_objective=own, group=world.model_parallel
-    )
-    reduce = parallelize(recipe, model, world, device, base=loss.frozen)
-    compiled = compile_model(recipe, model, world, device, tokens=fit.tokens)
-    shards = reduce.sharded
+        recipe, model, steps.sampler, total_steps=steps.total, user_objective=custom,
+        group=world.model_parallel,
+    )  # fmt: skip
+    grad_sync = parallelize(recipe, model, world, device, base=loss.frozen)
+    compiled = compile_model(recipe, model, world, device, tokens=fitted.micro.tokens)
+    shards = grad_sync.sharded
     optimizer = make_optimizer(
-        resolved,
-        model,
-        None if shards is None else shards.parts,
+        recipe, model, None if shards is None else shards.parts,
         folder=faults_file and faults_file.parent,
-    )
+    )  # fmt: skip
     optimizer.shards = shards
-    job = Job(
-        recipe=resolved,
-        model=model,
-        source=source,
-        template=template,
-        prepared=prepared,
-        eval_sets=eval_sets,
-        sampler=order,
-        total_steps=total,
-        lr=schedule(
-            resolved.optim.schedule,
-            lr=resolved.optim.lr,
-            warmup_steps=warmup_steps(resolved.optim.warmup, total),
-            total_steps=total,
-            min_lr=resolved.optim.min_lr,
-            decay=resolved.optim.decay,
-        ),
-        optimizer=optimizer,
-        loss=loss,
+    return Trained(loss, grad_sync, optimizer, compiled, work)
+
+
+def _training(
+    resolved: Recipe,
+    found: FoundModel,
+    loaded: TestedModel,
+    fitted: Fitted,
+    steps: Steps,
+    trained: Trained,
+    world: World,
+    device: torch.device,
+) -> Training:
+    optim = resolved.optim
+    assert isinstance(optim.lr, float)
+    lr = schedule(
+        optim.schedule, lr=optim.lr, warmup_steps=warmup_steps(optim.warmup, steps.total),
+        total_steps=steps.total, min_lr=optim.min_lr, decay=optim.decay,
+    )  # fmt: skip
+    return Training(
+        model=loaded.model,
+        source=found.source,
+        optimizer=trained.optimizer,
+        loss=trained.loss,
+        lr=lr,
+        total_steps=steps.total,
         device=device,
-        micro_tokens=fit.tokens,
-        share_prefixes=_share(recipe, tested, model),
-        trained_parameters=trained.trained,
-        chosen={},
-        user_objective=own,
-        notes=notes,
         world=world,
-        grad_sync=reduce,
-        work=work_model,
+        grad_sync=trained.grad_sync,
+        trained_parameters=fitted.report.trained,
     )
-    job.chosen = {**_chosen(job, tested, fit), **computed_by(kernels, compiled)}
-    said = objective_line(recipe, job.loss, shared=job.share_prefixes)
-    said += [
-        *adapter_lines(recipe, model, shared=job.share_prefixes),
-        *computing_lines(kernels, compiled),
-    ]
-    spread = [
-        *tensor_line(world, reduce),
-        *context_line(world.cp.size, world.size, longest=longest),
-        *idle_line(job, world.dp_size if world.is_main else 1, together=world.model_parallel.size),
-    ]
-    job.notes = [*spread, *said, *start_lines(job, trained), *notes]
-    return job
-
-
-def _room(device: torch.device, world: World) -> int:
-    """Free bytes for this rank; on a CPU the ranks of a machine share its memory."""
-    free = free_memory(device)
-    return free // world.local_size if device.type == "cpu" else free
 
 
 def resolve(
-    recipe: Recipe,
-    *,
-    model: CausalLM,
-    source: ModelSource | None,
-    trained: AdapterReport,
-    max_length: int,
+    recipe: Recipe, found: FoundModel, loaded: TestedModel, fitted: Fitted, data: Data
 ) -> Recipe:
-    """The recipe with every `auto` of its science sections as the value it became, fit to run
-    anywhere.
+    """The recipe with every `auto` of its science sections as the value it became, and hub data
+    pinned to its commit, so that it means the same anywhere.
     """
+    model, source = loaded.model, found.source
     dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
     lr = recipe.optim.lr
     adapter = resolved_adapter(recipe, model, source)
     if lr == "auto":
-        lr = auto_lr(adapter.get("kind", recipe.adapter.kind), trained.total)
+        lr = auto_lr(adapter.get("kind", recipe.adapter.kind), fitted.report.total)
     name = recipe.model.name
     if source is not None and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
@@ -239,13 +247,13 @@ def resolve(
             "dtype": dtype,
             "revision": (source.commit if source else None) or recipe.model.revision,
         },
-        "data": {"max_length": max_length},
+        "data": {"max_length": data.max_length},
         "optim": {"lr": lr},
         "objective": {"name": _objective_name(recipe)},
         "adapter": adapter,
     }
     parts = {key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()}
-    return recipe.model_copy(update=parts)
+    return pin_revisions(recipe.model_copy(update=parts), data.sources, data.held_out)
 
 
 def _objective_name(recipe: Recipe) -> str:
@@ -254,24 +262,9 @@ def _objective_name(recipe: Recipe) -> str:
     return f"{COPY}:{name.rpartition(':')[2]}" if is_own(name) else name
 
 
-def _share(recipe: Recipe, tested: SelfTest, model: CausalLM) -> bool:
+def _share_prefixes(recipe: Recipe, loaded: TestedModel) -> bool:
+    """`auto` shares unless random numbers are drawn per token: shared tokens would draw once."""
     if recipe.device.share_prefixes != "auto":
         return recipe.device.share_prefixes
-    return not (tested.noisy or noisy_adapter(model) or noisy_objective(recipe))
-
-
-def _chosen(job: Job, tested: SelfTest, fit: MicroChoice) -> dict[str, Any]:
-    return {
-        "device": str(job.device),
-        "dtype": job.recipe.model.dtype,
-        "lr": job.recipe.optim.lr,
-        "max_length": job.recipe.data.max_length,
-        "micro_tokens": job.micro_tokens,
-        "share_prefixes": job.share_prefixes,
-        "attention": "unpacked" if job.model.unpacked else "sdpa",
-        "gradient_checkpointing": fit.checkpointing,
-        "memory": fit.reason,
-        "activation_offload": job.model.offload,
-        "total_steps": job.total_steps,
-        "self_test": {"tolerance": tested.tolerance, **tested.differences},
-    }
+    noisy = loaded.tested.noisy or noisy_adapter(loaded.model) or noisy_objective(recipe)
+    return not noisy

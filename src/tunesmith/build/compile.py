@@ -1,59 +1,28 @@
-"""Whether the decoder's layers are compiled: which recipes that goes with, and that it is exact."""
+"""Regional torch.compile of the decoder's layers, tried against the eager layers before it is
+used.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from tunesmith.build.kernels import check_kernels
 from tunesmith.build.microbatch_size import made_up_batch
 from tunesmith.build.parallelize import decoder_layers
 from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.world import World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.compile import compile_layers, difference, restore_layers
 from tunesmith.model.kernels import Replaced
 
-KEY = "device.compile"
 TOKENS = {"cpu": 127, "other": 2039}
 """Of the trial: prime, so that no size of a model is taken for the number of tokens."""
-
-
-def check_computing(recipe: Recipe) -> None:
-    """Refuse kernels that are not installed, and what doesn't go with compiled layers, before
-    anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    check_kernels(recipe)
-    device = recipe.device
-    if device.compile == "none":
-        return
-    for where, wrong, instead, why in (
-        ("device.kernels", device.kernels == "liger", "auto",
-         "replaces what the compiler makes kernels of itself"),
-        ("device.gradient_checkpointing", device.gradient_checkpointing == "selective", "layers",
-         "keeps results of operations that a compiled layer no longer has"),
-        ("device.shard", device.shard != "none", "none", "gives each rank a part of the weights"),
-        ("device.tensor_parallel", device.tensor_parallel > 1, "1",
-         "sends messages inside of a layer"),
-        ("device.activation_offload", device.activation_offload, "false",
-         "moves what operations keep"),
-        ("model.float8", recipe.model.float8 != "none", "none", "rounds inside of a product"),
-        ("model.quantization", recipe.model.quantization != "none", "none",
-         "multiplies by kernels that are no operations of torch"),
-    ):  # fmt: skip
-        if wrong:
-            raise RecipeError(
-                f"this {why}, which {KEY}={device.compile} does not go with",
-                where=where,
-                hint=f"{where}={instead}, or {KEY}=none",
-            )
 
 
 def compile_model(
@@ -97,11 +66,7 @@ def computed_by(kernels: Replaced | None, compiled: str | None) -> dict[str, str
     }
 
 
-def computing_lines(kernels: Replaced | None, compiled: str | None) -> list[str]:
-    """What a start says of it; nothing where the model computes as it is."""
-    said = computed_by(kernels, compiled)
-    return [
-        f"{key}: {said[key]}"
-        for key, there in (("kernels", kernels), ("compile", compiled))
-        if there is not None
-    ]
+def computing_lines(resolved: Mapping[str, Any]) -> list[str]:
+    """The start's lines on kernels and compiled layers; none where plain torch computes."""
+    plain = {"kernels": "torch", "compile": "none"}
+    return [f"{key}: {resolved[key]}" for key, value in plain.items() if resolved[key] != value]

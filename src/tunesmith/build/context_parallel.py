@@ -1,5 +1,5 @@
-"""Ranks that share the tokens of a micro-batch: which recipes and models that goes with, and that
-it is exact.
+"""Context parallelism (DeepSpeed-Ulysses): which models it fits, and a check that it is exact on
+this machine.
 """
 
 from __future__ import annotations
@@ -8,48 +8,16 @@ import torch
 from torch import Tensor
 
 from tunesmith.build.parity import (
-    NARROW,
-    check_groups,
-    difference,
     probe_plan,
-    rounding_of,
     states_only,
 )
-from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
 from tunesmith.distributed.world import World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.train.microbatches import local_part
-
-
-def check_context_recipe(recipe: Recipe, world: World) -> None:
-    """Refuse what can't be shared by so many ranks, before anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    context = recipe.device.context_parallel
-    if context == 1:
-        return
-    check_groups("device.context_parallel", context, world, what="share a sequence")
-    section = recipe.objective
-    for where, asked, why in (
-        ("device.attention", recipe.device.attention == "unpacked", "takes whole paths"),
-        ("objective.router_aux", section.router_aux > 0, "looks at all tokens of a path at once"),
-        (
-            "objective.scheduled_sampling",
-            section.scheduled_sampling > 0,
-            "writes guesses over tokens that another rank may have",
-        ),
-    ):
-        if asked:
-            raise RecipeError(
-                f"this {why}, and device.context_parallel={context} gives each rank a slice",
-                where=where,
-                hint=f"leave {where} at its default, or device.context_parallel=1",
-            )
 
 
 def check_model(model: CausalLM, cp: ContextParallel) -> None:
@@ -86,7 +54,7 @@ def check_exact(
     if world.cp.size == 1:
         return
     difference = _difference(model, world.cp, device, narrow=compute in NARROW)
-    (worst,) = world.all_reduce_max([difference / rounding_of(compute, device)])
+    (worst,) = world.all_reduce_max([difference / whole_model_bound(compute, device)])
     if not worst <= 1:
         raise ModelError(
             f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
@@ -113,7 +81,9 @@ def _difference(
     assert isinstance(found, Tensor)
     own = part.layout.local
     wanted = whole[own.start : own.stop]  # without what was added at the end
-    return difference(found[: len(wanted)], wanted, narrow=narrow) if len(wanted) else 0.0
+    if not len(wanted):
+        return 0.0
+    return relative_difference(found[: len(wanted)], wanted, rows=True, robust=narrow)
 
 
 def context_line(context: int, ranks: int, *, longest: int) -> list[str]:
@@ -122,8 +92,8 @@ def context_line(context: int, ranks: int, *, longest: int) -> list[str]:
         return []
     groups = ranks // context
     size = -(-longest // context)
-    dealt = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
+    groups_text = f"{groups} groups of {context} ranks" if groups > 1 else f"{context} ranks"
     return [
-        f"context: {dealt}, each rank with 1/{context} of its micro-batch's tokens; of the longest "
-        f"path, {longest:,} tokens, at most {size:,} on a rank"
+        f"context: {groups_text}, each rank with 1/{context} of its micro-batch's tokens; of the "
+        f"longest path, {longest:,} tokens, at most {size:,} on a rank"
     ]

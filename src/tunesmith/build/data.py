@@ -1,24 +1,75 @@
-"""The sources, the tokenizer with its template, the length limit and the order of the documents."""
+"""Data preparation of a run: sources, tokenizer with chat template, length limit, rendered
+documents.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.build.inputs import UserObjects
-from tunesmith.build.sources import make_sources, memory_source
+from tunesmith.build.sampler import pack_prepared
+from tunesmith.build.sources import make_sources, memory_source, prepare_all
 from tunesmith.config.schema import Holdout, Recipe
 from tunesmith.data.cache_folder import default_cache_folder
+from tunesmith.data.packing.packs import Packing
 from tunesmith.data.preprocess.cache import discard
+from tunesmith.data.preprocess.document_store import longest_paths
+from tunesmith.data.preprocess.prepare import Prepared
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.source import ModelSource
+from tunesmith.train.job import EvalSet
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The rendered documents of a run, with their template and sources."""
+
+    template: Template
+    max_length: int
+    sources: Sequence[Source]
+    held_out: Mapping[str, Sequence[Source]] | Holdout | None
+    prepared: Prepared
+    eval_sets: Sequence[EvalSet]
+    packing: Packing | None
+    longest: int  # tokens of the longest path
+
+
+def prepare_data(
+    recipe: Recipe,
+    objects: UserObjects,
+    source: ModelSource | None,
+    world: World,
+    *,
+    folders: Sequence[Path],
+    faults_file: Path | None,
+) -> Data:
+    """Render every row. One rank does it, and the others read its result from the cache.
+
+    Raises:
+        DataError: with all bad rows, counted.
+    """
+    template = open_template(recipe, source, objects)
+    max_length = resolve_max_length(recipe, template)
+    train, held_out = data_sources(recipe, objects, folders)
+    with preparation(recipe, world) as options:
+        prepared, eval_sets = world.main_process_first(
+            lambda: prepare_all(
+                train, held_out, template, recipe.data,
+                max_length=max_length, faults_file=faults_file, **options,
+            )
+        )  # fmt: skip
+    packing = pack_prepared(recipe, prepared, max_length=max_length)
+    longest = int(longest_paths(prepared.documents).max())
+    return Data(template, max_length, train, held_out, prepared, eval_sets, packing, longest)
 
 
 def open_template(recipe: Recipe, source: ModelSource | None, objects: UserObjects) -> Template:

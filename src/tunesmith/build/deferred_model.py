@@ -1,15 +1,18 @@
-"""A model that no rank ever holds whole: its weights stay in their files until each reads its part,
-and a trial model of a few layers is tested in its place.
+"""Deferred initialisation on the meta device: no rank ever holds the whole model. Each rank reads
+its shards from the files, and a trial model of a few layers is self-tested in its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from tunesmith.build.data import Data
+from tunesmith.build.float8 import use_float8
 from tunesmith.build.inputs import UserObjects
-from tunesmith.build.model import load_model
+from tunesmith.build.model import FoundModel, free_bytes, load_model
 from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
@@ -28,6 +31,41 @@ class LoadedModel:
 
     model: CausalLM
     trial: CausalLM | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TestedModel:
+    """A model that passed its self-test, and what is to be said of it."""
+
+    model: CausalLM
+    tested: SelfTest
+    room: int  # bytes that were free before it was loaded, the least over all ranks
+    notes: Sequence[str]
+
+
+def load_tested(
+    recipe: Recipe,
+    found: FoundModel,
+    objects: UserObjects,
+    data: Data,
+    world: World,
+    device: torch.device,
+) -> TestedModel:
+    """Load the model and test it on this machine: its head, packing and prefix sharing.
+
+    Raises:
+        ModelError: a test failed in a way that would make the training wrong.
+    """
+    room = int(world.all_reduce_min(free_bytes(device, world)))
+    loaded = load_for_ranks(
+        recipe, found.source, objects, template=data.template, world=world, device=device
+    )
+    model = loaded.model
+    if recipe.device.attention == "unpacked":
+        model.run_unpacked()
+    tested = test_loaded(loaded, world, max_length=data.longest)
+    notes = [*model.notes, *tested.notes, *use_float8(recipe, model)]
+    return TestedModel(model, tested, room, notes)
 
 
 def load_for_ranks(

@@ -1,4 +1,4 @@
-"""Where a run runs: the device, determinism, seeds, memory that is kept."""
+"""The compute device: choice of the device, determinism, CPU threads and random seeds."""
 
 from __future__ import annotations
 

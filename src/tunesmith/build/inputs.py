@@ -1,4 +1,4 @@
-"""Objects a caller brings instead of naming them."""
+"""Objects that a caller of the Python API passes instead of naming them in the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fused kernels compute the model's norms and gated units."""
+"""Fused kernels (Liger) for norms and gated units: when they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How much goes through the device at a time: as the recipe says, or as free memory allows."""
+"""Micro-batch size and activation checkpointing: as the recipe says, or fitted to the free
+memory.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,62 @@
-"""The model on its device, once it is sure to fit."""
+"""Find, size and load the model, after a check that training fits into memory."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from tunesmith.build.inputs import UserObjects
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
+from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.load import choose_dtype, load_causal_lm, wrap_causal_lm
-from tunesmith.model.memory.estimate import MemoryEstimate, check_fits, measure
+from tunesmith.model.load import choose_dtype, load_causal_lm, resolve_model, wrap_causal_lm
+from tunesmith.model.memory.estimate import MemoryEstimate, check_fits, free_memory, measure
 from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.resize_embeddings import add_rows
 from tunesmith.model.source import ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """The model's files, and the memory that training it takes."""
+
+    source: ModelSource | None  # None: the caller passed a model object
+    size: MemoryEstimate | None
+    ranks_per_copy: int
+
+
+def find_model(
+    recipe: Recipe,
+    source: ModelSource | None,
+    world: World,
+    device: torch.device,
+    *,
+    ranks_per_copy: int,
+) -> FoundModel:
+    """Check that training fits the memory of the ranks that hold one copy of the model.
+
+    Raises:
+        InputError: it does not fit, with recipe lines that need less.
+    """
+    free = free_bytes(device, world) * ranks_per_copy
+    size = check_memory(recipe, source, device, free=free)
+    return FoundModel(source, size, ranks_per_copy)
+
+
+def resolve_source(recipe: Recipe, objects: UserObjects) -> ModelSource | None:
+    """The model's files on this machine; None where the caller passed a model object."""
+    if objects.model is not None:
+        return None
+    return resolve_model(recipe.model.name, revision=recipe.model.revision)
+
+
+def free_bytes(device: torch.device, world: World) -> int:
+    """Free bytes for this rank. On a CPU the ranks of a machine share its memory."""
+    free = free_memory(device)
+    return free // world.local_size if device.type == "cpu" else free
 
 
 def check_memory(

@@ -1,4 +1,6 @@
-"""The loss of the recipe, with what it needs besides the model's own pass."""
+"""The training loss of the recipe: objective, regularizers, reference model, NEFTune, MoE
+balance.
+"""
 
 from __future__ import annotations
 

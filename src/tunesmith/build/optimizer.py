@@ -1,4 +1,4 @@
-"""The optimizer over the trained parameters, and its learning rate."""
+"""The optimizer over the trained parameters, with learning-rate factors by group."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def make_optimizer(
 
 def matrices(model: CausalLM) -> frozenset[str]:
     """Names of what Muon makes orthogonal: matrices, stacked ones too, but embedding and head."""
-    spared = undecayed(model) | _within(model, "head") | _within(model, "embeddings")
-    return frozenset(n for n, p in model.named_parameters() if p.ndim >= 2 and n not in spared)
+    excluded = undecayed(model) | _within(model, "head") | _within(model, "embeddings")
+    return frozenset(n for n, p in model.named_parameters() if p.ndim >= 2 and n not in excluded)
 
 
 def lr_factors(recipe: Recipe, model: CausalLM) -> dict[str, float]:

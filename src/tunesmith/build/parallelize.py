@@ -1,4 +1,4 @@
-"""How several ranks share a model: what each holds, and which recipes that goes with."""
+"""Parallelism of a run: process groups, data parallelism (DDP), FSDP2 or tensor parallelism."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.build.context_parallel import check_context_recipe, check_exact, check_model
-from tunesmith.build.parity import ELEMENTWISE
+from tunesmith.build.context_parallel import check_exact, check_model
 from tunesmith.build.tensor_parallel import (
-    check_tensor_recipe,
     sharded_fraction,
     tensor_parallelize_checked,
 )
@@ -18,41 +16,11 @@ from tunesmith.config.schema import Recipe
 from tunesmith.distributed.grad_sync import DataParallelSync, NoSync
 from tunesmith.distributed.peer_check import can_check, can_retry
 from tunesmith.distributed.world import PeerCheckScope, World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.deferred_load import release
 from tunesmith.model.memory.estimate import MemoryEstimate
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
-
-ADAPTERS = ("none", "lora")
-KEPT = ("none", "nf4", "fp4")
-"""How a base may be kept whose packed bytes ranks can hold in parts."""
-
-
-def check_parallelism(recipe: Recipe, world: World, device: str) -> None:
-    """Refuse what can't be spread over ranks on this kind of device, before anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    check_context_recipe(recipe, world)
-    check_tensor_recipe(recipe, world)
-    if recipe.device.shard == "none":
-        if recipe.device.shard_offload:
-            raise RecipeError(
-                "only shards are kept in the host's memory",
-                where="device.shard_offload",
-                hint="add device.shard=full, or take it away",
-            )
-        return
-    if world.is_single:
-        raise RecipeError(
-            "one process has nobody to share the model with",
-            where="device.shard",
-            hint="device.ranks=2 or more, torchrun, or device.shard=none",
-        )
-    _check_hybrid(recipe, world)
-    _check_kind(recipe, device)
 
 
 def for_one_process(recipe: Recipe) -> Recipe:
@@ -68,18 +36,13 @@ def for_one_process(recipe: Recipe) -> Recipe:
 
 
 def make_groups(recipe: Recipe, world: World, device: str) -> World:
-    """The ranks as the recipe groups them, if it can be spread over them.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    check_parallelism(recipe, world, device)
-    patience, asking = recipe.device.rank_timeout, _peer_check_scope(recipe, world, device)
+    """The world with the context- and tensor-parallel groups of the recipe."""
+    patience, peer_check = recipe.device.rank_timeout, _peer_check_scope(recipe, world, device)
     shared = world.with_context_parallel(
-        recipe.device.context_parallel, timeout_minutes=patience, peer_check=asking
+        recipe.device.context_parallel, timeout_minutes=patience, peer_check=peer_check
     )
     return shared.with_tensor_parallel(
-        recipe.device.tensor_parallel, timeout_minutes=patience, peer_check=asking == "group"
+        recipe.device.tensor_parallel, timeout_minutes=patience, peer_check=peer_check == "group"
     )
 
 
@@ -92,44 +55,6 @@ def _peer_check_scope(recipe: Recipe, world: World, device: str) -> PeerCheckSco
     return "all" if can_retry(world.size, device) else "nobody"
 
 
-def _check_hybrid(recipe: Recipe, world: World) -> None:
-    nodes, rest = divmod(world.size, world.local_size)
-    if recipe.device.shard == "hybrid" and (nodes < 2 or rest or world.local_size < 2):
-        raise RecipeError(
-            f"hybrid spreads over the ranks of a machine and copies across machines, and these "
-            f"{world.size} ranks are {world.local_size} a machine",
-            where="device.shard",
-            hint="device.shard=full",
-        )
-
-
-def _check_kind(recipe: Recipe, device: str) -> None:
-    shard = recipe.device.shard
-    for key, value, taken, hint in (
-        ("optim.name", recipe.optim.name, ELEMENTWISE, "looks at whole weights"),
-        ("adapter.kind", recipe.adapter.kind, ADAPTERS, "needs whole weights of its base"),
-        ("model.quantization", recipe.model.quantization, KEPT, "can't be taken apart"),
-    ):
-        if value not in taken:
-            raise RecipeError(
-                f"{value} {hint}, and device.shard={shard} gives each rank a part",
-                where=key,
-                hint=f"{key}={taken[0]}, or device.shard=none",
-            )
-    if recipe.device.shard_offload and device == "cpu":
-        raise RecipeError(
-            "on a CPU shards are in the host's memory already",
-            where="device.shard_offload",
-            hint="device.shard_offload=false",
-        )
-    if recipe.eval.samples:
-        raise RecipeError(
-            f"answers can't be generated while the model is spread by device.shard={shard}",
-            where="eval.samples",
-            hint="eval.samples=0; `tunesmith generate RUN` answers afterwards",
-        )
-
-
 def ranks_per_copy(recipe: Recipe, world: World) -> int:
     """How many ranks hold one copy of the model together."""
     if world.tp.size > 1:
@@ -138,13 +63,13 @@ def ranks_per_copy(recipe: Recipe, world: World) -> int:
 
 
 def sharded_savings(
-    size: MemoryEstimate | None, model: CausalLM, world: World, *, together: int
+    size: MemoryEstimate | None, model: CausalLM, world: World, *, ranks_per_copy: int
 ) -> int:
-    """Bytes of what training holds that others hold for this rank; `together` as `holders` say."""
+    """Bytes of the training state that other ranks hold for this one."""
     if size is None:
         return 0
     share = sharded_fraction(model, world) if world.tp.size > 1 else 1.0
-    return int((size.total - size.total // together) * share)
+    return int((size.total - size.total // ranks_per_copy) * share)
 
 
 def parallelize(

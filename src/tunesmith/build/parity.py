@@ -1,65 +1,18 @@
-"""What ranks that work on a micro-batch together are held to, whatever they deal: that they are
-whole groups, and that a made-up micro-batch gives what one process computes.
-"""
+"""Parity checks of model parallelism: a made-up micro-batch must give what one process computes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.distributed.world import World
-from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.types import Document, Origin, Segment
 
-ELEMENTWISE = ("adamw", "lion", "sgd")
-"""Optimizers that treat each element by itself, and so a part of a weight as the whole."""
 PROBED_TOKENS = 24
 """Tokens of the longer one of two made-up documents."""
-NARROW = (torch.bfloat16, torch.float16)
-ROUNDING = {"cpu": 2e-4, "other": 5e-3, "narrow": 8e-2}
-"""What rounding may change of a hidden state, relative: float32 on a CPU and elsewhere, 16 bits."""
-
-
-def check_groups(key: str, count: int, world: World, *, what: str) -> None:
-    """Refuse ranks that are not whole groups of `count`. `what` they do: "share a sequence".
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    if world.is_single:
-        raise RecipeError(
-            f"one process has nobody to {what} with",
-            where=key,
-            hint=f"device.ranks={count} or a multiple of it, torchrun, or {key}=1",
-        )
-    if world.size % count:
-        fitting = [n for n in range(1, count) if world.size % n == 0]
-        raise RecipeError(
-            f"{world.size} ranks can't be divided into groups of {count}",
-            where=key,
-            hint=f"{key}={fitting[-1]}, or a multiple of {count} ranks",
-        )
-
-
-def rounding_of(compute: torch.dtype, device: torch.device) -> float:
-    """What rounding may change, relative."""
-    if compute in NARROW:
-        return ROUNDING["narrow"]
-    return ROUNDING["cpu" if device.type == "cpu" else "other"]
-
-
-def difference(found: Tensor, wanted: Tensor, *, narrow: bool) -> float:
-    """The largest relative difference of a token's hidden states [T, D]; the median where it is
-    `narrow`, since in 16 bits rounding can flip an expert of a token.
-    """
-    wanted = wanted.to(found.device).float()
-    each = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    return float(each.median() if narrow else each.max())
 
 
 def probe_plan(model: CausalLM) -> MicrobatchPlan:

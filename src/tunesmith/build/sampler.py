@@ -1,4 +1,4 @@
-"""The order of the documents, and how often that shows the run each source."""
+"""The batch sampler of a run: packing, mixtures, shuffling, and how often each source is seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe's data as documents: sources found, held-out rows chosen, everything rendered and
+"""Data sources of the recipe: files found, held-out rows chosen, everything rendered and
 counted.
 """
 

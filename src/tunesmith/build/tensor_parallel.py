@@ -1,5 +1,5 @@
-"""Ranks that hold the layers of one copy of a model together: which recipes and models that goes
-with, and that it is exact.
+"""Tensor parallelism (Megatron): which models it fits, and a check that it is exact on this
+machine.
 """
 
 from __future__ import annotations
@@ -11,74 +11,24 @@ import torch
 from torch import Tensor
 
 from tunesmith.build.parity import (
-    ELEMENTWISE,
-    NARROW,
-    check_groups,
-    difference,
     probe_plan,
-    rounding_of,
     states_only,
 )
-from tunesmith.config.schema import Recipe
 from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
 from tunesmith.distributed.world import World
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
+from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 
-ADAPTERS = ("none", "lora", "rslora")
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
 was missing it would be off by more than half.
 """
-TINY = 1e-30
-
-
-def check_tensor_recipe(recipe: Recipe, world: World) -> None:
-    """Refuse what can't be divided over so many ranks, before anything is loaded.
-
-    Raises:
-        RecipeError: names the key and what to give instead.
-    """
-    count = recipe.device.tensor_parallel
-    if count == 1:
-        return
-    check_groups(KEY, count, world, what="divide the layers")
-    for where, wrong, instead, why in (
-        (
-            "device.context_parallel",
-            recipe.device.context_parallel > 1,
-            "1",
-            "deals sequences to the same ranks",
-        ),
-        ("device.shard", recipe.device.shard != "none", "none", "divides the same weights"),
-        ("adapter.kind", recipe.adapter.kind not in ADAPTERS, "lora", "needs whole weights"),
-        ("model.quantization", recipe.model.quantization != "none", "none", "packs whole weights"),
-        (
-            "optim.name",
-            recipe.optim.name not in ELEMENTWISE,
-            ELEMENTWISE[0],
-            "looks at whole weights",
-        ),
-        ("device.attention", recipe.device.attention == "unpacked", "auto", "is not divided"),
-        (
-            "objective.scheduled_sampling",
-            recipe.objective.scheduled_sampling > 0,
-            "0",
-            "needs the guesses at all targets, of which each rank has a share",
-        ),
-        ("eval.samples", recipe.eval.samples > 0, "0", "needs a whole model on one rank"),
-    ):
-        if wrong:
-            raise RecipeError(
-                f"this {why}, and {KEY}={count} gives each rank a part of every layer",
-                where=where,
-                hint=f"{where}={instead}, or {KEY}=1",
-            )
 
 
 def sharded_fraction(model: CausalLM, world: World) -> float:
@@ -171,13 +121,13 @@ def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
     the first of either kind: the backward pass to them goes through all trained layers.
     """
     termed = {id(p) for module in plan.partial_grad for p in module.parameters()}
-    spared = {id(p) for p in plan.embedding.parameters()}
+    excluded = {id(p) for p in plan.embedding.parameters()}
     trained = [(p, n) for p, n in plan.sharded if p.requires_grad]
     first = {n: p for p, n in reversed(trained)}
     whole = [
         p
         for p in model.decoder.parameters()
-        if p.requires_grad and id(p) not in spared and plan.shard_dim(p) is None
+        if p.requires_grad and id(p) not in excluded and plan.shard_dim(p) is None
     ]
     return [_Probed(p, plan.shard_dim(p), id(p) in termed) for p in (*whole, *first.values())]
 
@@ -204,16 +154,16 @@ def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: W
     rounding may change.
     """
     split, device = world.tp, found.hidden.device
-    states, narrow = rounding_of(found.compute, device), found.compute in NARROW
+    states, narrow = whole_model_bound(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
-    worst = difference(found.hidden, wanted.hidden, narrow=narrow) / states
+    worst = relative_difference(found.hidden, wanted.hidden, rows=True, robust=narrow) / states
     for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
             one = one.chunk(split.size, probe.dimension)[split.rank]
         one, own = one.to(device).float(), own.float()
         if probe.partial_grad:
             own = split.all_reduce(own.clone())
-        worst = max(worst, float((own - one).norm() / one.norm().clamp(min=TINY)) / gradients)
+        worst = max(worst, relative_difference(own, one) / gradients)
     return worst
 
 

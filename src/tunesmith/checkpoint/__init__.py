@@ -1,1 +1,1 @@
-"""Checkpoints: written beside the next steps, whole or not there, and resumed from to the bit."""
+"""Checkpoints: atomic, sharded, written in the background, resumed bitwise."""

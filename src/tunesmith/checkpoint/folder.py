@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoint folders that are whole or not there: fsync, rename, and a manifest with SHA-256
+digests.
 
 A checkpoint is `RUN/checkpoints/step-N/`: tensors as safetensors, everything else as JSON, and a
 manifest with size and SHA-256 of each file. It is written under another name, brought to the disk,
@@ -35,12 +36,12 @@ TENSOR_FILES = ("model", "optimizer", "rng")
 ASIDE = ".tmp"
 REPLACED = ".replaced"
 COMPARED = (
-    "versions", "world_size", "context", "tensor", "threads", "device", "kernels", "compile",
-    "deterministic",
+    "versions", "world_size", "context_parallel", "tensor_parallel", "threads", "device", "kernels",
+    "compile", "deterministic",
 )  # fmt: skip
 """Entries of `TrainState.meta` on which bitwise resume depends."""
-UNSAID = {"context": 1, "tensor": 1, "kernels": "torch", "compile": "none"}
-"""What an entry is where it is not there."""
+RENAMED = {"context": "context_parallel", "tensor": "tensor_parallel"}
+"""Entries of `TrainState.meta` that checkpoints of older versions hold under another name."""
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -79,11 +80,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written; the earlier ones are as they were.
     """
-    begin_checkpoint(run, state.step, keep=keep, spared={best, good})
+    begin_checkpoint(run, state.step, keep=keep, protected={best, good})
     return complete_checkpoint(run, state, keep=keep, best=best)
 
 
-def begin_checkpoint(run: Path, step: int, *, keep: int, spared: Collection[int | None]) -> Path:
+def begin_checkpoint(run: Path, step: int, *, keep: int, protected: Collection[int | None]) -> Path:
     """Make room, and the folder that is to become `run/checkpoints/step-N`.
 
     Raises:
@@ -94,7 +95,7 @@ def begin_checkpoint(run: Path, step: int, *, keep: int, spared: Collection[int 
     with writing_told(run, step):
         parent.mkdir(parents=True, exist_ok=True)
         clean_checkpoints(run)
-        _prune(parent, step, keep=keep, spared=spared, later=False)
+        _prune(parent, step, keep=keep, protected=protected, later=False)
         aside.mkdir()
     return aside
 
@@ -125,7 +126,7 @@ def complete_checkpoint(
         os.rename(aside, final)
         sync_folder(parent)
     clean_checkpoints(run)
-    _prune(parent, state.step, keep=keep, spared={best}, later=True)
+    _prune(parent, state.step, keep=keep, protected={best}, later=True)
     return final
 
 
@@ -187,7 +188,8 @@ def load_checkpoint(path: Path) -> TrainState:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
         rng = RngState(tensors["rng"], state["rng"]["numpy"], state["rng"]["python"])
-        return TrainState(state["step"], tensors["model"], tensors["optimizer"], rng, state["meta"])
+        meta = {str(RENAMED.get(key, key)): value for key, value in state["meta"].items()}
+        return TrainState(state["step"], tensors["model"], tensors["optimizer"], rng, meta)
     except Exception as error:
         raise CheckpointError(f"can't be read: {error}", where=str(path)) from error
 
@@ -246,9 +248,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     """
     lines: list[str] = []
     for entry in COMPARED:
-        unsaid = UNSAID.get(entry)
-        pairs = _pairs(entry, saved.get(entry, unsaid), current.get(entry, unsaid))
-        for name, before, now in pairs:
+        for name, before, now in _pairs(entry, saved.get(entry), current.get(entry)):
             if before != now:
                 lines.append(f"{name} was {before}, is {now}")
     return lines
@@ -294,7 +294,7 @@ def _checkpoints(parent: Path) -> list[tuple[int, Path]]:
 
 
 def _prune(
-    parent: Path, step: int, *, keep: int, spared: Collection[int | None], later: bool
+    parent: Path, step: int, *, keep: int, protected: Collection[int | None], later: bool
 ) -> None:
     """Delete all but the newest `keep` up to `step` and the spared; of later steps only if so
     asked.
@@ -302,7 +302,7 @@ def _prune(
     checkpoints = _checkpoints(parent)
     newest = [number for number, _ in checkpoints if number <= step][: max(1, keep)]
     for number, path in checkpoints:
-        if number not in newest and number not in spared and (later or number <= step):
+        if number not in newest and number not in protected and (later or number <= step):
             # Renamed first, so that a crash can't leave a half-deleted folder under its name.
             doomed = path.with_name(f"{path.name}{ASIDE}")
             os.rename(path, doomed)

@@ -1,4 +1,5 @@
-"""A run's state on its way to a checkpoint and back: what of it is kept, who writes, and when.
+"""The checkpoint manager: what is saved, by which rank, when, and in the background (as DCP's async
+save).
 
 A save copies what it needs and lets the run go on while a thread writes; or it writes at once. One
 checkpoint is written at a time. Several ranks agree between steps on how far they are, so that no
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +25,15 @@ from tunesmith.checkpoint.folder import (
     parts_folder,
     writing_told,
 )
-from tunesmith.checkpoint.optimizer import load_optimizer, local_bytes, local_items
+from tunesmith.checkpoint.optimizer import SavedOptimizer
 from tunesmith.checkpoint.rng import capture_rng, restore_rng
 from tunesmith.checkpoint.snapshot import Snapshot
 from tunesmith.checkpoint.writer_thread import BackgroundWriter, WriterState
-from tunesmith.config.dump import science_dict
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.metrics.environment import versions
 from tunesmith.model.memory.estimate import free_memory, show
-from tunesmith.train.job import Job
 
-SPARED = 2
+COPY_FACTOR = 2
 """By itself a run copies what it saves if this many times as much memory is free."""
 
 Told = Callable[[Mapping[str, Any]], None]
@@ -55,6 +54,19 @@ class Progress:
     step: int = 0
     best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
     owed: bool = False  # an evaluation of this step that was left in the middle
+    micro_tokens: int = 0  # the present value, after any retries
+    micro_tokens_asked: int = 0  # the value at the start
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """How many checkpoints are kept, whether they are written in the background, and `identity`:
+    entries of the meta data that a resume compares with its own.
+    """
+
+    keep: int = 2
+    background: bool | Literal["auto"] = "auto"
+    identity: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(slots=True)
@@ -72,11 +84,14 @@ class CheckpointManager:
     `told` gets a record of each checkpoint once it is whole.
     """
 
-    def __init__(self, job: Job, folder: Path, told: Told) -> None:
-        self._job = job
+    def __init__(
+        self, saved: SavedOptimizer, options: CheckpointOptions, folder: Path, told: Told
+    ) -> None:
+        self._saved = saved
+        self._options = options
         self._folder = folder
         self._told = told
-        self._asked_micro_tokens = job.micro_tokens
+        self._world = saved.world
         self._versions = versions()  # reading them takes as long as a small model's save
         self._begun: int | None = None  # step of the newest checkpoint, whole or not
         self._good: int | None = None  # step of the newest that is known to be whole
@@ -99,17 +114,16 @@ class CheckpointManager:
             self._beside = self._goes_beside()
         self._begun = progress.step
         best = int(progress.best["step"]) if progress.best else None
-        if self._job.world.is_main:
-            keep = self._job.recipe.checkpoint.keep
+        if self._world.is_main:
             aside = begin_checkpoint(
-                self._folder, progress.step, keep=keep, spared={best, self._good}
+                self._folder, progress.step, keep=self._options.keep, protected={best, self._good}
             )
-            if self._job.grad_sync.sharded is not None:
+            if self._saved.sharded is not None:
                 with writing_told(self._folder, progress.step):
                     (aside / "parts").mkdir()
         state = self._state(progress, stateful)
         self._flight = _PendingCheckpoint(state, best)
-        if self._job.grad_sync.sharded is None:
+        if self._saved.sharded is None:
             self._complete()
         else:
             self._write_part()
@@ -151,7 +165,7 @@ class CheckpointManager:
         """
         while self._flight is not None:
             self._work.join()
-            self.poll(WriterState(int(self._job.world.all_reduce_max([self.state])[0])))
+            self.poll(WriterState(int(self._world.all_reduce_max([self.state])[0])))
 
     def abort(self, error: BaseException) -> None:
         """The run ends by an error: a checkpoint that this rank can complete alone is completed,
@@ -183,7 +197,7 @@ class CheckpointManager:
     def restore(self, checkpoint: Path, stateful: Sequence[Stateful]) -> Progress:
         """Go on from a checkpoint, to the bit where it was saved."""
         state = load_checkpoint(checkpoint)
-        load_optimizer(self._job, checkpoint, state)
+        self._saved.load(checkpoint, state)
         for one in stateful:
             one.restore(state.model)
         restore_rng(state.rng)
@@ -193,32 +207,25 @@ class CheckpointManager:
 
     def meta(self, progress: Progress) -> dict[str, Any]:
         """What a resume must find the same, and what it takes over."""
-        job = self._job
         return {
-            "science": science_dict(job.recipe),
+            **self._options.identity,
             "versions": self._versions,
-            "world_size": job.world.size,
-            "context": job.world.cp.size,
-            "tensor": job.world.tp.size,
+            "world_size": self._world.size,
+            "context_parallel": self._world.cp.size,
+            "tensor_parallel": self._world.tp.size,
             "threads": torch.get_num_threads(),
-            "device": str(job.device.type),
-            "kernels": job.chosen["kernels"],
-            "compile": job.chosen["compile"],
-            "deterministic": job.recipe.device.deterministic,
-            "micro_tokens": job.micro_tokens,
-            "micro_tokens_asked": self._asked_micro_tokens,
+            "micro_tokens": progress.micro_tokens,
+            "micro_tokens_asked": progress.micro_tokens_asked,
             "owed_evaluation": progress.owed,
-            "data": dict(job.prepared.content_hashes),
             "best": progress.best,
         }
 
     def _goes_beside(self) -> bool:
-        asked = self._job.recipe.checkpoint.background
-        if asked != "auto":
-            return asked
-        needed = local_bytes(self._job)
-        free = free_memory(torch.device("cpu")) // self._job.world.local_size
-        if self._job.world.all_reduce_min(free - SPARED * needed) >= 0:
+        if self._options.background != "auto":
+            return self._options.background
+        needed = self._saved.local_bytes
+        free = free_memory(torch.device("cpu")) // self._world.local_size
+        if self._world.all_reduce_min(free - COPY_FACTOR * needed) >= 0:
             return True
         said = (
             f"checkpoints are written between steps: copies of {show(needed)} would be needed to "
@@ -229,7 +236,7 @@ class CheckpointManager:
 
     def _state(self, progress: Progress, stateful: Sequence[Stateful]) -> TrainState:
         others = ((name, tensor) for one in stateful for name, tensor in one.tensors().items())
-        own = local_items(self._job)
+        own = self._saved.local_items()
         return TrainState(
             step=progress.step,
             model=self._other_copy.take(others) if self._beside else dict(others),
@@ -242,16 +249,16 @@ class CheckpointManager:
         """Agree with the other ranks on the parts, and begin with this one's."""
         from tunesmith.checkpoint.sharded import SavedPart
 
-        flight, shards = self._flight, self._job.grad_sync.sharded
+        flight, shards = self._flight, self._saved.sharded
         assert flight is not None
         assert shards is not None
-        self._job.world.barrier()  # the first rank has made the folder
+        self._world.barrier()  # the first rank has made the folder
         step, part = flight.state.step, flight.state.optimizer
         flight.part = SavedPart(parts_folder(self._folder, step), part, shards)
         flight.state = replace(flight.state, optimizer={})
 
         def write() -> Any:
-            with writing_told(self._folder, step, first=self._job.world.is_main):
+            with writing_told(self._folder, step, first=self._world.is_main):
                 return flight.part.write()
 
         self._work.start(write, here=not self._beside)
@@ -262,9 +269,9 @@ class CheckpointManager:
         assert flight is not None
 
         def write() -> None:
-            if self._job.world.is_main:
+            if self._world.is_main:
                 complete_checkpoint(
-                    self._folder, flight.state, keep=self._job.recipe.checkpoint.keep,
+                    self._folder, flight.state, keep=self._options.keep,
                     best=flight.best, between=self._work.between,
                 )  # fmt: skip
 

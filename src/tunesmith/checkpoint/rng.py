@@ -1,4 +1,4 @@
-"""All random generators a training run may draw from, as one value."""
+"""The states of all random generators of a run (torch CPU and CUDA, numpy, random) as one value."""
 
 from __future__ import annotations
 

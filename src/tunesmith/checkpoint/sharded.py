@@ -1,5 +1,5 @@
-"""An optimizer's state on disk in parts, by torch's distributed checkpoints: saved by any number of
-ranks, read by any other, or by a process alone.
+"""Sharded optimizer state with torch.distributed.checkpoint (DCP): saved by any number of ranks,
+read by any other number.
 
 A save has three acts: all ranks agree on who writes what, each writes its own part without the
 others, and the first one writes down what the parts are. Only the first act sends anything, and

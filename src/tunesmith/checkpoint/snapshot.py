@@ -1,4 +1,4 @@
-"""Copies of tensors in the host's memory, as they were at one moment."""
+"""Snapshots of tensors in host memory, so that training goes on while they are written."""
 
 from __future__ import annotations
 

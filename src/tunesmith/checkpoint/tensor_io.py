@@ -1,4 +1,6 @@
-"""Files of a checkpoint: tensors encoded a piece at a time, and brought to the disk."""
+"""safetensors files written piece by piece with fsync: only one tensor at a time is copied to the
+CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Work on a thread of its own, one piece at a time, whose errors come to who asked for it."""
+"""A background writer thread with one task at a time, whose errors are raised in the thread that
+asked.
+"""
 
 from __future__ import annotations
 

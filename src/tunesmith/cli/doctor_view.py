@@ -83,13 +83,13 @@ def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["roles"]:
         roles = ", ".join(f"{count:,} {role}" for role, count in values["roles"].items())
         turns = values["turns"]
-        spread = (
+        range_text = (
             f"{turns['least']} to {turns['most']} answers a chat, {turns['mean']:.1f} on average"
         )
         tools = f"; {values['rows_with_tools']:,} rows with tools" * bool(values["rows_with_tools"])
-        yield "turns", f"{roles}; {spread}{tools}"
-    yield "length", f"{_spread(values['length'])}; max_length {values['max_length']}"
-    yield "targets", _spread(values["targets"])
+        yield "turns", f"{roles}; {range_text}{tools}"
+    yield "length", f"{_range_text(values['length'])}; max_length {values['max_length']}"
+    yield "targets", _range_text(values["targets"])
     share = values["target_tokens"] / values["tokens"] if values["tokens"] else 0.0
     yield (
         "tokens",
@@ -99,7 +99,7 @@ def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "steps", f"{values['steps_per_epoch']:,} an epoch, {values['total_steps']:,} in all"
 
 
-def _spread(found: dict[str, int]) -> str:
+def _range_text(found: dict[str, int]) -> str:
     return "  ".join(f"{name} {count:,}" for name, count in found.items()) or "none"
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith export`: the result of a run in the form that others load."""
+"""`tunesmith export`: write a trained model as Hugging Face folder, GGUF or for Ollama."""
 
 from __future__ import annotations
 

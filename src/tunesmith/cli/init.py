@@ -1,4 +1,4 @@
-"""`tunesmith init`."""
+"""`tunesmith init`: write a starter recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The one grammar of commands that read a recipe: `RECIPE` or `--model --data`, then overrides."""
+"""Arguments of commands that read a recipe: `RECIPE` or `--model --data`, then `section.key=value`
+overrides.
+"""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ def replay(
 
     Returns 0, or 1 if its numbers are not the run's although nothing differs that they depend on.
     """
-    from tunesmith.replay import replay as take_again
+    from tunesmith.replay import replay as replay_step
 
-    found = take_again(
+    found = replay_step(
         Path(run),
         step,
         gradients=gradients,

@@ -1,4 +1,4 @@
-"""`tunesmith resume`: go on with a run."""
+"""`tunesmith resume`: continue a run from its newest checkpoint."""
 
 from __future__ import annotations
 

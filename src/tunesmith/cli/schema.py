@@ -1,4 +1,4 @@
-"""`tunesmith schema`."""
+"""`tunesmith schema`: print the JSON schema of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands after a run share: a model, the template it was trained with, and data."""
+"""What `chat`, `eval` and `generate` share: a trained model, its template, and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tunesmith verify`: the promises, held against one's own model, data and machine."""
+"""`tunesmith verify`: check the promises P1 to P6 on the user's own model, data and machine."""
 
 from __future__ import annotations
 

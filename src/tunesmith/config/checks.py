@@ -1,4 +1,4 @@
-"""What a recipe may not combine, although each of its values is fine."""
+"""Combinations of values that a recipe must not have, although each value is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML text as plain data that remembers where each key was written."""
+"""YAML recipes as plain data that remembers the line of every key."""
 
 from __future__ import annotations
 

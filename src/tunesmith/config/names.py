@@ -1,4 +1,4 @@
-"""What a name that the recipe doesn't know may have meant."""
+"""Hints for unknown recipe keys: similar names, and the names that other trainers use."""
 
 from __future__ import annotations
 

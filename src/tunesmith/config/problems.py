@@ -1,4 +1,4 @@
-"""Pydantic's findings as problems in the recipe's own terms."""
+"""pydantic's validation errors in the words of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe file, a mapping or keywords to a checked Recipe, with every error at once."""
+"""Read a recipe from a file, a mapping or keywords; all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tunesmith.config.document import Document, Problem, plain_document, read_do
 from tunesmith.config.dump import to_plain
 from tunesmith.config.overrides import Override, apply_overrides
 from tunesmith.config.problems import note_findings
+from tunesmith.config.renamed import complain_of_old_names, translated
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import RecipeError
 from tunesmith.redact import secret_keys
@@ -27,24 +28,27 @@ def read_recipe(
     overrides: Sequence[str | Override] = (),
     *,
     held_out_rows: bool = False,
+    of_run: bool = False,
     **sections: Any,
 ) -> Recipe:
     """The recipe of a file, a run folder, a mapping or a Recipe, changed by overrides.
 
     `overrides` are `section.key=value`, applied in order; `sections` come after them, as in
     `optim={"lr": 1e-4}` or `adapter="lora"`. `held_out_rows` says that evaluation rows are given
-    apart from the recipe.
+    apart from the recipe. `of_run` says that a mapping was written by a run, perhaps by an older
+    version: its old names are translated. A recipe.yaml beside a machine.json is known as a run's.
 
     Raises:
         RecipeError: with everything that is wrong, each with its file and line, key and hint.
     """
-    document = _open(source)
+    document = _open(source, of_run=of_run)
     keywords = [
         Override((name,), value, f"{name}=")
         for name, value in sections.items()
         if value is not None
     ]
     apply_overrides(document, [*overrides, *keywords])
+    complain_of_old_names(document)
     check_combinations(document, held_out=held_out_rows)
     recipe: Recipe | None = None
     try:
@@ -87,13 +91,13 @@ def _order(problem: Problem) -> tuple[bool, str, int]:
     return False, name, int(line)
 
 
-def _open(source: RecipeSource) -> Document:
+def _open(source: RecipeSource, *, of_run: bool) -> Document:
     if source is None:
         return Document({})
     if isinstance(source, Recipe):
         return plain_document(to_plain(source), "")
     if isinstance(source, Mapping):
-        return plain_document(source, "")
+        return plain_document(translated(source) if of_run else source, "")
     path = Path(source)
     try:
         if path.is_dir() and (path / "recipe.yaml").is_file():
@@ -115,4 +119,6 @@ def _open(source: RecipeSource) -> Document:
     document = read_document(text, str(path))
     if document.problems and not document.data:
         raise recipe_error(document.problems)
+    if path.name == "recipe.yaml" and path.with_name("machine.json").is_file():
+        document.data = translated(document.data)
     return document

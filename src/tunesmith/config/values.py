@@ -1,4 +1,4 @@
-"""Values of the recipe that have a small grammar of their own."""
+"""Recipe values with a grammar of their own: durations, percentages, column mappings."""
 
 from __future__ import annotations
 

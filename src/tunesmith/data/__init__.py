@@ -1,1 +1,1 @@
-"""From files to micro-batches: rows, formats, chat templates, tokens, packing and sampling."""
+"""From rows to micro-batches: sources, formats, templates, rendering, packing, sampling."""

@@ -1,4 +1,4 @@
-"""Where this program keeps what it can make again: prepared documents, lists of a hub's files."""
+"""The user's cache folder for what can be made again: prepared documents, file lists of the hub."""
 
 from __future__ import annotations
 

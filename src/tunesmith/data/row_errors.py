@@ -1,4 +1,6 @@
-"""What is wrong with one row: a value between stages, an exception inside the one that found it."""
+"""Errors of single rows: a `Fault` is a value between stages, a `RowError` an exception inside
+one.
+"""
 
 from __future__ import annotations
 

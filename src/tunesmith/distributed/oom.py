@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -11,8 +12,18 @@ import torch
 from tunesmith.distributed.peer_check import PeerOutOfMemoryError
 from tunesmith.distributed.world import World
 
-_OOM_TEXTS = ("can't allocate memory", "out of memory", "alloc_failed")
-"""Messages of torch's allocators and libraries that raise a plain RuntimeError."""
+_OOM_TEXT = re.compile(
+    "can't allocate memory|out of memory|alloc_failed"
+    "|could not create a (primitive(?! descriptor)|memory object)"
+)
+"""Messages of torch's allocators and libraries that raise a plain RuntimeError.
+
+The last two are oneDNN's, whose errors carry no status: it says so where its compiler or a buffer
+gets no memory, as under an address-space limit, and might say the same of a fault of its own.
+Counting them costs little: such a fault returns at every size, and the run soon ends with this
+message as the reason. Not counting them would end a run that could go on. Of what it does not
+implement, oneDNN says "could not create a primitive descriptor": that is no lack of memory.
+"""
 
 
 class CollectiveOOM(MemoryError):
@@ -27,8 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True if the error says that memory could not be allocated, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _OOM_TEXTS)
+    return isinstance(error, RuntimeError) and bool(_OOM_TEXT.search(str(error).lower()))
 
 
 class PeerCheck(Protocol):

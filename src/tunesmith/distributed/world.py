@@ -276,7 +276,7 @@ def connect(kind: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank))
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    again = restarted()
+    was_restarted = restarted()
     if not dist.is_initialized():
         on_gpu = kind in ("auto", "cuda") and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -285,8 +285,8 @@ def connect(kind: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
             dist.init_process_group(
                 backend, store=met.store, rank=rank, world_size=count, timeout=timeout
             )
-            again = not met.first
-    return World(rank, count, local, local_count, restarted=again)
+            was_restarted = not met.first
+    return World(rank, count, local, local_count, restarted=was_restarted)
 
 
 def _is_communication_error(error: RuntimeError) -> bool:

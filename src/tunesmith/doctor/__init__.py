@@ -1,1 +1,1 @@
-"""What is wrong with data before a run: a summary of it, and many small checks."""
+"""Data diagnosis before a run: a summary and many small checks."""

@@ -1,4 +1,4 @@
-"""Every check under its name, in the order of the page, and how they are run."""
+"""The registry of checks, in the order in which they are printed."""
 
 from __future__ import annotations
 

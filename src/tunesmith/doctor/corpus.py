@@ -1,4 +1,4 @@
-"""The data as the checks see it: rows with what they say and what rendering made of them."""
+"""The corpus of the checks: rows with their messages and their rendered documents."""
 
 from __future__ import annotations
 

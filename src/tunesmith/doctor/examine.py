@@ -1,4 +1,4 @@
-"""From a recipe to the corpus that the checks look at: reads rows and tokenizer, never weights."""
+"""Builds the corpus of the checks from a recipe: reads rows and tokenizer, never weights."""
 
 from __future__ import annotations
 

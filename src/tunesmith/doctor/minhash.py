@@ -1,4 +1,4 @@
-"""Pairs of nearly equal texts in a large collection: MinHash and banding, then exact counting.
+"""Near-duplicate detection by MinHash with banded LSH (Broder 1997), then exact Jaccard similarity.
 
 A text is the set of its runs of SIZE words. Two texts are alike as their sets overlap (Jaccard
 index). MinHash (Broder 1997) keeps, for each of some random hash functions, the least value over

@@ -1,4 +1,4 @@
-"""What a check found: places, how many there could have been, how bad it is, what to do."""
+"""The result of a check: where, how often, how severe, and what to do."""
 
 from __future__ import annotations
 

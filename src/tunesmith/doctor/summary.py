@@ -1,4 +1,4 @@
-"""What the data is, in numbers: rows, turns, lengths, targets, steps, shared prefixes."""
+"""Statistics of the data: rows, turns, lengths, targets, steps, shared prefixes."""
 
 from __future__ import annotations
 

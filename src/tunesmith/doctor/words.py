@@ -1,4 +1,4 @@
-"""Texts as words: the unit in which answers are compared."""
+"""Word tokenization of texts, with which answers are compared."""
 
 from __future__ import annotations
 

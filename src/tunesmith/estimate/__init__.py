@@ -1,4 +1,4 @@
-"""What a run will take, before it runs."""
+"""Memory and time of a run, estimated before it starts."""
 
 from tunesmith.estimate.forecast import Forecast, forecast
 

@@ -1,4 +1,6 @@
-"""Floating point operations that a training must do, from the model's shape."""
+"""Floating point operations of training, from the model's shape (6 per parameter and token, plus
+attention).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Memory, time and work of a run, from its recipe and a few real steps."""
+"""Forecast of a run's memory and time, from its recipe and a few real steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from tunesmith.build.build import build
-from tunesmith.build.context_parallel import check_context_recipe, context_line
+from tunesmith.build.context_parallel import context_line
+from tunesmith.build.job import Job, saved_optimizer
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.build.rank_utilization import idle_line
 from tunesmith.build.summary import FEW_STEPS
-from tunesmith.build.tensor_parallel import check_tensor_recipe
-from tunesmith.checkpoint.manager import SPARED
-from tunesmith.checkpoint.optimizer import local_bytes
+from tunesmith.checkpoint.manager import COPY_FACTOR
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
 from tunesmith.data.preprocess.document_store import longest_paths
@@ -31,7 +31,6 @@ from tunesmith.model.memory.activations import activation_bytes
 from tunesmith.model.memory.estimate import free_memory
 from tunesmith.model.ops.activation_checkpointing import Mode
 from tunesmith.model.ops.packed_weight import parameter_count
-from tunesmith.train.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Forecast:
     train_seconds: float
     eval_seconds: float
     free: int
-    chosen: dict[str, Any]
+    chosen: Mapping[str, Any]
     warnings: tuple[str, ...]
     would_fit: tuple[str, ...]  # changes to the recipe, where the run does not fit
     packing: dict[str, Any] | None = None  # packs, their fill and what was cut, if any are made
@@ -81,7 +80,7 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
     context = recipe.device.context_parallel
     together = context * recipe.device.tensor_parallel
     job = _one_of(recipe, ranks, folders)
-    longest = int(longest_paths(job.documents).max())
+    longest = int(longest_paths(job.data.documents).max())
     work = count_work(job)
     try:
         measured = probe(job, work)
@@ -89,10 +88,10 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         raise RunError(
             f"out of memory: a micro-batch of {work.largest} tokens does not fit",
             hint="device.gradient_checkpointing=layers, "
-            f"device.micro_tokens={max(256, job.micro_tokens // 2)}, or adapter=lora",
+            f"device.micro_tokens={max(256, job.microbatching.micro_tokens // 2)}, or adapter=lora",
         ) from error
     finally:
-        job.loss.close()
+        job.training.loss.close()
     memory = memory_parts(
         job, peak=measured.peak, activations=measured.activations, working=measured.working
     )
@@ -100,25 +99,25 @@ def forecast(recipe: Recipe, *, folders: Sequence[Path] = ()) -> Forecast:
         memory["checkpoint copy"] = copied
         measured = replace(measured, peak=measured.peak + copied)
     lines = () if measured.peak <= free else _would_fit(job, measured, memory, free)
-    counts = [parameter_count(p) for p in job.model.parameters()]
+    counts = [parameter_count(p) for p in job.training.model.parameters()]
     return Forecast(
         parameters=sum(counts),
-        trained=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        trained=sum(p.numel() for p in job.training.model.parameters() if p.requires_grad),
         memory=memory,
         measured=measured,
         work=work,
-        flops=training_flops(job.model, tokens=work.computed, targets=work.target_tokens),
+        flops=training_flops(job.training.model, tokens=work.computed, targets=work.target_tokens),
         train_seconds=measured.seconds_per_token * work.computed,
         eval_seconds=measured.eval_seconds_per_token * _eval_tokens(job, measured, work),
         free=free,
-        chosen=job.chosen,
+        chosen=job.choices.resolved,
         warnings=(
             *_warnings(work),
             *_whole_layers(recipe),
             *idle_line(job, max(1, ranks // together), together=together),
         ),
         would_fit=lines,
-        packing=(job.prepared.ledger.plan or {}).get("packing"),
+        packing=(job.data.prepared.ledger.plan or {}).get("packing"),
         context=tuple(context_line(context, max(ranks, context), longest=longest)),
     )
 
@@ -132,8 +131,8 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     context = recipe.device.context_parallel
     # alone, it is for ranks of other machines
     count = ranks if ranks > 1 else context * recipe.device.tensor_parallel
-    for check in (check_context_recipe, check_tensor_recipe):
-        check(recipe, World(0, count, 0, count))
+    if count > 1:
+        check_together(recipe, Facts(count, count, "cuda" if _on_cuda(recipe) else "cpu"))
     played = World(cp=ContextParallel(context))
     return build(for_one_process(recipe), folders=folders, world=played)
 
@@ -142,11 +141,11 @@ def copy_beside(job: Job, *, peak: int, free: int) -> int:
     """Bytes of the device's memory for the copy that a checkpoint is written from beside the next
     steps; 0 where none is made or it rests elsewhere.
     """
-    asked = job.recipe.checkpoint.background
-    if asked is False or job.device.type != "cpu":
+    asked = job.choices.recipe.checkpoint.background
+    if asked is False or job.training.device.type != "cpu":
         return 0
-    copied = local_bytes(job)
-    return copied if asked is True or peak + SPARED * copied <= free else 0
+    copied = saved_optimizer(job).local_bytes
+    return copied if asked is True or peak + COPY_FACTOR * copied <= free else 0
 
 
 def _on_cuda(recipe: Recipe) -> bool:
@@ -159,16 +158,16 @@ def memory_parts(job: Job, *, peak: int, activations: int, working: int) -> dict
     What the peak has besides is the process itself, on a CPU, and freed memory that the allocator
     could not use again.
     """
-    trained = [p for p in job.model.parameters() if p.requires_grad]
+    trained = [p for p in job.training.model.parameters() if p.requires_grad]
     parts = {
-        "weights": tensor_bytes(job.model.parameters()),
+        "weights": tensor_bytes(job.training.model.parameters()),
         "gradients": 4 * sum(p.numel() for p in trained),
-        "optimizer": job.optimizer.held_bytes,
+        "optimizer": job.training.optimizer.held_bytes,
         "activations": activations,
         "head and working memory": working,
     }
-    if job.loss.reference is not None and job.loss.reference.frozen is not None:
-        parts["base model"] = tensor_bytes(job.loss.reference.frozen.parameters())
+    if job.training.loss.reference is not None and job.training.loss.reference.frozen is not None:
+        parts["base model"] = tensor_bytes(job.training.loss.reference.frozen.parameters())
     parts["process and allocator"] = max(0, peak - sum(parts.values()))
     return parts
 
@@ -179,12 +178,12 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _eval_tokens(job: Job, measured: Measured, work: Work) -> int:
-    tokens = sum(document.tokens for held in job.eval_sets for document in held.documents)
+    tokens = sum(document.tokens for held in job.data.eval_sets for document in held.documents)
     steps_seconds = measured.seconds_per_token * work.computed
     return tokens * evaluations(
-        job.recipe.eval.every,
-        steps=job.total_steps,
-        epochs=job.sampler.epoch_after(job.total_steps - 1),
+        job.choices.recipe.eval.every,
+        steps=job.training.total_steps,
+        epochs=job.data.sampler.epoch_after(job.training.total_steps - 1),
         seconds=steps_seconds,
     )
 
@@ -201,27 +200,28 @@ def evaluations(every: Duration | None, *, steps: int, epochs: float, seconds: f
 
 def _would_fit(job: Job, measured: Measured, memory: dict[str, int], free: int) -> tuple[str, ...]:
     """Changes to the recipe, one at a time, with which the peak would be within `free`."""
-    dtype = next(job.model.base.parameters()).dtype
-    now: Mode = job.chosen["gradient_checkpointing"]
-    usual = activation_bytes(job.model.config, dtype=dtype, checkpointing=now)
+    dtype = next(job.training.model.base.parameters()).dtype
+    now: Mode = job.choices.resolved["gradient_checkpointing"]
+    usual = activation_bytes(job.training.model.config, dtype=dtype, checkpointing=now)
     lines: list[str] = []
     if measured.peak - memory.get("checkpoint copy", 0) <= free:
         lines.append("checkpoint.background=false")
     for mode in ("selective", "layers"):
-        each = activation_bytes(job.model.config, dtype=dtype, checkpointing=mode)
+        each = activation_bytes(job.training.model.config, dtype=dtype, checkpointing=mode)
         saved = measured.activations * (1 - each / usual)
         if saved > 0 and measured.peak - saved <= free:
             lines.append(f"device.gradient_checkpointing={mode}")
-    moments = job.optimizer.saved_bytes - memory["gradients"]  # without the masters, 4 bytes each
-    if not job.recipe.device.paged_optimizer and measured.peak - moments <= free:
+    # without the masters, which take 4 bytes each as the gradients do
+    moments = job.training.optimizer.saved_bytes - memory["gradients"]
+    if not job.choices.recipe.device.paged_optimizer and measured.peak - moments <= free:
         lines.append("device.paged_optimizer=true")
     half = (measured.activations + measured.working) / 2
-    if job.micro_tokens >= 512 and measured.peak - half <= free:
-        lines.append(f"device.micro_tokens={job.micro_tokens // 2}")
+    if job.microbatching.micro_tokens >= 512 and measured.peak - half <= free:
+        lines.append(f"device.micro_tokens={job.microbatching.micro_tokens // 2}")
     state = memory["gradients"] + memory["optimizer"]
     adapter_share = 0.05  # of the state that an adapter needs of its own, at most
-    spared = state * (1 - adapter_share)
-    if job.recipe.adapter.kind == "none" and measured.peak - spared <= free:
+    saved_bytes = state * (1 - adapter_share)
+    if job.choices.recipe.adapter.kind == "none" and measured.peak - saved_bytes <= free:
         lines.append("adapter=lora")
     return tuple(lines)
 

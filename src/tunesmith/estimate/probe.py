@@ -1,5 +1,5 @@
-"""A few real steps of a run, to see what they take. The model of the process is changed by them, so
-nothing may be kept of it.
+"""A few real steps of a run, timed and measured. The model is changed by them and must not be used
+afterwards.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tunesmith.build.job import Job
 from tunesmith.data.microbatch.collate import collate
-from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.data.preprocess.document_store import longest_paths
-from tunesmith.estimate.workload import Work, documents_of, planned, spread
+from tunesmith.data.microbatch.planner import MicrobatchPlan
+from tunesmith.estimate.workload import Work, documents_of, evenly_spaced, planned
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.memory.allocator import footprint
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.job import Job
 from tunesmith.train.microbatches import local_part
 from tunesmith.train.step import StepResult, train_step
+from tunesmith.train.warm_up import longest_document, run_longest
 
 TIMED_STEPS, SECONDS, EVAL_DOCUMENTS = 4, 60.0, 16
 
@@ -41,15 +41,15 @@ def probe(job: Job, work: Work) -> Measured:
     asked for: on a CPU the peak of a run that began with its largest micro-batch was a fifth above
     that of the same run in its own order.
     """
-    run_longest(job)
-    begun = peak_memory(job.device)
+    run_longest_of(job)
+    begun = peak_memory(job.training.device)
     seconds = tokens = timed = 0
     started = time.monotonic()
     ran: list[int] = []
-    for step in spread(job.total_steps, TIMED_STEPS + 1):
+    for step in evenly_spaced(job.training.total_steps, TIMED_STEPS + 1):
         took, computed = run_step(job, step)
         ran.append(step)
-        if len(ran) == 1 and job.total_steps > TIMED_STEPS:
+        if len(ran) == 1 and job.training.total_steps > TIMED_STEPS:
             continue  # to warm up; a run so short that all of it is timed takes this too
         seconds, tokens, timed = seconds + took, tokens + computed, timed + 1
         if time.monotonic() - started > SECONDS:
@@ -58,26 +58,28 @@ def probe(job: Job, work: Work) -> Measured:
         run_step(job, work.largest_step)
     per_eval = _time_evaluation(job)
     # pages that the system could write out are counted as the process's own
-    paged = job.optimizer.paged_bytes if job.device.type == "cpu" else 0
-    peak = max(begun, peak_memory(job.device) - paged)
+    paged = job.training.optimizer.paged_bytes if job.training.device.type == "cpu" else 0
+    peak = max(begun, peak_memory(job.training.device) - paged)
     activations, working = activation_bytes_of(job, work)
     return Measured(peak, activations, working, seconds / tokens, per_eval, timed)
 
 
-def run_longest(job: Job) -> None:
-    """A pass over the longest document, thrown away, as a run begins."""
-    longest = job.documents[int(longest_paths(job.documents).argmax())]
-    plans = plan_step([longest], micro_tokens=job.micro_tokens, unpacked=job.model.unpacked)
-    for plan in local_parts(job, plans[:1]):
-        job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
-    job.optimizer.zero_grad()
+def run_longest_of(job: Job) -> None:
+    """The discarded pass with which a run begins."""
+    run_longest(
+        job.training,
+        longest_document(job.data.documents),
+        job.microbatching.micro_tokens,
+        part=lambda plan: local_parts(job, [plan])[0],
+    )
+    job.training.optimizer.zero_grad()
 
 
 def local_parts(job: Job, plans: Sequence[MicrobatchPlan]) -> list[MicrobatchPlan]:
     """What one rank has of the micro-batches, where ranks are to share them: the one of each with
     most targets.
     """
-    context = job.world.cp
+    context = job.training.world.cp
     return [
         max(
             (local_part(plan, replace(context, rank=place)) for place in range(context.size)),
@@ -97,25 +99,34 @@ def run_step(job: Job, step: int) -> tuple[float, int]:
 def take_step(job: Job, step: int, *, lr: float = 0.0) -> StepResult:
     """A step of the run by itself; the usual `lr` leaves the weights as they are."""
     plans = planned(job, step)
-    job.loss.begin(job.model, step, lambda n: (documents_of(job, n), planned(job, n)), job.device)
+    job.training.loss.begin(
+        job.training.model,
+        step,
+        lambda n: (documents_of(job, n), planned(job, n)),
+        job.training.device,
+    )
     return train_step(
-        job.model, job.optimizer, local_parts(job, plans), job.loss,
+        job.training.model, job.training.optimizer, local_parts(job, plans), job.training.loss,
         documents=len(documents_of(job, step)), lr=lr,
-        max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+        max_grad_norm=job.choices.recipe.optim.max_grad_norm, device=job.training.device,
     )  # fmt: skip
 
 
 def _time_evaluation(job: Job) -> float:
-    if not job.eval_sets:
+    if not job.data.eval_sets:
         return 0.0
-    documents = [job.eval_sets[0].documents[n] for n in range(
-        min(EVAL_DOCUMENTS, len(job.eval_sets[0].documents))
+    documents = [job.data.eval_sets[0].documents[n] for n in range(
+        min(EVAL_DOCUMENTS, len(job.data.eval_sets[0].documents))
     )]  # fmt: skip
     started = time.monotonic()
     evaluate(
-        job.model, documents, micro_tokens=job.micro_tokens, device=job.device, world=job.world
+        job.training.model,
+        documents,
+        micro_tokens=job.microbatching.micro_tokens,
+        device=job.training.device,
+        world=job.training.world,
     )
-    tokens = sum(document.tokens for document in documents) / job.world.cp.size
+    tokens = sum(document.tokens for document in documents) / job.training.world.cp.size
     return (time.monotonic() - started) / tokens
 
 
@@ -125,12 +136,14 @@ def activation_bytes_of(job: Job, work: Work) -> tuple[int, int]:
     """
     whole = max(planned(job, work.largest_step), key=lambda plan: plan.tokens)
     (plan,) = local_parts(job, [whole])
-    batch = collate(plan, job.device)
-    with footprint(job.device) as forward:
-        hidden = job.model.hidden(batch)
+    batch = collate(plan, job.training.device)
+    with footprint(job.training.device) as forward:
+        hidden = job.training.model.hidden(batch)
     del hidden
-    job.loss(job.model, plan, job.device).loss_sum.backward()  # the gradients are there from here
-    with footprint(job.device) as whole:
-        job.loss(job.model, plan, job.device).loss_sum.backward()
-    job.optimizer.zero_grad()
+    job.training.loss(
+        job.training.model, plan, job.training.device
+    ).loss_sum.backward()  # the gradients are there from here
+    with footprint(job.training.device) as whole:
+        job.training.loss(job.training.model, plan, job.training.device).loss_sum.backward()
+    job.training.optimizer.zero_grad()
     return forward.held, max(0, whole.peak - forward.held)

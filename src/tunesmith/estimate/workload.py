@@ -1,16 +1,18 @@
-"""Tokens of a run: what the data holds, what is computed, and what plain batches would compute."""
+"""Token counts of a run: of its data, of what is computed, and of what padded batches would
+compute.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.build.job import Job
 from tunesmith.build.sources import is_mixture
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.data.preprocess.document_store import token_counts
 from tunesmith.data.sampling.prefix_groups import PrefixGroups
 from tunesmith.data.sampling.sampler import BatchSampler
-from tunesmith.train.job import Job
 from tunesmith.train.path_hash import path_ends
 from tunesmith.types import Document
 
@@ -42,18 +44,23 @@ def planned(
     """
     return plan_step(
         documents_of(job, step, sampler=sampler),
-        micro_tokens=job.micro_tokens * job.world.cp.size,
-        share_prefixes=job.share_prefixes if share_prefixes is None else share_prefixes,
-        unpacked=job.model.unpacked,
+        micro_tokens=job.microbatching.micro_tokens * job.training.world.cp.size,
+        share_prefixes=job.microbatching.share_prefixes
+        if share_prefixes is None
+        else share_prefixes,
+        unpacked=job.training.model.unpacked,
     )
 
 
 def documents_of(job: Job, step: int, *, sampler: BatchSampler | None = None) -> list[Document]:
     """The documents of a step, counted from 0."""
-    return [job.documents[int(number)] for number in (sampler or job.sampler).step_indices(step)]
+    return [
+        job.data.documents[int(number)]
+        for number in (sampler or job.data.sampler).step_indices(step)
+    ]
 
 
-def spread(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of 0..count-1, evenly spread, the first among them."""
     taken = min(count, most)
     return [number * count // taken for number in range(taken)]
@@ -61,7 +68,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
     """Lay out steps of the run and add up their tokens."""
-    steps = spread(job.total_steps, most)
+    steps = evenly_spaced(job.training.total_steps, most)
     names = ("tokens", "computed", "unshared", "padded", "target_tokens")
     sums: dict[str, int] = dict.fromkeys(names, 0)
     largest_step = largest = 0
@@ -79,24 +86,31 @@ def count_work(job: Job, *, most: int = MOST_STEPS) -> Work:
     other = _grouped_order(job)
     if other is not None:
         sums["grouped"] = sum(plan.tokens for n in steps for plan in planned(job, n, sampler=other))
-    scaled = {name: value * job.total_steps // len(steps) for name, value in sums.items()}
-    return Work(job.total_steps, len(steps), largest_step=largest_step, largest=largest, **scaled)
+    scaled = {name: value * job.training.total_steps // len(steps) for name, value in sums.items()}
+    return Work(
+        job.training.total_steps, len(steps), largest_step=largest_step, largest=largest, **scaled
+    )
 
 
 def _grouped_order(job: Job) -> BatchSampler | None:
     """The job's order as batch.group_by_prefix would make it; None where it is that already, or
     excluded, or of no use.
     """
-    recipe = job.recipe
+    recipe = job.choices.recipe
     batch = recipe.batch
     excluded = batch.packing != "none" or not recipe.data.shuffle or is_mixture(recipe.data.train)
-    if batch.group_by_prefix or excluded or not job.share_prefixes or job.model.unpacked:
+    if (
+        batch.group_by_prefix
+        or excluded
+        or not job.microbatching.share_prefixes
+        or job.training.model.unpacked
+    ):
         return None
-    groups = PrefixGroups(job.documents)
+    groups = PrefixGroups(job.data.documents)
     if not groups.grouped:
         return None
     return BatchSampler(
-        token_counts(job.documents),
+        token_counts(job.data.documents),
         documents=None if batch.tokens else batch.documents,
         tokens=batch.tokens,
         seed=recipe.train.seed,

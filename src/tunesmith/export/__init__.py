@@ -1,4 +1,4 @@
-"""The trained model as a folder that transformers, peft and others load as it stands."""
+"""The trained model as a folder for transformers, peft, GGUF and others."""
 
 from tunesmith.export.card import DataEntry, ModelCard
 from tunesmith.export.choice import TemplateChoice, read_choice

@@ -1,4 +1,6 @@
-"""README.md of a trained model: what it was made from and how, and how to load it."""
+"""The model card (README.md in Hugging Face's format): data, recipe, results, and how to load
+it.
+"""
 
 from __future__ import annotations
 

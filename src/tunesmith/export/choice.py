@@ -1,4 +1,4 @@
-"""`tunesmith.json`: the template a model was trained with, so that it is asked the same way."""
+"""`tunesmith.json`: the chat template choice that a model was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the model folder of a run: all files aside first, then one rename."""
+"""Write the model folder of a run: files in a temporary folder, then one rename."""
 
 from __future__ import annotations
 

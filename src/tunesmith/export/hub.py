@@ -1,4 +1,4 @@
-"""An exported folder on the hub: chosen files only, private unless said otherwise."""
+"""Upload of an exported folder to the Hugging Face hub: chosen files only, private by default."""
 
 from __future__ import annotations
 

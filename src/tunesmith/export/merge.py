@@ -1,6 +1,4 @@
-"""Adapters merged into their base: computed in float32, checked by its logits, written in the
-base's own dtype.
-"""
+"""Merge adapters into their base in float32, compare the logits, write in the base's dtype."""
 
 from __future__ import annotations
 
@@ -126,14 +124,14 @@ def merge_adapters(
         exact = _logits(model, probes)
         _round(model, dtype)
         rounded = _logits(model, probes)
-        again = load_causal_lm(
+        reloaded = load_causal_lm(
             ModelSource(str(written), written), dtype="float32", trust_remote_code=trust_remote_code
         )
         report = MergeReport(
             dtype=str(dtype).removeprefix("torch."),
             merging=merging,
             rounding=_distance(rounded, exact),
-            reloading=_distance(_logits(again, probes), rounded),
+            reloading=_distance(_logits(reloaded, probes), rounded),
         )
         if not report.reloading <= TOLERANCE:
             raise RunError(

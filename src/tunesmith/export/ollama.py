@@ -1,4 +1,4 @@
-"""A Modelfile whose TEMPLATE writes chats as the model's own chat template does."""
+"""Ollama Modelfile whose TEMPLATE renders chats as the model's own chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts and chats by which an export is compared with the trained model."""
+"""Probe texts and chats with which an export is compared with the trained model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tunesmith.export.merge import PROBES
 
 _QUESTION = {"role": "user", "content": "What is 17 plus 25?"}
 _ANSWER = {"role": "assistant", "content": "17 + 25 = 42."}
-_AGAIN = {"role": "user", "content": "Schön! And  in words,\nplease?"}
+_FOLLOW_UP = {"role": "user", "content": "Schön! And  in words,\nplease?"}
 _SYSTEM = {"role": "system", "content": "You answer in one line."}
 CHATS: dict[str, list[dict[str, Any]]] = {
     "a question": [_QUESTION],
-    "a second question": [_QUESTION, _ANSWER, _AGAIN],
+    "a second question": [_QUESTION, _ANSWER, _FOLLOW_UP],
     "a system prompt and a question": [_SYSTEM, _QUESTION],
-    "a system prompt and two questions": [_SYSTEM, _QUESTION, _ANSWER, _AGAIN],
-    "three questions": [_QUESTION, _ANSWER, _AGAIN, _ANSWER, _QUESTION],
+    "a system prompt and two questions": [_SYSTEM, _QUESTION, _ANSWER, _FOLLOW_UP],
+    "three questions": [_QUESTION, _ANSWER, _FOLLOW_UP, _ANSWER, _QUESTION],
 }
 
 

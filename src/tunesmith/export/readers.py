@@ -1,4 +1,4 @@
-"""What a model's JSON files need so that today's and older readers load it alike.
+"""Config files for old and new readers: keys that transformers 4 and 5 spell differently.
 
 Readers of the time before transformers 5 look for `rope_theta`, `rope_scaling`, `torch_dtype`, for
 a tokenizer class they know and for the template inside `tokenizer_config.json`; what they don't

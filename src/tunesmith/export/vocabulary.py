@@ -1,4 +1,4 @@
-"""Tokens that training added, in the files of a model folder."""
+"""Added tokens in the tokenizer files of an exported model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained weights as safetensors under the names the base model's files have."""
+"""Trained weights as safetensors, under the tensor names and shards of the base model's files."""
 
 from __future__ import annotations
 

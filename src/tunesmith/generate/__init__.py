@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: in batches, or one as it is written."""
+"""Generation: batched answers, or one streamed answer."""
 
 from tunesmith.generate.batched import Generation, Options, answers, generate
 from tunesmith.generate.prompts import Prompt, prompt_from, prompts_from_document

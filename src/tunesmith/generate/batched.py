@@ -1,4 +1,4 @@
-"""Many answers at a time through the generation loop of transformers, each as if it were alone."""
+"""Batched generation with transformers' `generate`; each row samples as if it were alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is asked: the ids before the last answer, and that answer as reference."""
+"""Prompts of a document: the ids before its last answer, with that answer as reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control tokens that a message only quotes: read as characters, never as control tokens."""
+"""Escaping of control tokens that a message only quotes: they are encoded as characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing the next token with a random generator for each row, whatever else is in the batch.
+"""Sampling of the next token with one random generator for each row.
 
 The transformers loop takes the arg max of the scores it is given. Adding independent standard
 Gumbel noise to log-probabilities makes that arg max a draw from them (Gumbel 1954; Maddison et al.,

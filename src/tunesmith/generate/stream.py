@@ -1,4 +1,4 @@
-"""One answer, handed on as it is written."""
+"""Streaming generation of one answer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files that start a run on a cluster, made from its recipe. Nothing is started here."""
+"""Cluster job files (Slurm, Kubernetes, SkyPilot), made from a recipe. Nothing is started here."""

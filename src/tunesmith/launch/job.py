@@ -1,4 +1,4 @@
-"""A job on a cluster: what its files are written from, and the command that each node runs."""
+"""A cluster job: nodes, devices and the command of each node."""
 
 from __future__ import annotations
 

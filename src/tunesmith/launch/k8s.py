@@ -1,4 +1,4 @@
-"""Objects for Kubernetes: an indexed Job with one pod a node, its Service and its recipe."""
+"""Kubernetes manifests: an indexed Job with one pod a node, its Service and its recipe."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def _job(job: LaunchJob) -> dict[str, Any]:
 
 def _pod(job: LaunchJob) -> dict[str, Any]:
     before, after = train_words(job)
-    meeting = [f"--rdzv-id={job.name}", f"--rdzv-endpoint={job.name}-0.{job.name}:{PORT}"]
+    rendezvous = [f"--rdzv-id={job.name}", f"--rdzv-endpoint={job.name}-0.{job.name}:{PORT}"]
     # A list of words, of which no shell reads any; `$(...)` is the one form that Kubernetes reads.
-    words = [*torchrun_words(job), *meeting, *before, f"{_RECIPES}/{RECIPE}", *after]
+    words = [*torchrun_words(job), *rendezvous, *before, f"{_RECIPES}/{RECIPE}", *after]
     return {
         "subdomain": job.name,
         "restartPolicy": "OnFailure",

@@ -1,4 +1,4 @@
-"""How many devices a job needs: what model, gradients and optimizer take, over what each has."""
+"""Devices that a job needs, from the memory estimate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task for SkyPilot."""
+"""SkyPilot task file."""
 
 from __future__ import annotations
 

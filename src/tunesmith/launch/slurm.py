@@ -1,4 +1,4 @@
-"""A batch script for Slurm."""
+"""Slurm sbatch script."""
 
 from __future__ import annotations
 

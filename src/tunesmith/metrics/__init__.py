@@ -1,1 +1,1 @@
-"""Records of a run, and where they go: metrics.jsonl, the console and trackers."""
+"""Metrics: records, console, experiment trackers, machine description."""

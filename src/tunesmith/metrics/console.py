@@ -1,6 +1,4 @@
-"""What a person sees of a run while it goes, on standard error: a live line, or plain lines where
-there is no terminal.
-"""
+"""Console progress on standard error: a live line (rich), or plain lines without a terminal."""
 
 from __future__ import annotations
 

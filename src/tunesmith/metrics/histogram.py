@@ -1,4 +1,4 @@
-"""Quantiles of a number over the targets of a step, from sums that micro-batches add up to."""
+"""Weighted quantiles over the targets of a step, from log histograms that micro-batches sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of a run: where they go, how they are read back, and the description of the machine.
+"""Metric records of a run: made, written to metrics.jsonl, and read back.
 
 A record is a flat mapping with `kind` train, eval or event, and the `step` it belongs to. Records
 of kind eval name their `set`, those of kind event say what in `event`.
@@ -121,6 +121,48 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+class Evaluated(Protocol):
+    """The means of an evaluation; `train.evaluate.EvalResult`."""
+
+    @property
+    def nll(self) -> float: ...
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def entropy(self) -> float: ...
+    @property
+    def documents(self) -> int: ...
+    @property
+    def target_tokens(self) -> int: ...
+
+
+def eval_record(
+    found: Evaluated, *, step: int, epoch: float, name: str, content_hash: str, seconds: float
+) -> dict[str, Any]:
+    """The record of a held-out set: means over its targets, in nats."""
+    return {
+        "kind": "eval",
+        "step": step,
+        "epoch": epoch,
+        "set": name,
+        "content_hash": content_hash,
+        "rows": found.documents,
+        "target_tokens": found.target_tokens,
+        "nll": found.nll,
+        "perplexity": found.perplexity,
+        "accuracy": found.accuracy,
+        "entropy": found.entropy,
+        "seconds": seconds,
+    }
+
+
+def interrupted_record(step: int, *, signal_name: str) -> dict[str, Any]:
+    """The record of a run that a signal stopped."""
+    return {"kind": "event", "event": "interrupted", "signal": signal_name, "step": step}
 
 
 def peak_memory(device: torch.device) -> int:

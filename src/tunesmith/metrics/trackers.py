@@ -29,7 +29,7 @@ class TrackedRun:
 
     folder: Path
     project: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     resumed: bool = False
 
     @property
@@ -43,8 +43,10 @@ class TensorboardSink:
 
     def __init__(self, module: Any, run: TrackedRun) -> None:
         self._writer = module.SummaryWriter(str(run.folder / "tensorboard"))
-        if run.recipe:
-            self._writer.add_text("recipe", f"```json\n{json.dumps(run.recipe, indent=2)}\n```", 0)
+        if run.settings:
+            self._writer.add_text(
+                "recipe", f"```json\n{json.dumps(run.settings, indent=2)}\n```", 0
+            )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the record's numbers at its step."""
@@ -65,7 +67,7 @@ class WandbSink:
             name=run.name,
             id=_kept_id(run, "wandb"),
             dir=str(run.folder),
-            config=dict(run.recipe),
+            config=dict(run.settings),
             resume="allow",
         )
 
@@ -86,7 +88,7 @@ class TrackioSink:
         module.init(
             project=run.project,
             name=run.name,
-            config=dict(run.recipe),
+            config=dict(run.settings),
             resume="allow" if run.resumed else "never",
         )
 
@@ -108,8 +110,8 @@ class MlflowSink:
         known = _read_ids(run.folder).get("mlflow") if run.resumed else None
         started = module.start_run(run_id=known) if known else module.start_run(run_name=run.name)
         _write_id(run.folder, "mlflow", started.info.run_id)
-        if run.recipe and not known:
-            module.log_dict(dict(run.recipe), "recipe.json")
+        if run.settings and not known:
+            module.log_dict(dict(run.settings), "recipe.json")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record's numbers at its step."""

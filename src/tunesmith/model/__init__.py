@@ -1,1 +1,1 @@
-"""The language model: loading, attention, adapters, quantization, kernels and memory."""
+"""The model: loading, adapters, attention, quantization, kernels, memory."""

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch, one code for all layers of a class, of any number of tokens.
+"""Regional torch.compile: decoder layers of a class share one compiled code with dynamic shapes.
 
 Attention stays out of the graphs: it looks at layouts, which are Python objects and change with
 each micro-batch, and brings a compiled kernel of its own. What recomputes activations stays
@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.forward_override import replace_forward, restore_forwards
+from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
 from tunesmith.types import Batch
 
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""By how much a trial may differ, relative: compiled code rounds to 16 bits less often."""
 MARK = "compiled_by_torch"
 WRAPPER = "forward_with_checkpointing"
 """The function that transformers puts around a layer's own forward."""
-TINY = 1e-30
 OPTIONS = {"fallback_random": True}
 """Noise is drawn as without compiling."""
 
@@ -60,7 +58,7 @@ def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> fl
     sizes come first in a run. Weights and gradients are left as they were.
     """
     training = model.training
-    rounding = ROUNDING.get(model.head.weight.dtype, 0.0)
+    rounding = ONE_OPERATION.get(model.head.weight.dtype, 0.0)
     worst = 0.0
     try:
         model.train()
@@ -154,10 +152,6 @@ def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         return math.inf
     worst = 0.0
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        wanted = other.float()
         tokens = number < 2 and other.dtype != torch.float32
-        dim = -1 if tokens else None
-        each = (one.float() - wanted).norm(dim=dim) / wanted.norm(dim=dim).clamp(min=TINY)
-        gap = float(each.median())
-        worst = max(worst, math.inf if math.isnan(gap) else gap)
+        worst = max(worst, relative_difference(one, other, robust=tokens))
     return worst

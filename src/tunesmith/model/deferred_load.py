@@ -1,4 +1,5 @@
-"""A model whose weights stay in their files until each rank reads its own part of them.
+"""Deferred loading on the meta device: weights stay in their safetensors files until each rank
+reads its shards.
 
 It is built without memory for its weights. Whether they can be read as they lie in the files is
 found out, not assumed: a trial model of the same config with few layers is loaded as always, and

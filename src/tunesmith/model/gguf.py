@@ -1,5 +1,5 @@
-"""A .gguf file of the llama architecture as a folder in Hugging Face format, readable by
-transformers 4.57 and 5.
+"""GGUF reader of the llama architecture: a .gguf file converted to a folder in Hugging Face
+format.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model's config, layer by layer."""
+"""Per-layer values of a model's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss multiplies to get the logits, whatever peft put around the head."""
+"""The output embedding (LM head) as weight and bias, also inside peft's wrappers."""
 
 from __future__ import annotations
 

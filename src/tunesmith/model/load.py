@@ -1,5 +1,5 @@
-"""Load a causal language model so that its decoder takes layouts, and refuse what would not be the
-model asked for.
+"""Load a causal language model with our attention, and refuse what would not be the model asked
+for.
 """
 
 from __future__ import annotations

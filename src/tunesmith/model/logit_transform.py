@@ -1,4 +1,6 @@
-"""What a model does to its raw logits, read from its config and checked by the self-test."""
+"""Logit scale and logit soft-capping (as in Gemma 2), read from the config and checked by the
+self-test.
+"""
 
 from __future__ import annotations
 

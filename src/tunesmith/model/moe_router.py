@@ -1,4 +1,5 @@
-"""What the routers of a mixture-of-experts model decided, and how evenly.
+"""Router logits of mixture-of-experts models, and the load-balancing loss (Switch Transformer,
+arXiv 2101.03961).
 
 Letters: T packed tokens, E experts, U paths (each a document's way from its first token to a last).
 """

@@ -1,4 +1,4 @@
-"""Noise on the embeddings in training (NEFTune, Jain et al., arXiv 2310.05914)."""
+"""NEFTune (arXiv 2310.05914): uniform noise on the embeddings during training."""
 
 from __future__ import annotations
 

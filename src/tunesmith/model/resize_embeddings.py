@@ -1,4 +1,4 @@
-"""Rows of the embedding and of the head for tokens that a tokenizer got for its chat template."""
+"""New rows of the embedding and the head for tokens that were added to the tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Before training: does this very model give the same hidden states packed, in a tree, and alone?
+"""The self-test before training: equal hidden states packed, as a prefix tree, and one document at
+a time.
 
 The reference is the model's own attention, one path at a time. A model that differs is run that
 way; one whose logits our head can't reproduce, or that sees later tokens, is refused. A few hundred

@@ -1,4 +1,6 @@
-"""Made-up paths run through a model alone, packed and as a tree, and how far the results differ."""
+"""The probes of the self-test: made-up paths run alone, packed and as a tree, and their
+differences.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from tunesmith.errors import ModelError
 from tunesmith.model.attention.dispatch import NAME
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.lm_head import head_inputs
+from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.types import Batch, Chain, Layout, TargetOwners
 
 _LARGEST_WINDOW = 512
 _SOME_LOGITS = 8192
-_NARROW = (torch.bfloat16, torch.float16)
 _BEYOND = 13  # tokens a path goes beyond the window
 
 
@@ -49,7 +51,7 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
 
     def widen(module: torch.nn.Module, _: Any) -> None:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        narrow[module] = [(t, t.data) for t in own if t.dtype in _NARROW]
+        narrow[module] = [(t, t.data) for t in own if t.dtype in NARROW]
         for tensor, data in narrow[module]:
             tensor.data = data.float()
 
@@ -94,14 +96,14 @@ class Probe:
         self.twig = draw(6)  # continues the second branch
         self.reference: dict[str, Tensor] = {}
         self.widened = self._can_widen()
-        narrow = any(p.dtype in _NARROW for p in causal_lm.parameters())
+        narrow = any(p.dtype in NARROW for p in causal_lm.parameters())
         self.exact = self.widened or not narrow
-        # float32 on a GPU may mean TF32
-        self.rounding = 8e-2 if not self.exact else 2e-4 if self.device.type == "cpu" else 5e-3
+        computed = torch.float32 if self.exact else torch.bfloat16
+        self.rounding = whole_model_bound(computed, self.device)
         self.tolerance = self.rounding
 
     def _can_widen(self) -> bool:
-        if all(p.dtype not in _NARROW for p in self.causal_lm.parameters()):
+        if all(p.dtype not in NARROW for p in self.causal_lm.parameters()):
             return False
         try:
             with native(self.causal_lm), in_float32(self.causal_lm, True):
@@ -186,7 +188,9 @@ class Probe:
             self.causal_lm.train()
             restless = self.causal_lm.hidden(batch)
             self.causal_lm.eval()
-        return not torch.equal(calm, restless) and _difference(restless, calm, robust=True) > 1e-6
+        if torch.equal(calm, restless):
+            return False
+        return relative_difference(restless, calm, robust=True) > 1e-6
 
     def _alone(self, ids: Tensor) -> Tensor:
         output = self.causal_lm.hidden(self._batch(ids, torch.arange(len(ids)), None))
@@ -229,21 +233,13 @@ class Probe:
         )
 
     def _compare(self, found: Tensor, expected: Tensor) -> float:
-        worst = _difference(found, expected, robust=not self.exact)
+        worst = relative_difference(found, expected, robust=not self.exact)
         if self.beyond and len(found) > self.beyond:
             tail = slice(-self.beyond, None)
-            worst = max(worst, _difference(found[tail], expected[tail], robust=not self.exact))
+            worst = max(
+                worst, relative_difference(found[tail], expected[tail], robust=not self.exact)
+            )
         return worst
-
-
-def _difference(found: Tensor, expected: Tensor, *, robust: bool) -> float:
-    """Relative L2 difference; `robust`: its median over tokens, since rounding alone can flip an
-    expert of a token.
-    """
-    found, expected = found.float(), expected.float()
-    if robust:
-        return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-    return float((found - expected).norm() / expected.norm())
 
 
 def _small_window(config: Any) -> int:

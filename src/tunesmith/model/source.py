@@ -1,5 +1,5 @@
-"""From what the user calls a model to a folder with its files: a folder, a run, an adapter, a .gguf
-file, a hub id.
+"""Model sources: a folder, a run, an adapter, a .gguf file or a hub id, resolved to a local
+folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Which of a model's linear maps can be divided over ranks, by transformers' plan for its kind."""
+"""The tensor-parallel plan of a model: colwise and rowwise linears after transformers'
+`base_model_tp_plan`.
+"""
 
 from __future__ import annotations
 

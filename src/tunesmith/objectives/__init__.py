@@ -1,4 +1,4 @@
-"""Losses, each a small function of a chunk's logits, and the one head that runs them."""
+"""Training objectives, and the chunked loss head that runs them."""
 
 from __future__ import annotations
 

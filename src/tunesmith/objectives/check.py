@@ -1,4 +1,6 @@
-"""Whether a function can be an objective: shapes, gradients, and that targets don't mix."""
+"""Checks of a user's objective: shapes, gradients by finite differences, and independence of
+targets.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,7 @@ def _wrong_gradient(losses: Losses, logits: Tensor) -> str | None:
         for step in (STEP, -STEP):
             moved = logits.clone()
             moved.view(-1)[place] += step
-            sums.append(losses(moved.requires_grad_(), slice(None), held.again()).sum().item())
+            sums.append(losses(moved.requires_grad_(), slice(None), held.replayed()).sum().item())
         expected = (sums[0] - sums[1]) / (2 * STEP)
         if abs(float(grad.view(-1)[place]) - expected) > TOLERANCE * max(1.0, abs(expected)) * 10:
             return (
@@ -108,7 +110,7 @@ class _Held(TorchFunctionMode):
         self._next: int | None = None
         self._stopped = False  # inside torch.no_grad(), but not inside a Function's own forward
 
-    def again(self) -> _Held:
+    def replayed(self) -> _Held:
         self._next, self._stopped = 0, False
         return self
 

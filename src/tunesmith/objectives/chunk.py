@@ -1,4 +1,4 @@
-"""What an objective sees: the logits of a few targets, and what every loss asks of them.
+"""The argument of an objective: the logits of a few targets, with log-probabilities and entropy.
 
 The softmax of a chunk is made once. Log-probability, log-sum, entropy and likeliest token come from
 it, their gradients are multiples of it, and the statistics of a step are the same numbers.
@@ -28,7 +28,7 @@ class Chunk:
     logprob: Tensor  # [n] log p(target)
     log_sum: Tensor  # [n] log of the sum of exp(logits)
     entropy: Tensor  # [n] in nats
-    likeliest: Tensor  # [n] int64
+    argmax: Tensor  # [n] int64
     progress: float = 0.0  # share of the run's steps that are done, 0 to below 1
     old_logprob: Tensor | None = None  # [n] log p(target) at the start of the outer batch
     base_logits: Tensor | None = None  # [n, V] of the base model; `divergence` uses them up
@@ -74,17 +74,17 @@ class _Scores(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, reusable: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        top, likeliest = logits.max(-1)
+        top, argmax = logits.max(-1)
         p = torch.softmax(logits, -1)
         # The largest p is at least 1/V, so its logarithm is exact where that of others underflows.
-        log_sum = top - p.gather(1, likeliest[:, None]).squeeze(1).log()
+        log_sum = top - p.gather(1, argmax[:, None]).squeeze(1).log()
         logprob = logits.gather(1, target[:, None]).squeeze(1) - log_sum
         expected = torch.bmm(p[:, None], logits[:, :, None]).view(-1)
         entropy = log_sum - expected
         ctx.reusable = reusable
         ctx.save_for_backward(logits, target, p, expected)
-        ctx.mark_non_differentiable(likeliest)
-        return logprob, log_sum, entropy, likeliest
+        ctx.mark_non_differentiable(argmax)
+        return logprob, log_sum, entropy, argmax
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:

@@ -1,4 +1,5 @@
-"""The loss head: hidden states in, sums of losses out, logits of a few targets at a time.
+"""The chunked loss head: hidden states in, sums of losses out, logits of a few targets at a time,
+never [N, V].
 
 Invariant: loss and gradients equal those of `objective(logits(hidden[source] @ W.T + b))` summed
 with the weights, while no more than a chunk of logits exists at once and positions without a target
@@ -92,7 +93,7 @@ class _HeadCall:
         else:
             self.log_effective_weight[part] = torch.nan
         values = {
-            "accuracy": chunk.likeliest == chunk.target,
+            "accuracy": chunk.argmax == chunk.target,
             "entropy": chunk.entropy.detach(),
             "logprob": -surprise,
             **chunk.notes,

@@ -1,4 +1,4 @@
-"""The objective that a recipe asks for: one loss, and terms on top of it."""
+"""The registry of objectives by name, and the regularizers on top of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate of each step."""
+"""Optimizers with float32-exact updates, and learning-rate schedules."""
 
 from tunesmith.optim.adamw import AdamW, AdamW8bit
 from tunesmith.optim.clipping import clip_factor, grad_norm

@@ -1,4 +1,4 @@
-"""AdamW in float32, or with its moments in 8 bits."""
+"""AdamW (arXiv 1711.05101) on float32 masters, and with 8-bit moments (arXiv 2110.02861)."""
 
 from __future__ import annotations
 

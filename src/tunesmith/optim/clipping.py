@@ -1,4 +1,4 @@
-"""The norm of all gradients, and the factor that brings it down to a limit."""
+"""Gradient clipping by the global norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A float32 master in two halves of 16 bits.
+"""float32 master weights in two halves: the bf16 parameter and the 16 low bits that it lacks.
 
 A bfloat16 parameter is one half of its float32 master: the parameter holds the upper 16 bits,
 rounded to nearest with halves away from zero, and an int16 tensor holds what the rounding took

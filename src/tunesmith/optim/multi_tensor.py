@@ -1,5 +1,5 @@
-"""Small parameters updated together, since on a GPU starting an operation takes longer than running
-it on few elements.
+"""Multi-tensor updates: small parameters are updated together, since on a GPU a kernel launch takes
+longer than the work on few elements.
 
 What is kept of the members lies end to end in one tensor, of which each member's own is a view; so
 states are saved and loaded as if nothing were joined. A step copies gradients and parameters end to
@@ -95,14 +95,14 @@ def grouped(
             alike.setdefault(_kind(member, stacks(member)), []).append(member)
         else:
             alone.append(member)
-    bundles: list[TensorGroup] = []
+    groups: list[TensorGroup] = []
     for group in alike.values():
         for part in _parts(group):
             if len(part) == 1:
                 alone += part
             else:
-                bundles.append(_group(part, stacked=stacks(part[0])))
-    return bundles, alone
+                groups.append(_group(part, stacked=stacks(part[0])))
+    return groups, alone
 
 
 def _kind(member: Member, stacked: bool) -> tuple[Any, ...]:

@@ -1,5 +1,5 @@
-"""What every optimizer shares: updates exact to float32 whatever the precision of the parameters,
-clipping, and a state that is saved and taken over to the bit.
+"""The base of all optimizers: float32-exact updates for parameters of any precision, clipping, and
+a state that is restored bitwise.
 """
 
 from __future__ import annotations
@@ -72,22 +72,22 @@ class Optimizer:
         undecayed: Collection[str] | None = None,
         lr_factors: Mapping[str, float] | None = None,
         pages: Pages | None = None,
-        bundles: bool | None = None,
+        group_small: bool | None = None,
     ) -> None:
         self.weight_decay = weight_decay
         self.pages = pages
         self.steps = 0
         self.shards: ShardedParameters | None = None
         self._scratch: dict[torch.device, Tensor] = {}
-        self._slots: dict[str, ParamState] = {}
+        self._states: dict[str, ParamState] = {}
         for name, parameter in named_parameters:
             if parameter.requires_grad:
-                spared = no_decay(name, parameter) if undecayed is None else name in undecayed
-                slot = new_param_state(parameter, decay=not spared)
-                slot.lr_factor = (lr_factors or {}).get(name, 1.0)
-                slot.state = self.new_state(name, slot)
-                self._slots[name] = slot
-        self._bundles, self._alone = self._grouped(bundles)
+                exempt = no_decay(name, parameter) if undecayed is None else name in undecayed
+                param = new_param_state(parameter, decay=not exempt)
+                param.lr_factor = (lr_factors or {}).get(name, 1.0)
+                param.state = self.new_state(name, param)
+                self._states[name] = param
+        self._groups, self._alone = self._grouped(group_small)
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """What the rule keeps of this parameter between steps; tensors of its size are flat."""
@@ -105,7 +105,7 @@ class Optimizer:
     ) -> None:
         """Update `master` [n] and the state's `span` in place from `grad` [n], both float32.
 
-        `grad` may be the gradient itself and stays as it is; `lr` has the slot's factor in it,
+        `grad` may be the gradient itself and stays as it is; `lr` has the param's factor in it,
         `counter` is the number of this step on the device.
         """
         raise NotImplementedError
@@ -131,17 +131,19 @@ class Optimizer:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the trained parameters."""
-        return tuple(self._slots)
+        return tuple(self._states)
 
     @property
     def parameters(self) -> list[Tensor]:
         """The trained parameters."""
-        return [slot.parameter for slot in self._slots.values()]
+        return [param.parameter for param in self._states.values()]
 
     @property
     def held_bytes(self) -> int:
         """Bytes of what is kept between steps, parameters, gradients and what is paged left out."""
-        kept = (t for slot in self._slots.values() for t in (slot.low_bits, *slot.state.values()))
+        kept = (
+            t for param in self._states.values() for t in (param.low_bits, *param.state.values())
+        )
         return sum(t.numel() * t.element_size() for t in kept if t is not None) - self.paged_bytes
 
     @property
@@ -152,8 +154,8 @@ class Optimizer:
     @property
     def saved_bytes(self) -> int:
         """Bytes of `state_dict`."""
-        kept = (t for slot in self._slots.values() for t in slot.state.values())
-        masters = 4 * sum(slot.parameter.numel() for slot in self._slots.values())
+        kept = (t for param in self._states.values() for t in param.state.values())
+        masters = 4 * sum(param.parameter.numel() for param in self._states.values())
         counter = 8  # of the steps
         return counter + masters + sum(t.numel() * t.element_size() for t in kept)
 
@@ -175,24 +177,24 @@ class Optimizer:
         they are.
         """
         self.steps += 1
-        devices = {slot.parameter.device for slot in self._slots.values()}
+        devices = {param.parameter.device for param in self._states.values()}
         counters = {one: torch.full((), float(self.steps), device=one) for one in devices}
-        for bundle, slot in self._bundles:
+        for group, param in self._groups:
             rule = functools.partial(
-                self._group_rule, slot, lr=lr * slot.lr_factor, counter=counters[bundle.device]
+                self._group_rule, param, lr=lr * param.lr_factor, counter=counters[group.device]
             )
-            bundle.update(rule, grad_scale=grad_scale)
-        for slot in self._alone:
-            counter = counters[slot.parameter.device]
-            with nullcontext() if self.pages is None else self.pages.at_hand(slot):
-                self._update(slot, lr=lr, grad_scale=grad_scale, counter=counter)
+            group.update(rule, grad_scale=grad_scale)
+        for param in self._alone:
+            counter = counters[param.parameter.device]
+            with nullcontext() if self.pages is None else self.pages.at_hand(param):
+                self._update(param, lr=lr, grad_scale=grad_scale, counter=counter)
         if self.pages is not None:
             self.pages.settle()
 
     def zero_grad(self) -> None:
         """Give the gradients' memory to the next forward pass, which runs before there are any."""
-        for slot in self._slots.values():
-            slot.parameter.grad = None
+        for param in self._states.values():
+            param.parameter.grad = None
         if self.shards is not None:
             self.shards.discard_gradients()
 
@@ -211,10 +213,10 @@ class Optimizer:
         need be there at once.
         """
         yield "steps", torch.tensor(self.steps)
-        for name, slot in self._slots.items():
-            yield f"master.{name}", master_of(slot).view(slot.parameter.shape)
-            for kind, tensor in slot.state.items():
-                yield f"{kind}.{name}", shaped(tensor, slot.parameter)
+        for name, param in self._states.items():
+            yield f"master.{name}", master_of(param).view(param.parameter.shape)
+            for kind, tensor in param.state.items():
+                yield f"{kind}.{name}", shaped(tensor, param.parameter)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -225,10 +227,10 @@ class Optimizer:
             ValueError: a shape differs.
         """
         shapes = {"steps": torch.Size()}
-        for name, slot in self._slots.items():
-            shapes[f"master.{name}"] = slot.parameter.shape
-            for kind, tensor in slot.state.items():
-                shapes[f"{kind}.{name}"] = shaped(tensor, slot.parameter).shape
+        for name, param in self._states.items():
+            shapes[f"master.{name}"] = param.parameter.shape
+            for kind, tensor in param.state.items():
+                shapes[f"{kind}.{name}"] = shaped(tensor, param.parameter).shape
         if set(shapes) != set(state):
             odd = sorted(set(shapes) ^ set(state))
             raise KeyError(f"the state has other tensors than the optimizer, {odd[0]} for one")
@@ -236,10 +238,10 @@ class Optimizer:
             if state[key].shape != shape:
                 raise ValueError(f"the shape of {key} differs from the parameter's")
         self.steps = int(state["steps"])
-        for name, slot in self._slots.items():
-            for kind, tensor in slot.state.items():
+        for name, param in self._states.items():
+            for kind, tensor in param.state.items():
                 tensor.copy_(state[f"{kind}.{name}"].reshape(tensor.shape))
-            set_master(slot, state[f"master.{name}"].reshape(-1))
+            set_master(param, state[f"master.{name}"].reshape(-1))
 
     def _grouped(
         self, asked: bool | None
@@ -247,12 +249,12 @@ class Optimizer:
         """Bundles with what stands for their members, and the slots in none."""
         joined: list[ParamState] = []
         alone: list[ParamState] = []
-        for slot in self._slots.values():
-            wanted = slot.parameter.device.type != "cpu" if asked is None else asked
-            free = self.pages is None and self.can_group(slot)
-            (joined if wanted and free else alone).append(slot)
-        bundles, rest = grouped(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
-        return [(bundle, group_state(bundle)) for bundle in bundles], alone + rest
+        for param in self._states.values():
+            wanted = param.parameter.device.type != "cpu" if asked is None else asked
+            free = self.pages is None and self.can_group(param)
+            (joined if wanted and free else alone).append(param)
+        groups, rest = grouped(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
+        return [(group, group_state(group)) for group in groups], alone + rest
 
     def _group_rule(
         self, param: ParamState, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor

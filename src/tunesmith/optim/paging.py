@@ -1,4 +1,5 @@
-"""Optimizer state that rests outside of the device's memory, since it is needed once a step.
+"""Paged optimizer state: it stays in host memory or in a mapped file between steps (as
+bitsandbytes' paged optimizers).
 
 On a CPU it lies in files that are mapped into memory: the system may write their pages out while
 forward and backward passes need the room, and reads them when a step comes by. The files have no

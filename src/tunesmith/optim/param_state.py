@@ -1,4 +1,6 @@
-"""A parameter with what an optimizer keeps of it, and its float32 master in whichever form."""
+"""The state of one parameter: the optimizer's tensors and the float32 master in one of three
+forms.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Update rules with one state tensor or less for a weight: SGD, Lion, Adafactor, and Muon."""
+"""Update rules with at most one state tensor: SGD, Lion (arXiv 2302.06675), Adafactor (arXiv
+1804.04235), Muon.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates: of each step, and the default for a model."""
+"""Learning-rate schedules with warm-up, and default peak learning rates."""
 
 from __future__ import annotations
 

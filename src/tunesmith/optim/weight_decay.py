@@ -1,4 +1,4 @@
-"""Which parameters weight decay pulls towards zero: matrices that multiply, nothing else."""
+"""Weight decay groups: matrices are decayed; norms, biases and embeddings are not."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def undecayed(model: nn.Module) -> frozenset[str]:
 
     A head tied to the embedding is the embedding.
     """
-    spared = {
+    excluded = {
         id(parameter)
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(prefix, recurse=False)
         if no_decay(name, parameter, module)
     }
-    return frozenset(n for n, parameter in model.named_parameters() if id(parameter) in spared)
+    return frozenset(n for n, parameter in model.named_parameters() if id(parameter) in excluded)

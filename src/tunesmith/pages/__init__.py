@@ -1,1 +1,1 @@
-"""Pages for a browser: one self-contained file each, in which no text of the data is markup."""
+"""Self-contained HTML pages, in which text of the data is always escaped."""

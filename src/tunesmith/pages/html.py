@@ -1,4 +1,4 @@
-"""The frame of a page and the one way text gets into it.
+"""The HTML frame of a page, and escaping.
 
 A page holds its style and its script and asks for nothing else; a content security policy in its
 head names the hash of that script, so that a browser would run no other even if one got in.

@@ -1,4 +1,4 @@
-"""How the preview page looks and what its script does; both stand in the page as they are here."""
+"""CSS and JavaScript of the preview page."""
 
 STYLE = """
 header form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:end;position:sticky;top:0;

@@ -1,4 +1,4 @@
-"""The tokens of a document as markup: its tree, what is learned, and where turns begin."""
+"""A document's tokens as HTML: its tree, its targets, and turn boundaries."""
 
 from __future__ import annotations
 

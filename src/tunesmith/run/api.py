@@ -1,4 +1,4 @@
-"""The calls that train: their arguments, read into a recipe, and the folder they work in."""
+"""The Python API: `train`, `resume`, and their arguments as a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the folder of a run holds before its first step."""
+"""The files of a run folder before its first step: recipe, machine, ledger."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunesmith.storage.run_files import run_files
 
 if TYPE_CHECKING:
     from tunesmith.build.inputs import UserObjects
-    from tunesmith.train.job import Job
+    from tunesmith.build.job import Job
 
 
 def files_read(asked: Recipe, objects: UserObjects, job: Job, beside: Sequence[Path]) -> list[Path]:
@@ -28,8 +28,8 @@ def files_read(asked: Recipe, objects: UserObjects, job: Job, beside: Sequence[P
         sections += [section for group in asked.data.eval.values() for section in group]
     sources = make_sources(sections, asked.data, folders=beside)
     paths = [source.path for source in sources if source.path is not None]
-    if job.source is not None:
-        paths += [job.source.folder, job.source.tokenizer_folder]
+    if job.training.source is not None:
+        paths += [job.training.source.folder, job.training.source.tokenizer_folder]
     return paths
 
 
@@ -46,20 +46,20 @@ def write_start(path: Path, asked: Recipe, job: Job) -> None:
     files = run_files(path)
     machine = {
         **machine_record(),
-        "world_size": job.world.size,
+        "world_size": job.training.world.size,
         "launch": launch_id(),
         "folder": str(Path.cwd()),
         "asked": to_plain(asked),
-        "chosen": job.chosen,
-        "model_commit": job.source.commit if job.source else None,
-        "data": dict(job.prepared.content_hashes),
-        "eval": {held.name: held.content_hash for held in job.eval_sets},
-        "template": {"name": job.template.name, "sha256": job.template.sha256},
-        "rendered_row": job.prepared.sample_text,
+        "chosen": job.choices.resolved,
+        "model_commit": job.training.source.commit if job.training.source else None,
+        "data": dict(job.data.prepared.content_hashes),
+        "eval": {held.name: held.content_hash for held in job.data.eval_sets},
+        "template": {"name": job.data.template.name, "sha256": job.data.template.sha256},
+        "rendered_row": job.data.prepared.sample_text,
     }
-    job.prepared.ledger.save(files["ledger"])
-    if job.user_objective is not None:
-        machine["objective"] = job.user_objective.sha256
-        job.user_objective.keep(path)
+    job.data.prepared.ledger.save(files["ledger"])
+    if job.choices.user_objective is not None:
+        machine["objective"] = job.choices.user_objective.sha256
+        job.choices.user_objective.keep(path)
     write_json(files["machine"], machine)
-    write_text(files["recipe"], to_yaml(job.recipe))
+    write_text(files["recipe"], to_yaml(job.choices.recipe))

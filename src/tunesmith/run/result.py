@@ -1,4 +1,4 @@
-"""What a run gives back: answers to held-out prompts on the way, model and report at the end."""
+"""The result of a run: samples during training, the model folder and the report at its end."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.build.job import Job, saved_optimizer
 from tunesmith.checkpoint.folder import load_checkpoint
-from tunesmith.checkpoint.optimizer import load_optimizer
 from tunesmith.config.dump import to_yaml
 from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
 from tunesmith.generate import generate, prompts_from_document
 from tunesmith.metrics.records import JsonlSink, read_records
 from tunesmith.report import write_report
 from tunesmith.storage.run_files import run_files
-from tunesmith.train.job import Job
 from tunesmith.train.trainer import Trainer
 
 
 def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] | None:
     """Answers to the first held-out prompts, written to samples.jsonl at each evaluation."""
-    count = job.recipe.eval.samples
-    if not count or not job.eval_sets:
+    count = job.choices.recipe.eval.samples
+    if not count or not job.data.eval_sets:
         return None
     chosen = [
         (document.origin, prompt)
-        for document in job.eval_sets[0].documents
-        if (prompt := prompts_from_document(document, job.template)) is not None
+        for document in job.data.eval_sets[0].documents
+        if (prompt := prompts_from_document(document, job.data.template)) is not None
     ][:count]
     if not chosen:
         return None
@@ -34,8 +33,8 @@ def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] |
 
     def on_eval(step: int) -> None:
         answers = generate(
-            job.model, job.template, [prompt.ids for _, prompt in chosen],
-            max_new_tokens=job.recipe.eval.max_new_tokens,
+            job.training.model, job.data.template, [prompt.ids for _, prompt in chosen],
+            max_new_tokens=job.choices.recipe.eval.max_new_tokens,
         )  # fmt: skip
         sink = JsonlSink(path)
         for (origin, prompt), answer in zip(chosen, answers, strict=True):
@@ -56,14 +55,14 @@ def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] |
     return on_eval
 
 
-def take_best(trainer: Trainer) -> None:
+def take_best(trainer: Trainer, job: Job) -> None:
     """With `train.result: best` the weights of the best evaluation become the result."""
-    if trainer.job.recipe.train.result != "best" or trainer.best is None:
+    if job.choices.recipe.train.result != "best" or trainer.best is None:
         return
     step = int(trainer.best["step"])
     if step != trainer.step:
         checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
-        load_optimizer(trainer.job, checkpoint, load_checkpoint(checkpoint))
+        saved_optimizer(job).load(checkpoint, load_checkpoint(checkpoint))
 
 
 def write_result(path: Path, job: Job) -> dict[str, float]:
@@ -71,29 +70,31 @@ def write_result(path: Path, job: Job) -> dict[str, float]:
     files = run_files(path)
     records = list(read_records(files["metrics"]))
     metrics = _final_metrics(records)
-    hashes = job.prepared.content_hashes
-    counts = job.prepared.ledger.sources
+    hashes = job.data.prepared.content_hashes
+    counts = job.data.prepared.ledger.sources
     card = ModelCard(
-        base_model=job.recipe.model.name,
-        base_commit=job.source.commit if job.source else None,
+        base_model=job.choices.recipe.model.name,
+        base_commit=job.training.source.commit if job.training.source else None,
         data=[
             DataEntry(name, counts[name].rows_trained + counts[name].rows_truncated, digest)
             for name, digest in hashes.items()
         ],
         choice=TemplateChoice(
-            template="none" if job.recipe.data.template == "none" else "own",
-            template_kwargs=job.recipe.data.template_kwargs,
+            template="none" if job.choices.recipe.data.template == "none" else "own",
+            template_kwargs=job.choices.recipe.data.template_kwargs,
         ),
-        recipe=to_yaml(job.recipe),
+        recipe=to_yaml(job.choices.recipe),
         metrics=metrics,
     )
-    write_model(job.model, job.template, job.source, files["model"], card=card)
+    write_model(
+        job.training.model, job.data.template, job.training.source, files["model"], card=card
+    )
     write_report(
         files["report"],
         title=path.name,
-        recipe=to_yaml(job.recipe),
+        recipe=to_yaml(job.choices.recipe),
         records=records,
-        ledger=job.prepared.ledger.to_dict(),
+        ledger=job.data.prepared.ledger.to_dict(),
     )
     return metrics
 

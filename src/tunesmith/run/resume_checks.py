@@ -1,10 +1,13 @@
-"""Going on with a run: the recipe, the data and the checkpoint it must be the same run by."""
+"""Checks of a resume: the recipe, data, template and checkpoint must be those of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from tunesmith.build.job import Job
 from tunesmith.build.sources import check_unchanged
 from tunesmith.checkpoint.folder import differences as changed
 from tunesmith.checkpoint.folder import load_checkpoint, newest_checkpoint
@@ -16,8 +19,7 @@ from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.metrics.console import announce
 from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.storage.run_files import run_files
-from tunesmith.train.job import Job
-from tunesmith.train.oom_retry import adopt_micro_tokens, read_hint
+from tunesmith.train.oom_retry import read_hint, saved_micro_tokens
 from tunesmith.train.trainer import Trainer
 from tunesmith.train.user_objective import check_same
 
@@ -33,7 +35,7 @@ def same_recipe(path: Path, asked: Recipe) -> None:
         resolved.
     """
     resolved = read_recipe(run_files(path)["recipe"])
-    first = read_recipe(read_json(run_files(path)["machine"])["asked"])
+    first = read_recipe(read_json(run_files(path)["machine"])["asked"], of_run=True)
     found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
     if found:
         shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])
@@ -74,17 +76,17 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
     machine = read_json(file)
     check_unchanged(
         {"the chat template": machine["template"]["sha256"]},
-        {"the chat template": job.template.sha256},
+        {"the chat template": job.data.template.sha256},
         hint="put it back, or start anew: tunesmith train RUN/recipe.yaml --out NEW",
     )
-    check_same(machine.get("objective"), job.user_objective)
-    data = dict(job.prepared.content_hashes)
-    held_out = {held.name: held.content_hash for held in job.eval_sets}
+    check_same(machine.get("objective"), job.choices.user_objective)
+    data = dict(job.data.prepared.content_hashes)
+    held_out = {held.name: held.content_hash for held in job.data.eval_sets}
     if not changed_data:
         check_unchanged(machine["data"], data)
         check_unchanged(machine["eval"], held_out)
-    elif (data, held_out) != (machine["data"], machine["eval"]) and job.world.is_main:
-        if job.loss.old_policy is not None:
+    elif (data, held_out) != (machine["data"], machine["eval"]) and job.training.world.is_main:
+        if job.training.loss.old_policy is not None:
             raise DataError(
                 "psft compares with what the model made of the rows before, so they can't change",
                 where=str(path),
@@ -92,7 +94,22 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
             )
         before = [*machine.get("data_before", []), {**machine["data"], **machine["eval"]}]
         write_json(file, {**machine, "data": data, "eval": held_out, "data_before": before})
-        job.prepared.ledger.save(run_files(path)["ledger"])
+        job.data.prepared.ledger.save(run_files(path)["ledger"])
+
+
+def _lower_micro_tokens(
+    trainer: Trainer, path: Path, meta: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Start with the `micro_tokens` that fitted before: those of the checkpoint's `meta`, or fewer
+    where the last attempt ran out of memory and could not retry.
+    """
+    asked = trainer.microbatching.micro_tokens
+    saved = asked if meta is None else saved_micro_tokens(meta, asked=asked)
+    now = read_hint(path, asked=asked, micro_tokens=saved)
+    trainer.microbatching = replace(trainer.microbatching, micro_tokens=now)
+    if now == saved:
+        return []
+    return [f"resume: memory ran out with device.micro_tokens={asked}; now it is {now}"]
 
 
 def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
@@ -103,13 +120,12 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
     lines: list[str] = []
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         lines.append("resume: there is no checkpoint yet, so the run begins again")
-        lines += read_hint(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
+        lines += _lower_micro_tokens(trainer, path)
     else:
         found = newest_checkpoint(path)
         meta = load_checkpoint(found.path).meta
         lines += found.warnings
-        adopt_micro_tokens(trainer.job, meta)
-        lines += read_hint(trainer.job, path, asked=trainer.meta()["micro_tokens_asked"])
+        lines += _lower_micro_tokens(trainer, path, meta)
         now = trainer.meta()
         unlike = changed(meta, now)
         if meta.get("micro_tokens") != now["micro_tokens"]:
@@ -120,10 +136,10 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
             unlike.append("the rows differ, and rows.parquet begins anew")
             lines.append("resume: the data has changed; order and schedule are the new data's")
         exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
-        if found.step > trainer.job.total_steps:
+        if found.step > trainer.training.total_steps:
             raise RunError(
                 f"the run has done {found.step} steps, and with this data it has "
-                f"{trainer.job.total_steps}",
+                f"{trainer.training.total_steps}",
                 where=str(path),
                 hint="put the data back, or start a new run from its result: "
                 f"tunesmith train --model {path}",

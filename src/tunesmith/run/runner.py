@@ -1,4 +1,4 @@
-"""A run from its start to the model that it leaves."""
+"""Runs a job: build, train, export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tunesmith.build.inputs import UserObjects
-    from tunesmith.train.job import Job
+    from tunesmith.build.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def conduct(
         raise
     progress = progress and world.is_main
     if progress:
-        announce([f"run: {path}", *folder.notes, *job.notes])
+        announce([f"run: {path}", *folder.notes, *job.choices.notes])
     if folder.resumed:
         from tunesmith.run.resume_checks import check_data
 
@@ -71,28 +71,28 @@ def conduct(
     try:
         return _train_and_export(folder, job, progress=progress)
     finally:
-        job.loss.close()  # the model may be the caller's own
-        restore_modules(job.model)
-        restore_layers(job.model)
+        job.training.loss.close()  # the model may be the caller's own
+        restore_modules(job.training.model)
+        restore_layers(job.training.model)
 
 
 def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
+    from tunesmith.build.job import make_trainer
     from tunesmith.checkpoint.folder import clean_checkpoints
     from tunesmith.run.result import sampler, take_best, write_result
     from tunesmith.run.resume_checks import restore
-    from tunesmith.train.trainer import Trainer
 
     path, files = folder.path, run_files(folder.path)
-    if job.world.is_main:
+    if job.training.world.is_main:
         clean_checkpoints(path)
-    job.world.barrier()
-    trainer = Trainer(job, path, [])
+    job.training.world.barrier()
+    trainer = make_trainer(job, path)
     if folder.resumed:
         restore(trainer, path, progress=progress)
     kept = trainer.step or -1  # a run at step 0 evaluates again, and would note that twice
     sinks: list[Any] = []
     samples = None
-    if job.world.is_main:
+    if job.training.world.is_main:
         sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
         samples = sampler(job, files["samples"], after_step=kept)
     trainer.sinks, trainer.on_eval = sinks, samples
@@ -105,18 +105,23 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
         raise
     for sink in sinks:
         sink.close()
-    take_best(trainer)
-    if job.grad_sync.sharded is not None:
-        job.grad_sync.sharded.gather_model()
+    take_best(trainer, job)
+    if job.training.grad_sync.sharded is not None:
+        job.training.grad_sync.sharded.gather_model()
     metrics: Mapping[str, float] = {}
-    if job.world.is_main:
+    if job.training.world.is_main:
         with writing_result(path):
-            trainer.rows.write(files["rows"], job.documents, job.sampler.epoch_of)
+            trainer.rows.write(files["rows"], job.data.documents, job.data.sampler.epoch_of)
             metrics = write_result(path, job)
-    job.world.store_barrier()
-    metrics = job.world.broadcast_object(metrics)
+    job.training.world.store_barrier()
+    metrics = job.training.world.broadcast_object(metrics)
     return Run(
-        path, files["model"], job.total_steps, metrics, job.model.model, job.template.tokenizer
+        path,
+        files["model"],
+        job.training.total_steps,
+        metrics,
+        job.training.model.model,
+        job.data.template.tokenizer,
     )
 
 
@@ -127,12 +132,12 @@ def _sinks(folder: RunFolder, job: Job, *, after_step: int | None, progress: boo
 
     tracked = TrackedRun(
         folder=folder.path,
-        project=job.recipe.log.project,
-        recipe=to_plain(job.recipe),
+        project=job.choices.recipe.log.project,
+        settings=to_plain(job.choices.recipe),
         resumed=folder.resumed,
     )
     sinks: list[Any] = [JsonlSink(run_files(folder.path)["metrics"], after_step=after_step)]
-    sinks += [open_tracker(name, tracked) for name in job.recipe.log.to]
+    sinks += [open_tracker(name, tracked) for name in job.choices.recipe.log.to]
     if progress:
-        sinks.append(ConsoleSink(job.total_steps, done_steps=after_step or 0))
+        sinks.append(ConsoleSink(job.training.total_steps, done_steps=after_step or 0))
     return sinks

@@ -1,1 +1,1 @@
-"""What a model makes of each row, kept in a file, and data sets chosen by it."""
+"""Data scoring with a model, and data selection by scores."""

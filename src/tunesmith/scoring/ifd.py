@@ -1,4 +1,5 @@
-"""Answers without what they answer: the second half of instruction-following difficulty.
+"""Instruction-following difficulty (IFD, arXiv 2308.12032): the loss of answers without their
+prompts.
 
 IFD (arXiv 2308.12032) is s(A|Q) / s(A): the mean loss of an answer's tokens after its prompt over
 their mean loss with no prompt. Here s(A) is taken on the ids of the answer behind its *opening*

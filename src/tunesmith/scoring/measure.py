@@ -1,6 +1,4 @@
-"""Every target of every document under a model, on the path that evaluation takes: the same plans,
-packing, shared prefixes and head.
-"""
+"""Per-target losses of documents, computed as evaluation does: packed, with shared prefixes."""
 
 from __future__ import annotations
 
@@ -60,7 +58,7 @@ class _Recorder:
         # entropy over 49,152 tokens.
         logp = torch.log_softmax(chunk.logits.detach(), -1, dtype=torch.float64)
         self.nll.append(-logp.gather(1, chunk.target[:, None]).squeeze(1))
-        self.correct.append(chunk.likeliest == chunk.target)
+        self.correct.append(chunk.argmax == chunk.target)
         self.entropy.append(torch.special.entr(logp.exp_()).sum(-1))
         return nll(chunk)
 
@@ -96,19 +94,19 @@ def _by_document(
     plan: MicrobatchPlan, measured: tuple[Floats, Floats, Floats]
 ) -> Iterator[tuple[int, Targets]]:
     """What each document asked for in a micro-batch."""
-    shares = plan.shares
-    order = np.argsort(shares.document, kind="stable")
-    cuts = np.flatnonzero(np.diff(shares.document[order])) + 1
+    owners = plan.owners
+    order = np.argsort(owners.document, kind="stable")
+    cuts = np.flatnonzero(np.diff(owners.document[order])) + 1
     for part in np.split(order, cuts):
         if not len(part):
             continue
-        number = shares.target[part]
+        number = owners.target[part]
         yield (
-            int(shares.document[part[0]]),
+            int(owners.document[part[0]]),
             Targets(
                 plan.layout.position[plan.source[number]].astype(np.int64) + 1,
                 plan.target[number].astype(np.int64),
-                shares.weight[part].astype(np.float64),
+                owners.weight[part].astype(np.float64),
                 *(values[number] for values in measured),
             ),
         )

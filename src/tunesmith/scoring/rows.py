@@ -1,4 +1,4 @@
-"""The scores of each row: what training would see in it under this model."""
+"""Scores of each row: loss, perplexity, IFD, entropy, as training would see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that say which rows to keep, as text: `top 10% by ifd`, `loss between 5% and 95%`, `dedup`.
+"""Selection rules as text: `top 10% by ifd`, `loss between 5% and 95%`, `dedup`.
 
 A rule sees the rows that those before it have left, and leaves out some of them.
 """

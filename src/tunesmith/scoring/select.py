@@ -1,4 +1,4 @@
-"""Rows kept by rules: scores matched with the data they are of, and the rules applied in turn."""
+"""Data selection: scores matched with their rows, and rules applied in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score files: Parquet with a row a line, and in its metadata what was scored, and by what."""
+"""Score files: Parquet with one line a row, and metadata of what was scored."""
 
 from __future__ import annotations
 

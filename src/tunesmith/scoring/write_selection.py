@@ -1,4 +1,4 @@
-"""What a selection leaves on disk: the kept rows as they were, and the ledger of all of them."""
+"""Writes a selection: the kept rows, unchanged, and a ledger of all rows."""
 
 from __future__ import annotations
 

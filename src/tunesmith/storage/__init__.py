@@ -1,1 +1,1 @@
-"""The run folder on the disk: its files, its lock and atomic writes."""
+"""The run folder: lock, atomic writes, file names."""

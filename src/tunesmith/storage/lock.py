@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one process at a time, and none once that process is gone.
+"""The lock of a run folder: one process at a time, released when that process is gone.
 
 It is the operating system's lock on an open file, so it ends with its process however that ends,
 and knows nothing of clocks. The file's contents only name the holder.

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write in it, and how files in it survive a crash."""
+"""The run folder: who may write in it, and what is refused or resumed."""
 
 from __future__ import annotations
 

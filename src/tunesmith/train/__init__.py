@@ -1,1 +1,1 @@
-"""The training loop: steps, their loss, evaluations, and what is due between them."""
+"""Training: the loop, the optimizer step, losses, evaluation, anomalies."""

@@ -1,5 +1,5 @@
-"""Held-out loss through the same renderer, packing, model and head as training; the loss is always
-plain NLL.
+"""Evaluation: held-out negative log-likelihood, through the same packing, model and head as
+training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def evaluate(
                     outputs.append(model(collate(plan, device), head))
                 for plan, found in zip(own, read_figures(outputs)[0], strict=True):
                     add_document_losses(
-                        loss[numbers], weight[numbers], plan.shares, found.token_loss
+                        loss[numbers], weight[numbers], plan.owners, found.token_loss
                     )
                     for name in sums:
                         sums[name] += found.stats[name]

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the model's pass, and what an objective needs besides it.
+"""The loss of a micro-batch: the model's forward pass, and what an objective needs besides it.
 
 Everything an objective can need is here, each piece None or zero where it isn't asked for: the base
 model's view (kl), the old policy (psft), noise on the embeddings, guesses read in place of targets,
@@ -86,7 +86,7 @@ class RouterBalance:
         often.
         """
         keys = token_keys(plan)
-        pairs = np.unique(np.stack([plan.shares.document, plan.source[plan.shares.target]]), axis=1)
+        pairs = np.unique(np.stack([plan.owners.document, plan.source[plan.owners.target]]), axis=1)
         found = [s for d, s in pairs.T.tolist() if int(keys[s]) in self.ends[d]]
         return np.asarray(found, np.int64)
 

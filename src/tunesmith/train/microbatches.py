@@ -10,10 +10,10 @@ documents and `micro_tokens`, so a plan made for another `micro_tokens` isn't us
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction
 from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.distributed.world import World
 from tunesmith.types import Document, IntArray, TargetOwners
-
-if TYPE_CHECKING:
-    from tunesmith.train.job import Job
 
 TRIES = 5
 """How often a step is cut anew to find micro-batches that fill the ranks."""
@@ -104,7 +101,7 @@ def plan_for_ranks(
 def _time(plans: Sequence[MicrobatchPlan], ranks: int, work_model: WorkModel) -> float:
     work = [work_model.of(plan) for plan in plans]
     rounds = assign(work, ranks)
-    return sum(max(work[n] for n in dealt if n != IDLE) for dealt in rounds)
+    return sum(max(work[n] for n in one if n != IDLE) for one in rounds)
 
 
 def assigned_to(
@@ -117,7 +114,7 @@ def assigned_to(
         return list(plans)
     work = [work_model.of(plan) for plan in plans]
     filler = zero_weight(plans[int(np.argmin(work))])
-    return [filler if dealt[rank] == IDLE else plans[dealt[rank]] for dealt in assign(work, ranks)]
+    return [filler if one[rank] == IDLE else plans[one[rank]] for one in assign(work, ranks)]
 
 
 def step_plans(
@@ -146,8 +143,8 @@ def local_plans(
     plans: Sequence[MicrobatchPlan], world: World, *, work_model: WorkModel
 ) -> list[MicrobatchPlan]:
     """What this rank runs of the micro-batches of a step."""
-    dealt = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
-    return [local_part(plan, world.model_parallel) for plan in dealt]
+    assigned = assigned_to(plans, world.dp_rank, ranks=world.dp_size, work_model=work_model)
+    return [local_part(plan, world.model_parallel) for plan in assigned]
 
 
 def local_part(plan: MicrobatchPlan, group: ModelParallelGroup) -> MicrobatchPlan:
@@ -188,15 +185,15 @@ def _targets_of(plan: MicrobatchPlan, kept: IntArray, *, start: int) -> dict[str
     """The fields of a plan with only those targets, whose sources count from token `start`."""
     number = np.full(len(plan.source), -1, np.int32)
     number[kept] = np.arange(len(kept), dtype=np.int32)
-    shares = number[plan.shares.target] >= 0
+    kept_owners = number[plan.owners.target] >= 0
     return {
         "source": plan.source[kept] - start,
         "target": plan.target[kept],
         "weight": plan.weight[kept],
-        "shares": TargetOwners(
-            number[plan.shares.target[shares]],
-            plan.shares.document[shares],
-            plan.shares.weight[shares],
+        "owners": TargetOwners(
+            number[plan.owners.target[kept_owners]],
+            plan.owners.document[kept_owners],
+            plan.owners.weight[kept_owners],
         ),
     }
 
@@ -212,8 +209,19 @@ def idle_fraction_of(
 def zero_weight(plan: MicrobatchPlan) -> MicrobatchPlan:
     """The micro-batch with no weight on its targets, and nobody's: its gradient is zero."""
     none = np.empty(0, np.int32)
-    shares = TargetOwners(none, none, np.empty(0, np.float32))
-    return replace(plan, weight=np.zeros_like(plan.weight), owners=shares)
+    owners = TargetOwners(none, none, np.empty(0, np.float32))
+    return replace(plan, weight=np.zeros_like(plan.weight), owners=owners)
+
+
+class Cut(Protocol):
+    """How steps are cut; `train.job.MicroBatching`."""
+
+    @property
+    def micro_tokens(self) -> int: ...
+    @property
+    def share_prefixes(self) -> bool: ...
+    @property
+    def work(self) -> WorkModel: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,33 +234,43 @@ class PlannedStep:
 
 
 class StepPlanner:
-    """Plans the steps of `job`, counted from 0. Keeps this one and the next."""
+    """Plans the steps of a run, counted from 0. Keeps the present step and the next one."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        step_indices: Callable[[int], IntArray],
+        total_steps: int,
+        world: World,
+        *,
+        unpacked: Callable[[], bool],
+    ) -> None:
+        self._documents = documents
+        self._step_indices = step_indices
+        self._total_steps = total_steps
+        self._world = world
+        self._unpacked = unpacked
         self._made: dict[tuple[int, int], PlannedStep] = {}
 
-    def step(self, number: int) -> PlannedStep:
-        """The micro-batches of a step, planned now unless they are there."""
-        key = (number, self._job.micro_tokens)
+    def step(self, number: int, cut: Cut) -> PlannedStep:
+        """The micro-batches of a step, planned now unless that was done ahead."""
+        key = (number, cut.micro_tokens)
         if key not in self._made:
-            self._made = {key: self._plan(number)}
+            self._made = {key: self._plan(number, cut)}
         return self._made[key]
 
-    def prepare(self, number: int) -> None:
-        """Plan the step that follows; if that fails, it will in its own turn."""
-        kept = (number - 1, self._job.micro_tokens)
+    def prepare(self, number: int, cut: Cut) -> None:
+        """Plan the step that follows. An error is dropped here; it comes again in `step`."""
+        kept = (number - 1, cut.micro_tokens)
         self._made = {key: planned for key, planned in self._made.items() if key == kept}
-        if number < self._job.total_steps:
+        if number < self._total_steps:
             with suppress(Exception):
-                self._made[number, self._job.micro_tokens] = self._plan(number)
+                self._made[number, cut.micro_tokens] = self._plan(number, cut)
 
-    def _plan(self, number: int) -> PlannedStep:
-        job = self._job
-        documents = [job.documents[int(i)] for i in job.sampler.step_indices(number)]
+    def _plan(self, number: int, cut: Cut) -> PlannedStep:
+        documents = [self._documents[int(i)] for i in self._step_indices(number)]
         plans = step_plans(
-            documents, job.world, work_model=job.work,
-            micro_tokens=job.micro_tokens, share_prefixes=job.share_prefixes,
-            unpacked=job.model.unpacked,
+            documents, self._world, work_model=cut.work, micro_tokens=cut.micro_tokens,
+            share_prefixes=cut.share_prefixes, unpacked=self._unpacked(),
         )  # fmt: skip
-        return PlannedStep(documents, plans, local_plans(plans, job.world, work_model=job.work))
+        return PlannedStep(documents, plans, local_plans(plans, self._world, work_model=cut.work))

@@ -1,4 +1,5 @@
-"""The old policy of psft: each target's log-probability at the start of an outer batch.
+"""The old policy of PSFT (arXiv 2508.17784): each target's log-probability at the start of an outer
+batch.
 
 An outer batch is a number of consecutive optimizer steps. Before the first of them the model goes
 over the documents of all of them without gradients. What it finds is kept by path and not by place,

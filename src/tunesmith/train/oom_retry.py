@@ -1,9 +1,8 @@
-"""Work that is tried, and tried again with less at a time where memory runs out.
+"""Retry after an out-of-memory error with half as many tokens per micro-batch.
 
-A try that fails leaves nothing: its gradients are dropped and the random generators are set back,
-so that the next one is what a run with the smaller `micro_tokens` would have done from there, to
-the bit. By P3 that is the undisturbed step within rounding. Several ranks try together and fail
-together.
+A failed attempt leaves nothing behind: its gradients are dropped and the random generators are set
+back. So the next attempt is, to the bit, what a run with the smaller `micro_tokens` would have done
+from there. By P3 it equals the undisturbed step within rounding. All ranks retry together.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import torch
 
 from tunesmith.checkpoint.rng import RngState, capture_rng, restore_rng
 from tunesmith.distributed.oom import CollectiveOOM, is_out_of_memory
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, first_line
 from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
-from tunesmith.train.job import Job
+from tunesmith.train.job import MicroBatching, Training
 from tunesmith.train.microbatches import step_plans
 from tunesmith.train.signals import AbandonedError
 from tunesmith.types import Document
@@ -29,25 +28,26 @@ from tunesmith.types import Document
 HINT_FILE = "less-memory.json"
 T = TypeVar("T")
 
-Note = Callable[[int, int, Sequence[int]], None]
-"""Told `micro_tokens` before and now, and on which of several ranks memory ran out."""
+Shrink = Callable[[int, int, Sequence[int]], None]
+"""Sets `micro_tokens` from the first value to the second; memory ran out on these ranks."""
 
 
 def retry_on_oom(
     attempt: Callable[[], T],
-    job: Job,
+    training: Training,
     *,
+    micro_tokens: int,
     largest: Callable[[int], int],
-    note: Note,
+    shrink: Shrink,
     leave: Callable[[int], None],
 ) -> T:
-    """What `attempt` returns; each time it runs out of memory, `job.micro_tokens` is halved until
-    micro-batches become smaller, `note` is told, and it is tried again.
+    """The result of `attempt`. After each out-of-memory error `micro_tokens` is halved until
+    micro-batches become smaller, `shrink` sets the new value, and `attempt` is called again.
 
     `largest` gives the tokens of the largest micro-batch at some `micro_tokens`, the same on every
-    rank. Several ranks go back where all of them know that one ran out of memory. Where one finds
-    out by itself, outside of micro-batches or where ranks don't ask each other, that is an error,
-    and `leave` is told what the next start should try.
+    rank. Several ranks retry where all of them know that one ran out of memory. Where only one
+    knows, outside of micro-batches or where ranks do not check their peers, this is an error, and
+    `leave` is told what the next start should try.
 
     Raises:
         RunError: out of memory, and nothing smaller is left to try, or weights had already begun
@@ -55,28 +55,27 @@ def retry_on_oom(
         AbandonedError: as the attempt did; everything is then as it was before it.
     """
     while True:
-        state, steps = capture_rng(), job.optimizer.steps
+        state, steps = capture_rng(), training.optimizer.steps
         try:
             return attempt()
         except AbandonedError:
-            _set_back(job, state)
+            _set_back(training, state)
             raise
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            before = job.micro_tokens
-            now = smaller(before, largest)
+            now = smaller(micro_tokens, largest)
             ranks = error.ranks if isinstance(error, CollectiveOOM) else None
-            known = job.world.is_single or ranks is not None
+            known = training.world.is_single or ranks is not None
             if not known and now is not None:
                 leave(now)
-                raise out_of_memory_on(job.world.rank, before, now) from error
-            if now is None or job.optimizer.steps != steps:
-                raise out_of_memory(before, largest(before)) from error
+                raise out_of_memory_on(training.world.rank, micro_tokens, now) from error
+            if now is None or training.optimizer.steps != steps:
+                raise out_of_memory(micro_tokens, largest(micro_tokens), error) from error
         # Out here the error is gone, and with it the tensors that its frames held.
-        _set_back(job, state)
-        job.micro_tokens = now
-        note(before, now, ranks or ())
+        _set_back(training, state)
+        shrink(micro_tokens, now, ranks or ())
+        micro_tokens = now
 
 
 def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
@@ -92,31 +91,37 @@ def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
 
 
 def largest_microbatch(
-    job: Job, documents: Sequence[Document], micro_tokens: int, *, grouped: bool
+    training: Training,
+    cut: MicroBatching,
+    documents: Sequence[Document],
+    *,
+    micro_tokens: int,
+    grouped: bool,
 ) -> int:
-    """Tokens of the largest micro-batch as a step cuts the documents, or an evaluation."""
-    size = micro_tokens * job.world.cp.size * GROUP_TOKENS
+    """Tokens of the largest micro-batch, as a step cuts the documents, or (`grouped`) an
+    evaluation.
+    """
+    size = micro_tokens * training.world.cp.size * GROUP_TOKENS
     groups = [group for _, group in document_groups(documents, size)] if grouped else [documents]
     return max(
         plan.tokens
         for group in groups
         for plan in step_plans(
             group,
-            job.world,
-            work_model=job.work,
+            training.world,
+            work_model=cut.work,
             micro_tokens=micro_tokens,
-            share_prefixes=job.share_prefixes or grouped,
-            unpacked=job.model.unpacked,
+            share_prefixes=cut.share_prefixes or grouped,
+            unpacked=training.model.unpacked,
         )
     )
 
 
-def adopt_micro_tokens(job: Job, meta: Mapping[str, Any]) -> None:
-    """Go on with the `micro_tokens` that a run had come down to, unless others are asked for now;
-    `meta` is a checkpoint's.
+def saved_micro_tokens(meta: Mapping[str, Any], *, asked: int) -> int:
+    """The `micro_tokens` to resume with: those of the checkpoint's `meta`, which retries may have
+    lowered, unless another value is asked for now.
     """
-    if meta.get("micro_tokens_asked") == job.micro_tokens:
-        job.micro_tokens = int(meta["micro_tokens"])
+    return int(meta["micro_tokens"]) if meta.get("micro_tokens_asked") == asked else asked
 
 
 def write_hint(folder: Path, *, asked: int, now: int) -> None:
@@ -127,15 +132,12 @@ def write_hint(folder: Path, *, asked: int, now: int) -> None:
         write_json(folder / HINT_FILE, {"asked": asked, "micro_tokens": now})
 
 
-def read_hint(job: Job, folder: Path, *, asked: int) -> list[str]:
-    """Go on with what ranks that ran out of memory have noted; says so."""
-    word = read_json(folder / HINT_FILE) if (folder / HINT_FILE).is_file() else None
-    if word is None or word["asked"] != asked or word["micro_tokens"] >= job.micro_tokens:
-        return []
-    job.micro_tokens = int(word["micro_tokens"])
-    return [
-        f"resume: memory ran out with device.micro_tokens={asked}; now it is {job.micro_tokens}"
-    ]
+def read_hint(folder: Path, *, asked: int, micro_tokens: int) -> int:
+    """The `micro_tokens` that `write_hint` left for a start with `asked`, if they are fewer."""
+    hint = read_json(folder / HINT_FILE) if (folder / HINT_FILE).is_file() else None
+    if hint is None or hint["asked"] != asked:
+        return micro_tokens
+    return min(micro_tokens, int(hint["micro_tokens"]))
 
 
 def retry_record(
@@ -158,11 +160,11 @@ def retry_record(
     }
 
 
-def out_of_memory(micro_tokens: int, largest: int) -> RunError:
-    """The error where nothing smaller is left to try."""
+def out_of_memory(micro_tokens: int, largest: int, error: Exception) -> RunError:
+    """The error where nothing smaller is left to try, with what the allocator or library said."""
     return RunError(
         f"out of memory: a micro-batch of {largest} tokens does not fit with "
-        f"device.micro_tokens={micro_tokens}",
+        f"device.micro_tokens={micro_tokens} ({first_line(error)})",
         hint=f"device.micro_tokens={max(256, micro_tokens // 2)}, "
         "device.gradient_checkpointing=true, a lower data.max_length, or adapter=lora",
     )
@@ -178,9 +180,9 @@ def out_of_memory_on(rank: int, micro_tokens: int, now: int) -> RunError:
     )
 
 
-def _set_back(job: Job, state: RngState) -> None:
-    job.optimizer.zero_grad()
+def _set_back(training: Training, state: RngState) -> None:
+    training.optimizer.zero_grad()
     restore_rng(state)
     gc.collect()
-    if job.device.type != "cpu":
+    if training.device.type != "cpu":
         torch.accelerator.empty_cache()

@@ -1,4 +1,4 @@
-"""Numbers for paths: the same for the same ids from the first token on, wherever a layout puts
+"""Hashes of token paths: equal for equal ids from the first token on, wherever a layout places
 them.
 """
 

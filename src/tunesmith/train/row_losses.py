@@ -1,4 +1,4 @@
-"""Loss of every training row in every epoch, kept in memory and in checkpoints, written as
+"""The loss of every training row in every epoch, saved in checkpoints and written as
 rows.parquet.
 """
 

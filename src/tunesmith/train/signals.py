@@ -1,4 +1,4 @@
-"""Signals that end a run: noted at once, obeyed where nothing is lost."""
+"""SIGINT and SIGTERM: noted at once, obeyed where nothing is lost."""
 
 from __future__ import annotations
 

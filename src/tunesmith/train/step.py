@@ -1,4 +1,4 @@
-"""One optimizer step. Nothing here logs or saves.
+"""One optimizer step with gradient accumulation. Nothing here logs or saves.
 
 Invariant (P3): the gradient is sum(weight * loss) / sum(weight) over all documents of the step,
 however they are cut into micro-batches and on however many ranks; gradients are added up in
@@ -26,7 +26,7 @@ from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantile
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
 from tunesmith.transfer import to_host
-from tunesmith.types import LossOutput, TargetOwners
+from tunesmith.types import LossOutput, StepMetrics, TargetOwners
 
 MicroLoss = Callable[[CausalLM, MicrobatchPlan, torch.device], LossOutput]
 """The loss of a micro-batch, differentiable; `train.loss` makes it."""
@@ -155,7 +155,7 @@ def _sum_up(
     loss, weight = np.zeros(documents), np.zeros(documents)
     stats: dict[str, float] = {}
     for plan, found in zip(plans, figures, strict=True):
-        add_document_losses(loss, weight, plan.shares, found.token_loss)
+        add_document_losses(loss, weight, plan.owners, found.token_loss)
         for name, value in found.stats.items():
             stats[name] = stats.get(name, 0.0) + value
     names = list(stats)
@@ -164,7 +164,7 @@ def _sum_up(
             [
                 sum(found.loss_sum for found in figures),
                 sum(plan.counted for plan in plans),
-                sum(len(plan.shares.weight) for plan in plans),
+                sum(len(plan.owners.weight) for plan in plans),
                 grad_norm if grad_sync.is_main else 0.0,
                 not math.isfinite(grad_norm),
             ],
@@ -212,15 +212,15 @@ def _effective_weight(
 
 
 def add_document_losses(
-    loss: NDArray[np.float64], weight: NDArray[np.float64], shares: TargetOwners, token_loss: Tensor
+    loss: NDArray[np.float64], weight: NDArray[np.float64], owners: TargetOwners, token_loss: Tensor
 ) -> None:
     """Add a micro-batch's losses, in the host's memory, to those of the documents that asked for
     them; all arrays by document number.
     """
     losses = token_loss.double().numpy()
-    share = shares.weight.astype(np.float64)
-    loss += np.bincount(shares.document, weights=share * losses[shares.target], minlength=len(loss))
-    weight += np.bincount(shares.document, weights=share, minlength=len(weight))
+    share = owners.weight.astype(np.float64)
+    loss += np.bincount(owners.document, weights=share * losses[owners.target], minlength=len(loss))
+    weight += np.bincount(owners.document, weights=share, minlength=len(weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,3 +250,32 @@ def read_figures(outputs: Sequence[LossOutput], *more: Tensor) -> tuple[list[Fig
         for output in outputs
     ]
     return figures, [float(value) for value in values]
+
+
+def step_metrics(
+    result: StepResult,
+    *,
+    step: int,
+    epoch: float,
+    lr: float,
+    tokens: Sequence[int],
+    seconds: float,
+    peak_memory: int,
+) -> StepMetrics:
+    """What metrics.jsonl holds of a step; `tokens` are those of each document."""
+    return StepMetrics(
+        step=step,
+        epoch=epoch,
+        loss=result.loss,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        documents=len(tokens),
+        tokens=sum(tokens),
+        computed_tokens=result.computed_tokens,
+        target_tokens=result.target_tokens,
+        weight_sum=result.weight_sum,
+        seconds=seconds,
+        tokens_per_second=sum(tokens) / seconds,
+        stats=result.stats,
+        peak_memory=peak_memory,
+    )

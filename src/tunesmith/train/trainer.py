@@ -1,5 +1,6 @@
-"""The loop: steps, evaluations, checkpoints and signals, in that order. What a step does is in
-`step.py`.
+"""The training loop: steps, evaluations, checkpoints and signals, in that order.
+
+What a step does is in `step.py`; the records it writes are made in `metrics/records.py`.
 """
 
 from __future__ import annotations
@@ -8,35 +9,32 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from tunesmith.checkpoint.manager import CheckpointManager, Progress, Stateful
+from tunesmith.checkpoint.optimizer import SavedOptimizer
 from tunesmith.checkpoint.rng import preserved_rng, seed_step
 from tunesmith.checkpoint.writer_thread import WriterState
-from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
-from tunesmith.data.preprocess.document_store import longest_paths
+from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.errors import InterruptedRun
-from tunesmith.metrics.records import Sink, peak_memory
+from tunesmith.metrics.records import Sink, eval_record, interrupted_record, peak_memory
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.job import EvalSet, Job
-from tunesmith.train.microbatches import StepPlanner, local_part
-from tunesmith.train.oom_retry import (
-    largest_microbatch,
-    retry_on_oom,
-    retry_record,
-    write_hint,
-)
+from tunesmith.train.job import EvalSet, MicroBatching, RunData, TrainerOptions, Training
+from tunesmith.train.microbatches import StepPlanner
+from tunesmith.train.oom_retry import largest_microbatch, retry_on_oom, retry_record, write_hint
 from tunesmith.train.row_losses import RowLosses
 from tunesmith.train.signals import AbandonedError, SignalHandler
-from tunesmith.train.step import NonFiniteStep, StepResult, train_step
+from tunesmith.train.step import NonFiniteStep, StepResult, step_metrics, train_step
 from tunesmith.train.triggers import Trigger
+from tunesmith.train.warm_up import longest_document, run_longest
 from tunesmith.train.watchdog import Watchdog
-from tunesmith.types import Document, LossOutput, StepMetrics
+from tunesmith.types import Document, LossOutput
 
 T = TypeVar("T")
 
@@ -45,48 +43,61 @@ OnEval = Callable[[int], None]
 
 
 class Trainer:
-    """A run on its way from `step` to the job's last step."""
+    """A run on its way from `step` to its last step."""
 
     def __init__(
-        self, job: Job, folder: Path, sinks: Sequence[Sink], *, on_eval: OnEval | None = None
+        self,
+        data: RunData,
+        training: Training,
+        microbatching: MicroBatching,
+        options: TrainerOptions,
+        *,
+        folder: Path,
+        sinks: Sequence[Sink] = (),
     ) -> None:
-        self.job = job
+        self.data, self.training, self.options = data, training, options
+        self.microbatching = microbatching  # replaced when a retry lowers micro_tokens
         self.folder = folder
         self.sinks = sinks
-        self.on_eval = on_eval
+        self.on_eval: OnEval | None = None
         self.step = 0
-        self.rows = RowLosses()
-        self._planner = StepPlanner(job)
-        log = job.recipe.log
-        self.guard = Guard(
-            folder, job.template.decode, non_finite=job.recipe.train.non_finite,
-            limits={"loss": log.spike_loss, "grad_norm": log.spike_grad_norm},
-            stops=log.on_spike == "stop", world=job.world,
-        )  # fmt: skip
         self.best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
+        self.rows = RowLosses()
+        self._asked_micro_tokens = microbatching.micro_tokens
+        self._owed = False  # an evaluation of this step was interrupted
+        world, sampler = training.world, data.sampler
+        self._planner = StepPlanner(
+            data.documents, sampler.step_indices, training.total_steps, world,
+            unpacked=lambda: training.model.unpacked,
+        )  # fmt: skip
+        self.guard = Guard(
+            folder, data.template.decode, non_finite=options.non_finite,
+            limits=options.spike_limits, stops=options.stop_on_spike, world=world,
+        )  # fmt: skip
         self.signals = SignalHandler()
-        rank = None if job.world.is_single else job.world.rank
-        self.watchdog = Watchdog(job.recipe.device.watchdog, folder, rank=rank)
-        self.checkpoints = CheckpointManager(job, folder, self._emit)
-        self._owed = False  # an evaluation of this step that was left in the middle
-        self._eval_trigger = Trigger(job.recipe.eval.every, job.sampler.epoch_after)
-        self._save_trigger = Trigger(job.recipe.checkpoint.every, job.sampler.epoch_after)
+        rank = None if world.is_single else world.rank
+        self.watchdog = Watchdog(options.watchdog, folder, rank=rank)
+        saved = SavedOptimizer(training.optimizer, training.grad_sync.sharded, world)
+        self.checkpoints = CheckpointManager(saved, options.checkpoint, folder, self._emit)
+        self._eval_trigger = Trigger(options.eval_every, sampler.epoch_after)
+        self._save_trigger = Trigger(options.save_every, sampler.epoch_after)
 
     def fit(self) -> None:
-        """Run to the end, evaluating before the first and after the last step; the end is always a
-        checkpoint.
+        """Train to the last step, with an evaluation before the first and after the last step. The
+        last step is always saved as a checkpoint.
 
         Raises:
             InterruptedRun: SIGINT or SIGTERM came; a checkpoint was saved.
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
-        with self.watchdog.watching(), self.job.world.naming_lost_rank(), self._writer_closed():
+        world = self.training.world
+        with self.watchdog.watching(), world.naming_lost_rank(), self._writer_closed():
             self._try_longest()
             if self.step == 0 or self._owed:
                 self._evaluate()
             with self.signals.listening():
-                while self.step < self.job.total_steps:
+                while self.step < self.training.total_steps:
                     try:
                         self._advance()
                     except AbandonedError:
@@ -94,9 +105,9 @@ class Trainer:
                 self._wait_for_writer()
 
     def _advance(self) -> None:
-        """A step, and what is due after it."""
+        """One step, and then the evaluation, checkpoint or stop that is due after it."""
         self._one_step()
-        last = self.step == self.job.total_steps
+        last = self.step == self.training.total_steps
         evaluates, saves, stop, writing = self._agreed(self.signals.signal)
         self.checkpoints.poll(writing)
         if last or evaluates:
@@ -107,7 +118,7 @@ class Trainer:
             self._stop(stop)
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, to the bit where it was saved."""
+        """Continue from a checkpoint, to the bit."""
         at = self.checkpoints.restore(checkpoint, self._stateful)
         self.step, self.best, self._owed = at.step, at.best, at.owed
 
@@ -122,7 +133,7 @@ class Trainer:
 
     @contextmanager
     def _writer_closed(self) -> Iterator[None]:
-        """Afterwards no checkpoint is being written any more."""
+        """On leaving, no checkpoint is being written any more."""
         try:
             yield
         except BaseException as error:
@@ -132,31 +143,30 @@ class Trainer:
             self.checkpoints.close()
 
     def meta(self) -> dict[str, Any]:
-        """What a resume must find the same, and what it takes over."""
+        """The meta data of a checkpoint: what a resume compares, and what it takes over."""
         return self.checkpoints.meta(self._progress)
 
     @property
     def _progress(self) -> Progress:
-        return Progress(self.step, self.best, self._owed)
+        micro_tokens = self.microbatching.micro_tokens
+        return Progress(self.step, self.best, self._owed, micro_tokens, self._asked_micro_tokens)
 
     @property
     def _stateful(self) -> tuple[Stateful, ...]:
-        return self.rows, self.guard, self.job.loss
+        return self.rows, self.guard, self.training.loss
 
     def advance_to(self, step: int) -> None:
-        """The steps up to this one with their records; nothing is evaluated or saved."""
+        """Run the steps up to this one with their records, without evaluations or checkpoints."""
         while self.step < step:
             self._one_step()
 
     def _one_step(self) -> None:
-        job, number = self.job, self.step
-        started = time.monotonic()
-        indices = job.sampler.step_indices(number)
-        lr = job.lr(number)
-        documents = [job.documents[int(i)] for i in indices]
+        number, started, world = self.step, time.monotonic(), self.training.world
+        indices, lr = self.data.sampler.step_indices(number), self.training.lr(number)
+        documents = [self.data.documents[int(i)] for i in indices]
         self.watchdog.beat(f"step {number + 1}")
-        if not job.world.is_single:
-            seed_step(job.recipe.train.seed, number, job.world.rng_rank)
+        if not world.is_single:
+            seed_step(self.options.seed, number, world.rng_rank)
         try:
             result = self._retry_on_oom(
                 lambda: self._learn(number, lr), documents, f"at step {number + 1}", number + 1
@@ -168,137 +178,115 @@ class Trainer:
             return
         self.step = number + 1
         self.rows.add(self.step, indices, loss=result.document_loss, weight=result.document_weight)
-        seconds = time.monotonic() - started
-        self._emit(self._metrics(result, [d.tokens for d in documents], lr, seconds).record())
+        metrics = step_metrics(
+            result, step=self.step, epoch=self._epoch(), lr=lr,
+            tokens=[document.tokens for document in documents],
+            seconds=time.monotonic() - started, peak_memory=peak_memory(self.training.device),
+        )  # fmt: skip
+        self._emit(metrics.record())
         if (spike := self.guard.look(self.step, documents, result)) is not None:
             self._emit(spike)
             self.guard.obey(spike)
 
     def _learn(self, number: int, lr: float) -> StepResult:
-        job = self.job
-        planned = self._planner.step(number)
+        training, cut = self.training, self.microbatching
+        planned = self._planner.step(number, cut)
         return train_step(
-            job.model, job.optimizer, planned.local, self._loss,
-            begin=lambda: job.loss.begin(job.model, number, self.planned, job.device),
-            meanwhile=lambda: self._planner.prepare(number + 1),
-            documents=len(planned.documents), lr=lr, grad_sync=job.grad_sync,
-            max_grad_norm=job.recipe.optim.max_grad_norm, device=job.device,
+            training.model, training.optimizer, planned.local, self._loss,
+            begin=lambda: training.loss.begin(
+                training.model, number, self.planned, training.device
+            ),
+            # the host is idle while the device computes: plan the next step then
+            meanwhile=lambda: self._planner.prepare(number + 1, cut),
+            documents=len(planned.documents), lr=lr, grad_sync=training.grad_sync,
+            max_grad_norm=self.options.max_grad_norm, device=training.device,
         )  # fmt: skip
 
     def _loss(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
         self._between()
-        return self.job.loss(model, plan, device)
+        return self.training.loss(model, plan, device)
 
     def _between(self) -> None:
-        """Before each micro-batch. Several ranks stop together, after a step."""
+        """Before each micro-batch. Several ranks stop together, so only after a step."""
         self.watchdog.beat()
-        if self.job.world.is_single:
+        if self.training.world.is_single:
             self.signals.check()
 
     def _retry_on_oom(
         self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int,
         *, grouped: bool = False,
     ) -> T:  # fmt: skip
-        job = self.job
+        def shrink(before: int, now: int, ranks: Sequence[int]) -> None:
+            self.microbatching = replace(self.microbatching, micro_tokens=now)
+            self._emit(retry_record(where, step, before, now, ranks=ranks))
+
         return retry_on_oom(
-            attempt,
-            job,
-            largest=lambda tokens: largest_microbatch(job, documents, tokens, grouped=grouped),
-            note=lambda before, now, ranks: self._emit(
-                retry_record(where, step, before, now, ranks=ranks)
+            attempt, self.training, micro_tokens=self.microbatching.micro_tokens,
+            largest=lambda tokens: largest_microbatch(
+                self.training, self.microbatching, documents, micro_tokens=tokens, grouped=grouped
             ),
-            leave=lambda now: write_hint(
-                self.folder, asked=self.meta()["micro_tokens_asked"], now=now
-            ),
-        )
+            shrink=shrink,
+            leave=lambda now: write_hint(self.folder, asked=self._asked_micro_tokens, now=now),
+        )  # fmt: skip
 
     def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
-        """Documents and micro-batches of a step, counted from 0, for all ranks."""
-        planned = self._planner.step(number)
+        """Documents and micro-batches of a step, counted from 0, of all ranks."""
+        planned = self._planner.step(number, self.microbatching)
         return planned.documents, planned.plans
 
     def _agreed(self, received: int) -> tuple[bool, bool, int, WriterState]:
-        """Whether an evaluation and a checkpoint are due by the first rank's clock, the signal that
-        came to any rank, 0 for none, and how far all ranks are with a checkpoint.
+        """Whether an evaluation and a checkpoint are due by the clock of rank 0, the signal that
+        any rank received (0 for none), and the state of the slowest checkpoint writer.
         """
-        first = self.job.world.is_main
-        own = [
-            first and self._eval_trigger.due(self.step),
-            first and self._save_trigger.due(self.step),
+        world = self.training.world
+        local = [
+            world.is_main and self._eval_trigger.due(self.step),
+            world.is_main and self._save_trigger.due(self.step),
             received,
             self.checkpoints.state,
         ]
-        evaluates, saves, stop, writing = self.job.world.all_reduce_max(own)
+        evaluates, saves, stop, writing = world.all_reduce_max(local)
         return bool(evaluates), bool(saves), int(stop), WriterState(int(writing))
 
-    def _metrics(
-        self, result: StepResult, tokens: list[int], lr: float, seconds: float
-    ) -> StepMetrics:
-        return StepMetrics(
-            step=self.step,
-            epoch=round(self.job.sampler.epoch_after(self.step - 1), 6),
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            documents=len(tokens),
-            tokens=sum(tokens),
-            computed_tokens=result.computed_tokens,
-            target_tokens=result.target_tokens,
-            weight_sum=result.weight_sum,
-            seconds=seconds,
-            tokens_per_second=sum(tokens) / seconds,
-            stats=result.stats,
-            peak_memory=peak_memory(self.job.device),
-        )
+    def _epoch(self) -> float:
+        return round(self.data.sampler.epoch_after(self.step - 1), 6) if self.step else 0.0
 
     def _evaluate(self) -> None:
-        job = self.job
-        again, self._owed = self._owed, True
-        records = [self._evaluated(held_out) for held_out in job.eval_sets]
+        repeated, self._owed = self._owed, True
+        records = [self._evaluated(held_out) for held_out in self.data.eval_sets]
         for record in records:
             self._emit(record)
         if records and (self.best is None or records[0]["nll"] < self.best["nll"]):
             self.best = {"step": self.step, "nll": records[0]["nll"]}
-        if job.eval_sets and self.on_eval is not None:
+        if records and self.on_eval is not None:
             self.watchdog.beat(f"the samples after step {self.step}")
             with preserved_rng():
                 self.on_eval(self.step)
         self._owed = False
-        if again:
+        if repeated:
             self.checkpoints.invalidate()
             self.save()
-        # Last, since a resume does not repeat the evaluation of the step it goes on from.
-        if job.recipe.train.result == "best" and self.best and self.best["step"] == self.step:
+        # Last, since a resume does not repeat the evaluation of the step it continues from.
+        if self.options.save_best and self.best and self.best["step"] == self.step:
             self.save()
 
     def _evaluated(self, held_out: EvalSet) -> dict[str, Any]:
         """The record of a held-out set at this step."""
-        job = self.job
-        started = time.monotonic()
-        self.watchdog.beat(f"the evaluation after step {self.step}")
+        training, started = self.training, time.monotonic()
+        where = f"the evaluation after step {self.step}"
+        self.watchdog.beat(where)
         found = self._retry_on_oom(
             lambda: evaluate(
-                job.model, held_out.documents, micro_tokens=job.micro_tokens, device=job.device,
-                world=job.world, work_model=job.work, before_each=self._between,
-                together=job.grad_sync.all_ranks_or_none,
+                training.model, held_out.documents, micro_tokens=self.microbatching.micro_tokens,
+                device=training.device, world=training.world, work_model=self.microbatching.work,
+                before_each=self._between, together=training.grad_sync.all_ranks_or_none,
             ),
-            held_out.documents, f"in the evaluation after step {self.step}", self.step,
-            grouped=True,
+            held_out.documents, f"in {where}", self.step, grouped=True,
         )  # fmt: skip
-        return {
-            "kind": "eval",
-            "step": self.step,
-            "epoch": round(job.sampler.epoch_after(self.step - 1), 6) if self.step else 0.0,
-            "set": held_out.name,
-            "content_hash": held_out.content_hash,
-            "rows": found.documents,
-            "target_tokens": found.target_tokens,
-            "nll": found.nll,
-            "perplexity": found.perplexity,
-            "accuracy": found.accuracy,
-            "entropy": found.entropy,
-            "seconds": time.monotonic() - started,
-        }
+        return eval_record(
+            found, step=self.step, epoch=self._epoch(), name=held_out.name,
+            content_hash=held_out.content_hash, seconds=time.monotonic() - started,
+        )  # fmt: skip
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -306,30 +294,22 @@ class Trainer:
         if self.step:
             self.save()
             self._wait_for_writer()
-        self._emit({"kind": "event", "event": "interrupted", "signal": name, "step": self.step})
+        self._emit(interrupted_record(self.step, signal_name=name))
         raise InterruptedRun(
-            f"stopped by {name} after step {self.step} of {self.job.total_steps}; {saved}",
+            f"stopped by {name} after step {self.step} of {self.training.total_steps}; {saved}",
             signal_number=number,
             hint=f"`tunesmith resume {self.folder}` goes on",
         )
 
     def _try_longest(self) -> None:
-        """One pass over the longest document, thrown away: what does not fit fails now and not in
-        an hour.
-        """
-        job = self.job
-        longest = job.documents[int(longest_paths(job.documents).argmax())]
-
-        def attempt() -> None:
-            plans = plan_step([longest], micro_tokens=job.micro_tokens, unpacked=job.model.unpacked)
-            with job.grad_sync.all_ranks_or_none():
-                for plan in plans[:1]:
-                    plan = local_part(plan, job.world.model_parallel)
-                    job.loss.probe(job.model, longest, plan, job.device).loss_sum.backward()
-
+        """One discarded pass over the longest document: what does not fit fails now."""
+        longest = longest_document(self.data.documents)
         with preserved_rng():
-            self._retry_on_oom(attempt, [longest], "with the longest document", self.step)
-        job.optimizer.zero_grad()
+            self._retry_on_oom(
+                lambda: run_longest(self.training, longest, self.microbatching.micro_tokens),
+                [longest], "with the longest document", self.step,
+            )  # fmt: skip
+        self.training.optimizer.zero_grad()
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:

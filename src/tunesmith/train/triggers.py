@@ -1,4 +1,4 @@
-"""When what happens again and again in a run is due."""
+"""Triggers of evaluations and checkpoints: every N steps, epochs or minutes."""
 
 from __future__ import annotations
 

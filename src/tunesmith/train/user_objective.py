@@ -1,4 +1,4 @@
-"""A user's own objective: a function in a Python file that the recipe names."""
+"""A user's own objective: a Python function in a file that the recipe names."""
 
 from __future__ import annotations
 

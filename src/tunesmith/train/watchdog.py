@@ -1,4 +1,4 @@
-"""A thread that ends a run which no longer gets on, and leaves what each thread was doing."""
+"""The watchdog thread: ends a run that hangs, and writes the stack of every thread."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""P6: the folder that is written, read by plain transformers or peft, is the model that was
-trained.
-"""
+"""P6: the exported folder, read by plain transformers or peft, is the trained model."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.build.job import Job
 from tunesmith.config.dump import to_yaml
 from tunesmith.data.formats.examples import Chat, Example
 from tunesmith.export import ModelCard, TemplateChoice, write_model
-from tunesmith.train.job import Job
 from tunesmith.types import Document
 from tunesmith.verify.outcome import Outcome, judged
 
@@ -36,14 +34,14 @@ class Exported:
 
 def write(job: Job, folder: Path) -> None:
     """Write the job's model as a run would."""
-    raw = job.recipe.data.template == "none"
+    raw = job.choices.recipe.data.template == "none"
     choice = TemplateChoice(
-        template="none" if raw else "own", template_kwargs=job.recipe.data.template_kwargs
+        template="none" if raw else "own", template_kwargs=job.choices.recipe.data.template_kwargs
     )
     card = ModelCard(
-        base_model=job.recipe.model.name, choice=choice, recipe=to_yaml(job.recipe)
+        base_model=job.choices.recipe.model.name, choice=choice, recipe=to_yaml(job.choices.recipe)
     )  # fmt: skip
-    write_model(job.model, job.template, job.source, folder, card=card)
+    write_model(job.training.model, job.data.template, job.training.source, folder, card=card)
 
 
 def export_checks(
@@ -78,7 +76,7 @@ def same_logits(subject: Exported, documents: Sequence[Document]) -> Outcome:
     unequal, counts["parameters"] = _unequal_weights(job, reloaded)
     difference, counts["tokens"] = _logits_apart(job, reloaded, documents)
     note = f"other weights: {', '.join(unequal[:3])}" if unequal else ""
-    kind = job.recipe.model.quantization
+    kind = job.choices.recipe.model.quantization
     if kind != "none":
         note += f"{'; ' if note else ''}its base as trained on, in {kind}; on the plain base that "
         note += f"the folder names logits are {difference:.1e} apart"
@@ -104,10 +102,10 @@ def same_ids(
     from transformers import AutoTokenizer
 
     job = subject.job
-    trust = job.recipe.model.trust_remote_code
+    trust = job.choices.recipe.model.trust_remote_code
     theirs = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=trust)
-    own = job.template.tokenizer
-    texts = [*PROBES, *(job.template.decode(d.segments[0].ids.tolist()) for d in documents)]
+    own = job.data.template.tokenizer
+    texts = [*PROBES, *(job.data.template.decode(d.segments[0].ids.tolist()) for d in documents)]
     wrong = [
         f"text {text[:30]!r}"
         for text in texts
@@ -116,18 +114,20 @@ def same_ids(
     chats = [example for example in examples if isinstance(example, Chat)][: len(documents)]
     for number, chat in enumerate(chats):
         messages = [message.to_dict() for message in chat.messages]
-        options = {**job.template.kwargs, **chat.template_kwargs}
+        options = {**job.data.template.kwargs, **chat.template_kwargs}
         rendered = [
             tokenizer.apply_chat_template(
                 [messages], tools=chat.tools, tokenize=True, return_dict=False,
                 **jinja, **options,
             )[0]
-            for tokenizer, jinja in ((own, {"chat_template": job.template.jinja}), (theirs, {}))
+            for tokenizer, jinja in (
+                (own, {"chat_template": job.data.template.jinja}), (theirs, {})
+            )
         ]  # fmt: skip
         if list(rendered[0]) != list(rendered[1]):
             wrong.append(f"chat {number}")
-    missing = sorted(job.template.stop_ids - _stop_ids(subject.folder, job))
-    wrong += [f"stop token {job.template.token_text(token)!r} is missing" for token in missing]
+    missing = sorted(job.data.template.stop_ids - _stop_ids(subject.folder, job))
+    wrong += [f"stop token {job.data.template.token_text(token)!r} is missing" for token in missing]
     return Outcome(
         promise="P6",
         name="ids and stop tokens",
@@ -136,7 +136,7 @@ def same_ids(
         counts={
             "texts": len(texts),
             "chats": len(chats),
-            "stop tokens": len(job.template.stop_ids),
+            "stop tokens": len(job.data.template.stop_ids),
         },
         difference=float(len(wrong)),
         tolerance=0.0,
@@ -149,10 +149,10 @@ def same_ids(
 
 def _unreadable(job: Job) -> str | None:
     """Why plain readers have nothing to read, if they don't."""
-    if job.source is None:
+    if job.training.source is None:
         return None
-    adapter = hasattr(job.model.model, "peft_config")
-    if adapter and not (job.source.folder / "config.json").is_file():
+    adapter = hasattr(job.training.model.model, "peft_config")
+    if adapter and not (job.training.source.folder / "config.json").is_file():
         return "the adapter's base is no folder that transformers reads"
     return None
 
@@ -175,22 +175,22 @@ def _reload(job: Job, folder: Path) -> Any:
 
     options: dict[str, Any] = {
         "dtype": _dtype(job),
-        "trust_remote_code": job.recipe.model.trust_remote_code,
+        "trust_remote_code": job.choices.recipe.model.trust_remote_code,
     }
-    if not hasattr(job.model.model, "peft_config"):
+    if not hasattr(job.training.model.model, "peft_config"):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        return model.to(job.device).eval()
+        return model.to(job.training.device).eval()
     from peft import PeftModel
 
-    assert job.source is not None
-    base = AutoModelForCausalLM.from_pretrained(job.source.folder, **options)
-    if job.template.added:
-        base.resize_token_embeddings(job.model.head.weight.shape[0])
-    return PeftModel.from_pretrained(base, str(folder)).to(job.device).eval()
+    assert job.training.source is not None
+    base = AutoModelForCausalLM.from_pretrained(job.training.source.folder, **options)
+    if job.data.template.added:
+        base.resize_token_embeddings(job.training.model.head.weight.shape[0])
+    return PeftModel.from_pretrained(base, str(folder)).to(job.training.device).eval()
 
 
 def _dtype(job: Job) -> torch.dtype:
-    return getattr(torch, job.recipe.model.dtype)
+    return getattr(torch, job.choices.recipe.model.dtype)
 
 
 def _unequal_weights(job: Job, reloaded: Any) -> tuple[list[str], int]:
@@ -198,7 +198,7 @@ def _unequal_weights(job: Job, reloaded: Any) -> tuple[list[str], int]:
     theirs = dict(reloaded.named_parameters())
     unequal: list[str] = []
     compared = 0
-    for name, parameter in job.model.model.named_parameters():
+    for name, parameter in job.training.model.model.named_parameters():
         if not parameter.requires_grad:
             continue
         other = theirs.get(name)
@@ -213,9 +213,9 @@ def _unequal_weights(job: Job, reloaded: Any) -> tuple[list[str], int]:
 def _logits_apart(job: Job, reloaded: Any, documents: Sequence[Document]) -> tuple[float, int]:
     """The largest relative difference over the documents' first segments, and their tokens."""
     worst, tokens = 0.0, 0
-    with torch.no_grad(), job.model.generation() as model:
+    with torch.no_grad(), job.training.model.generation() as model:
         for document in documents:
-            ids = torch.tensor(document.segments[0].ids.tolist(), device=job.device)[None]
+            ids = torch.tensor(document.segments[0].ids.tolist(), device=job.training.device)[None]
             found: list[Tensor] = [
                 one(input_ids=ids, use_cache=False).logits.float() for one in (model, reloaded)
             ]
@@ -228,7 +228,7 @@ def _logits_apart(job: Job, reloaded: Any, documents: Sequence[Document]) -> tup
 def _take_base(reloaded: Any, job: Job) -> int:
     """Give the plain base the weights that the job's quantised maps stand for; returns how many."""
     theirs = dict(reloaded.named_modules())
-    maps = job.model.model.named_modules()
+    maps = job.training.model.model.named_modules()
     found = [(name, module) for name, module in maps if hasattr(module, "plain_weight")]
     with torch.no_grad():
         for name, module in found:
@@ -239,7 +239,7 @@ def _take_base(reloaded: Any, job: Job) -> int:
 
 def _tolerance(job: Job) -> float:
     if _dtype(job) == torch.float32:
-        return 1e-5 if job.device.type == "cpu" else 5e-3
+        return 1e-5 if job.training.device.type == "cpu" else 5e-3
     return 2e-2
 
 

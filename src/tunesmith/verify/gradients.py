@@ -1,4 +1,4 @@
-"""Loss and gradients of documents: by plain transformers, and by a step of this package."""
+"""Losses and gradients of documents, by plain transformers and by a training step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunesmith.build.job import Job
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.selftest_probe import native
 from tunesmith.objectives import nll
-from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.step import train_step
 from tunesmith.types import Document, IntArray
@@ -69,18 +69,19 @@ def packed(
     loss = loss or StepLoss(objective=nll, steps=1)
     plans = plan_step(
         documents, micro_tokens=micro_tokens,
-        share_prefixes=share_prefixes and not job.model.unpacked, unpacked=job.model.unpacked,
+        share_prefixes=share_prefixes and not job.training.model.unpacked,
+        unpacked=job.training.model.unpacked,
     )  # fmt: skip
-    _forget(job.model)
-    keeper = _Keeper(job.model)
+    _forget(job.training.model)
+    keeper = _Keeper(job.training.model)
 
     def planned(_: int) -> tuple[Sequence[Document], Sequence[MicrobatchPlan]]:
         return documents, plans
 
-    loss.begin(job.model, 0, planned, job.device)
+    loss.begin(job.training.model, 0, planned, job.training.device)
     result = train_step(
-        job.model, keeper, plans, loss,
-        documents=len(documents), lr=0.0, max_grad_norm=None, device=job.device,
+        job.training.model, keeper, plans, loss,
+        documents=len(documents), lr=0.0, max_grad_norm=None, device=job.training.device,
     )  # fmt: skip
     return Learned(result.loss, result.document_loss, keeper.gradients, result.computed_tokens)
 

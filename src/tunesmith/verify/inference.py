@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunesmith.build.job import Job
 from tunesmith.build.sources import make_sources
 from tunesmith.data.formats.detect import detect_format, to_example
 from tunesmith.data.formats.examples import Chat, Completion, Example, Text
 from tunesmith.data.sources.sources import read_rows
 from tunesmith.data.templates.template import Template
-from tunesmith.train.job import Job
 from tunesmith.types import Document, Origin
 from tunesmith.verify.outcome import Outcome
 
@@ -37,7 +37,9 @@ class _Tally:
 def inference_faithful(job: Job, folders: Sequence[Path]) -> Outcome:
     """Hold every document of the job against what inference makes of its row."""
     oracle = Oracle(job)
-    by_origin = {d.origin: d for d in (job.documents[n] for n in range(len(job.documents)))}
+    by_origin = {
+        d.origin: d for d in (job.data.documents[n] for n in range(len(job.data.documents)))
+    }
     tally = _Tally()
     for origin, example in examples(job, folders):
         document = by_origin.get(origin)
@@ -73,15 +75,15 @@ def inference_faithful(job: Job, folders: Sequence[Path]) -> Outcome:
 
 def examples(job: Job, folders: Sequence[Path]) -> Iterator[tuple[Origin, Example]]:
     """The rows of the job's sources, read once more."""
-    data = job.recipe.data
+    data = job.choices.recipe.data
     for source in make_sources(data.train, data, folders=folders):
         for row in read_rows(source):
             if row.values is None:
                 continue
             form = source.format if source.format != "auto" else None
-            form = form or job.prepared.formats.get(source.name) or detect_format(row.values)
+            form = form or job.data.prepared.formats.get(source.name) or detect_format(row.values)
             try:
-                templated = job.template.has_chat_template
+                templated = job.data.template.has_chat_template
                 yield row.origin, to_example(row.values, format=form or "", templated=templated)
             except Exception:
                 continue  # a bad row; it has no document either
@@ -91,7 +93,7 @@ class Oracle:
     """A tokenizer that knows nothing of Tunesmith."""
 
     def __init__(self, job: Job) -> None:
-        self.template: Template = job.template
+        self.template: Template = job.data.template
         self.tokenizer = _plain_tokenizer(job)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], chat: Chat) -> list[int]:
@@ -134,12 +136,13 @@ class Oracle:
 
 
 def _plain_tokenizer(job: Job) -> Any:
-    if job.source is None or job.template.added or job.template.named:
-        return job.template.tokenizer  # tokens were added, which the folder's does not have
+    if job.training.source is None or job.data.template.added or job.data.template.named:
+        return job.data.template.tokenizer  # tokens were added, which the folder's does not have
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
-        job.source.tokenizer_folder, trust_remote_code=job.recipe.model.trust_remote_code
+        job.training.source.tokenizer_folder,
+        trust_remote_code=job.choices.recipe.model.trust_remote_code,
     )
 
 
@@ -149,7 +152,7 @@ def _plain(chat: Chat) -> list[dict[str, Any]]:
 
 def _compare(job: Job, oracle: Oracle, document: Document, example: Example, tally: _Tally) -> None:
     tally.targets += document.target_tokens
-    if isinstance(example, Chat) and job.recipe.data.train_on != "all":
+    if isinstance(example, Chat) and job.choices.recipe.data.train_on != "all":
         wrong = list(_chat(job, oracle, document, example, tally))
     else:
         tally.answers += 1
@@ -159,8 +162,8 @@ def _compare(job: Job, oracle: Oracle, document: Document, example: Example, tal
 
 def _chat(job: Job, oracle: Oracle, document: Document, chat: Chat, tally: _Tally) -> Iterator[str]:
     found = _learned(document)
-    expected = _expected(chat, job.recipe.data.train_on)
-    cut = job.recipe.data.too_long in ("truncate", "split")
+    expected = _expected(chat, job.choices.recipe.data.train_on)
+    cut = job.choices.recipe.data.too_long in ("truncate", "split")
     missing = [n for n in expected if n not in found and n > 0]
     if (missing and not cut) or any(n not in expected for n in found):
         yield f"learns messages {sorted(found)}, not {expected}"
@@ -223,7 +226,7 @@ def _stream(job: Job, oracle: Oracle, document: Document, example: Example) -> l
         ids, first = _raw(job, oracle, example)
         tails = {len(ids)}
     got = [token for segment in document.segments for token in segment.ids.tolist()]
-    if job.recipe.data.too_long in ("truncate", "split") and len(got) != len(ids):
+    if job.choices.recipe.data.too_long in ("truncate", "split") and len(got) != len(ids):
         return []  # cut, which the ledger counts
     if not any(got == ids[:tail] for tail in tails):
         return ["its ids are not those of the plain tokenizer"]
@@ -246,7 +249,7 @@ def _raw(job: Job, oracle: Oracle, example: Example) -> tuple[list[int], int]:
         prompt = prompt[:-1]
     answer = oracle.encode(example.completion, special=False)
     answer = answer if answer and answer[-1] in stops else answer + close
-    first = 1 if job.recipe.data.train_on == "all" else max(len(prompt), 1)
+    first = 1 if job.choices.recipe.data.train_on == "all" else max(len(prompt), 1)
     return prompt + answer, first
 
 

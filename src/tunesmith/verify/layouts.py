@@ -1,4 +1,4 @@
-"""P2 and P3: how documents share forward passes changes neither loss nor gradients."""
+"""P2 and P3: packing, prefix sharing and micro-batching change neither loss nor gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tunesmith.build.job import Job
 from tunesmith.build.objective import noisy_objective
 from tunesmith.errors import TunesmithError
 from tunesmith.objectives import nll
-from tunesmith.train.job import Job
 from tunesmith.train.loss import StepLoss
 from tunesmith.types import Document
 from tunesmith.verify.gradients import Learned, largest_difference, packed, plain
@@ -46,7 +46,7 @@ class Layouts:
             "tokens": sum(document.tokens for document in self.documents),
             "targets": sum(document.target_tokens for document in self.documents),
             "parameters": sum(
-                p.numel() for p in self.job.model.parameters() if p.requires_grad
+                p.numel() for p in self.job.training.model.parameters() if p.requires_grad
             ),
             **more,
         }  # fmt: skip
@@ -55,9 +55,9 @@ class Layouts:
 def layout_checks(subject: Layouts) -> list[Outcome]:
     """All lines of P2 and P3 that one process can check. The job's weights may be changed."""
     job = subject.job
-    job.model.eval()  # dropout draws other numbers in another layout
+    job.training.model.eval()  # dropout draws other numbers in another layout
     _wake_adapter(job)
-    reference = plain(job.model, subject.documents)
+    reference = plain(job.training.model, subject.documents)
     return [packed_alone(subject, reference), tree_flat(subject), micro_batches(subject)]
 
 
@@ -69,7 +69,7 @@ def packed_alone(subject: Layouts, reference: Learned) -> Outcome:
             subject.job, subject.documents, micro_tokens=ALL_AT_ONCE, share_prefixes=False
         )
 
-    unpacked = subject.job.model.unpacked
+    unpacked = subject.job.training.model.unpacked
     return _line(
         subject,
         reference,
@@ -87,7 +87,7 @@ def tree_flat(subject: Layouts) -> Outcome:
     job, compared = subject.job, "loss, each document's loss and every gradient, prefixes shared"
     repeated = replace(subject, documents=[*subject.documents, subject.documents[0]])
     oracle = "plain transformers, one path at a time, labels made by hand"
-    if job.model.unpacked:
+    if job.training.model.unpacked:
         return Outcome(
             promise="P2",
             name="tree = flat",
@@ -103,7 +103,7 @@ def tree_flat(subject: Layouts) -> Outcome:
 
     return _line(
         repeated,
-        plain(job.model, repeated.documents),
+        plain(job.training.model, repeated.documents),
         {"shared": run},
         promise="P2",
         name="tree = flat",
@@ -115,15 +115,16 @@ def tree_flat(subject: Layouts) -> Outcome:
 def micro_batches(subject: Layouts) -> Outcome:
     """P3: the recipe's own objective, micro-batches of any size, documents in any order."""
     job, documents = subject.job, subject.documents
-    noisy = noisy_objective(job.recipe)
-    loss = StepLoss(objective=nll, steps=1) if noisy else job.loss
+    noisy = noisy_objective(job.choices.recipe)
+    loss = StepLoss(objective=nll, steps=1) if noisy else job.training.loss
     whole = sum(document.tokens for document in documents)
 
     def step(micro_tokens: int, *, turned: bool = False) -> Callable[[], Learned]:
         def run() -> Learned:
             given = list(documents)[::-1] if turned else documents
             found = packed(
-                job, given, micro_tokens=micro_tokens, share_prefixes=job.share_prefixes, loss=loss
+                job, given, micro_tokens=micro_tokens,
+                share_prefixes=job.microbatching.share_prefixes, loss=loss,
             )  # fmt: skip
             return replace(found, document_loss=found.document_loss[::-1]) if turned else found
 
@@ -136,7 +137,7 @@ def micro_batches(subject: Layouts) -> Outcome:
         {
             "one pass": step(ALL_AT_ONCE),
             "half at a time": step(max(1, whole // 2)),
-            "device.micro_tokens": step(job.micro_tokens),
+            "device.micro_tokens": step(job.microbatching.micro_tokens),
             "documents in reverse": step(max(1, whole // 3), turned=True),
         },
         promise="P3",
@@ -192,10 +193,10 @@ def _wake_adapter(job: Job) -> None:
     and anything would agree.
     """
     generator = torch.Generator().manual_seed(0)
-    if not hasattr(job.model.model, "peft_config"):
+    if not hasattr(job.training.model.model, "peft_config"):
         return
     with torch.no_grad():
-        for parameter in job.model.parameters():
+        for parameter in job.training.model.parameters():
             if parameter.requires_grad and not bool(parameter.any()):
                 noise = torch.randn(parameter.shape, generator=generator) * NOISE
                 parameter.copy_(noise.to(parameter.device, parameter.dtype))

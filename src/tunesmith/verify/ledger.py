@@ -1,4 +1,4 @@
-"""P4: every row and token is accounted for; counted again by hand."""
+"""P4: every row and token is accounted for, counted again independently."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.build.job import Job
 from tunesmith.build.sources import make_sources
 from tunesmith.data.sources.sources import read_rows
 from tunesmith.storage.atomic import read_json
 from tunesmith.storage.run_files import run_files
-from tunesmith.train.job import Job
 from tunesmith.verify.outcome import Outcome
 
 COLUMNS = {
@@ -22,10 +22,12 @@ COLUMNS = {
 
 def ledger_adds_up(job: Job, folders: Sequence[Path]) -> Outcome:
     """The ledger of the rows looked at against the files and the documents themselves."""
-    ledger = job.prepared.ledger.to_dict()
+    ledger = job.data.prepared.ledger.to_dict()
     wrong = sums_wrong(ledger)
     read: Counter[str] = Counter()
-    for source in make_sources(job.recipe.data.train, job.recipe.data, folders=folders):
+    for source in make_sources(
+        job.choices.recipe.data.train, job.choices.recipe.data, folders=folders
+    ):
         read[source.name] += sum(1 for _ in read_rows(source))
     learned, targets = _counted(job)
     for name, counts in ledger["sources"].items():
@@ -90,8 +92,8 @@ def _counted(job: Job) -> tuple[Counter[str], Counter[str]]:
     """Documents and targets by source."""
     learned: Counter[str] = Counter()
     targets: Counter[str] = Counter()
-    for number in range(len(job.documents)):
-        document = job.documents[number]
+    for number in range(len(job.data.documents)):
+        document = job.data.documents[number]
         learned[document.origin.source] += 1
         targets[document.origin.source] += sum(len(s.index) for s in document.segments)
     return learned, targets

@@ -1,4 +1,4 @@
-"""What a check found: one line of the table."""
+"""The result of a check: one line of the table."""
 
 from __future__ import annotations
 

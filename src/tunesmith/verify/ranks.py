@@ -1,4 +1,4 @@
-"""P3 over processes: N ranks learn what one does."""
+"""P3 over ranks: N ranks learn what one process learns."""
 
 from __future__ import annotations
 

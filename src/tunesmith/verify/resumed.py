@@ -1,4 +1,4 @@
-"""P5: a run that was saved and taken up by a new process' worth of objects goes on bit for bit."""
+"""P5: a run that is resumed from a checkpoint continues bit for bit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tunesmith.build.job import Job, make_trainer
 from tunesmith.checkpoint.folder import TENSOR_FILES, load_checkpoint
-from tunesmith.train.job import Job
-from tunesmith.train.trainer import Trainer
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.workload import STEPS
 
@@ -19,7 +18,7 @@ HALF = STEPS // 2
 
 def run_through(job: Job, folder: Path) -> None:
     """The whole short run, saved at half and at its end."""
-    Trainer(job, folder, []).fit()
+    make_trainer(job, folder).fit()
 
 
 def resume_bitwise(build: Callable[[], Job], folder: Path) -> Outcome:
@@ -27,11 +26,14 @@ def resume_bitwise(build: Callable[[], Job], folder: Path) -> Outcome:
     with the end there: weights, optimizer, random state, losses of rows.
     """
     job = build()
-    again = folder.with_name(f"{folder.name}-again")
-    trainer = Trainer(job, again, [])
+    resumed_folder = folder.with_name(f"{folder.name}-again")
+    trainer = make_trainer(job, resumed_folder)
     trainer.restore(folder / "checkpoints" / f"step-{HALF}")
     trainer.fit()
-    ends = [load_checkpoint(place / "checkpoints" / f"step-{STEPS}") for place in (folder, again)]
+    ends = [
+        load_checkpoint(place / "checkpoints" / f"step-{STEPS}")
+        for place in (folder, resumed_folder)
+    ]
     pairs = [
         (
             {f"{part}: {name}": tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The table as Markdown, to be kept beside a run."""
+"""The verification table as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All checks in turn, on as few models in memory as can be."""
+"""Runs all checks in turn, with as few models in memory as possible."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.build.build import build
+from tunesmith.build.job import Job, saved_optimizer
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.checkpoint.folder import load_checkpoint, newest_checkpoint
-from tunesmith.checkpoint.optimizer import load_optimizer
 from tunesmith.config.schema import Recipe
 from tunesmith.config.sections.device import DeviceSection
 from tunesmith.data.formats.examples import Example
@@ -22,7 +22,6 @@ from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.metrics.environment import machine_record
 from tunesmith.storage.atomic import read_json
 from tunesmith.storage.run_files import run_files
-from tunesmith.train.job import Job
 from tunesmith.types import Document
 from tunesmith.verify.exported import Exported, export_checks, write
 from tunesmith.verify.inference import examples, inference_faithful
@@ -116,7 +115,7 @@ def _untrained(
     given.say("building, with float32 weights if they fit")
     job, precision = build_precise(given.recipe, given.bounds, given.folders)
     with _closed(job):
-        given.say(f"P1: {len(job.documents)} documents against the chat template")
+        given.say(f"P1: {len(job.data.documents)} documents against the chat template")
         outcomes = [inference_faithful(job, given.folders), ledger_adds_up(job, given.folders)]
         if given.run is not None:
             outcomes.append(run_ledger(given.run))
@@ -125,7 +124,7 @@ def _untrained(
         outcomes += layout_checks(Layouts(job, documents, precision))
         origins = {document.origin for document in documents}
         found = [e for origin, e in examples(job, given.folders) if origin in origins]
-        shortest = int(longest_paths(job.documents).min())
+        shortest = int(longest_paths(job.data.documents).min())
         about = _about(job, given.bounds, precision)
     return outcomes, (documents, found), max(given.bounds.tokens, shortest), about
 
@@ -149,7 +148,7 @@ def _in_motion(
             given.say("P6: the model written and read again")
             subject = _written(given, job, Path(place))
             outcomes += export_checks(subject, *chosen)
-            precise = job.recipe.model.dtype == "float32"
+            precise = job.choices.recipe.model.dtype == "float32"
         del job, subject
         gc.collect()
         given.say("P5: the run resumed")
@@ -182,7 +181,7 @@ def _written(given: _UserRows, job: Job, place: Path) -> Exported:
     if given.recipe.train.result == "best" and best and int(best["step"]) != state.step:
         checkpoint = checkpoint.with_name(f"step-{int(best['step'])}")
         state = load_checkpoint(checkpoint)
-    load_optimizer(job, checkpoint, state)
+    saved_optimizer(job).load(checkpoint, state)
     return Exported(job, run_files(run)["model"], f"model/ of the run, and {checkpoint.name}")
 
 
@@ -191,12 +190,12 @@ def _closed(job: Job) -> Iterator[None]:
     try:
         yield
     finally:
-        job.loss.close()
-        job.optimizer.zero_grad()
+        job.training.loss.close()
+        job.training.optimizer.zero_grad()
 
 
 def _about(job: Job, bounds: Bounds, precision: str) -> dict[str, Any]:
-    recipe = job.recipe
+    recipe = job.choices.recipe
     return {
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine_record(),
@@ -210,9 +209,9 @@ def _about(job: Job, bounds: Bounds, precision: str) -> dict[str, Any]:
             "quantization": recipe.model.quantization,
             "objective": recipe.objective.name,
             "optimizer": recipe.optim.name,
-            "device": str(job.device),
+            "device": str(job.training.device),
         },
-        "model_commit": job.source.commit if job.source else None,
-        "data_hashes": dict(job.prepared.content_hashes),
-        "template_sha256": job.template.sha256,
+        "model_commit": job.training.source.commit if job.training.source else None,
+        "data_hashes": dict(job.data.prepared.content_hashes),
+        "template_sha256": job.data.template.sha256,
     }

@@ -1,4 +1,4 @@
-"""What is verified: the recipe cut down to a few rows and steps, and what is built from it."""
+"""The workload of a verification: the recipe reduced to a few rows and steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from tunesmith.build.build import build
+from tunesmith.build.job import Job
 from tunesmith.config.schema import Recipe
 from tunesmith.config.values import Duration
 from tunesmith.errors import InputError
-from tunesmith.train.job import Job
 from tunesmith.types import Document
 
 STEPS = 4
@@ -28,9 +28,9 @@ class Bounds:
     tokens: int = 768  # longest path of a document that goes through the model
 
 
-def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
+def bounded(recipe: Recipe, bounds: Bounds, *, untrained: bool = False) -> Recipe:
     """The recipe on the first rows of its sources, for a few steps, without held-out data,
-    trackers and caches; all else is as it was. `at_rest`: rows are not joined to packs either.
+    trackers and caches; all else is as it was. `untrained`: rows are not joined to packs either.
     """
     sections = [
         section.model_copy(update={"limit": min(section.limit or bounds.rows, bounds.rows)})
@@ -45,7 +45,7 @@ def bounded(recipe: Recipe, bounds: Bounds, *, at_rest: bool = False) -> Recipe:
         "log": {"to": []},
         "device": {"cache": False, "num_proc": 1},
     }
-    if at_rest:
+    if untrained:
         parts["batch"] |= {"packing": "none", "pack_tokens": None}
     changed = {
         name: getattr(recipe, name).model_copy(update=update) for name, update in parts.items()
@@ -70,7 +70,7 @@ def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tu
 
     Its products are never in float8, which round too much for two ways to be held to each other.
     """
-    own = bounded(recipe, bounds, at_rest=True)
+    own = bounded(recipe, bounds, untrained=True)
     own = own.model_copy(update={"model": own.model.model_copy(update={"float8": "none"})})
     if recipe.model.dtype != "float32":
         wide = own.model.model_copy(update={"dtype": "float32"})
@@ -79,12 +79,12 @@ def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tu
         except InputError:
             pass  # too large, or not to be had so; the recipe's own may be
     job = build(own, folders=folders)
-    return job, job.recipe.model.dtype
+    return job, job.choices.recipe.model.dtype
 
 
 def chosen_documents(job: Job, bounds: Bounds) -> list[Document]:
     """The first documents with short enough paths, or the shortest of all."""
-    documents = [job.documents[number] for number in range(len(job.documents))]
+    documents = [job.data.documents[number] for number in range(len(job.data.documents))]
     short = [document for document in documents if document.longest_path <= bounds.tokens]
     if short:
         return short[: bounds.documents]
@@ -93,7 +93,9 @@ def chosen_documents(job: Job, bounds: Bounds) -> list[Document]:
 
 def tolerance_of(job: Job) -> float:
     """How far float rounding alone may take a gradient, relative to its norm."""
-    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in job.model.parameters())
+    narrow = any(
+        p.dtype in (torch.bfloat16, torch.float16) for p in job.training.model.parameters()
+    )
     if narrow:
         return 8e-2
-    return 1e-4 if job.device.type == "cpu" else 5e-3  # float32 on a GPU may mean TF32
+    return 1e-4 if job.training.device.type == "cpu" else 5e-3  # float32 on a GPU may mean TF32

@@ -1,4 +1,4 @@
-"""What all sections of the recipe share."""
+"""The base class of the recipe's sections (pydantic)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from: the source section, and what may be written in its stead."""
+"""Data sources in the recipe: a path or a mapping with weight, columns, split and the like."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The recipe's sections that change neither what is learned nor how fast: `checkpoint`, `eval` and
-`log`.
-"""
+"""The recipe's sections `checkpoint`, `eval` and `log`."""
 
 from __future__ import annotations
 

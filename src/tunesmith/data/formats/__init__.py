@@ -1,0 +1,1 @@
+"""Row formats: messages, prompt and completion, text, ShareGPT, Alpaca, preference pairs."""

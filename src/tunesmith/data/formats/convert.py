@@ -1,4 +1,6 @@
-"""Rows of any chat format as rows of one of our own two, with the same things learned."""
+"""Conversion of rows of any chat format to messages or prompt-completion, with the same tokens
+learned.
+"""
 
 from __future__ import annotations
 

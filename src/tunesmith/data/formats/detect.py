@@ -1,4 +1,4 @@
-"""The formats of rows: how they are told apart, and what a row of each stands for."""
+"""Format detection: which format a row has, and the example that it stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Other trainers' shapes of a row, rewritten as messages or as prompt and completion.
+"""Formats of other trainers (ShareGPT, Alpaca, preference pairs) as messages or prompt and
+completion.
 
 Each function takes a row's values and gives those of one of our own two chat formats; columns that
 every format may have (`tools`, `chat_template_kwargs`) go along.

@@ -1,4 +1,6 @@
-"""What a row can stand for, and how chats are read: messages, tools and their calls."""
+"""Examples: chats with messages, tools and tool calls, completions, texts, segments and token
+ids.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A planned micro-batch as tensors on its device."""
+"""The collator: a planned micro-batch as tensors on its device."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
         source=tensor(plan.source),
         target=tensor(plan.target),
         weight=to_device(plan.weight, device),
-        owners=plan.shares,
+        owners=plan.owners,
     )

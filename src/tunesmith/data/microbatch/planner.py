@@ -1,4 +1,5 @@
-"""A step's documents as micro-batches: prefix tree, fewest balanced cuts, depth-first layout.
+"""The micro-batch planner: a step's prefix tree, cut into the fewest balanced micro-batches
+(best-fit decreasing) and laid out depth first.
 
 Invariant: over the micro-batches of a step every target of every document is there exactly once,
 and each of its ancestors is visible to it and nothing else is. How a step is cut changes speed and
@@ -42,7 +43,7 @@ class MicrobatchPlan:
     source: IntArray  # [N]
     target: IntArray  # [N]
     weight: FloatArray  # [N]
-    shares: TargetOwners  # [M]
+    owners: TargetOwners  # [M]
     part: Part | None = None  # None: the micro-batch is one process's
 
     @property
@@ -264,8 +265,8 @@ class _Builder:
         for start, end, until in self.visible:
             visible[start:end] = until
         layout = Layout(tuple(self.chains), visible, position)
-        source, target, weight, shares = self._targets(mine)
-        return MicrobatchPlan(ids, layout, packed, source, target, weight, shares)
+        source, target, weight, owners = self._targets(mine)
+        return MicrobatchPlan(ids, layout, packed, source, target, weight, owners)
 
     def _targets(self, mine: list[Node]) -> tuple[IntArray, IntArray, FloatArray, TargetOwners]:
         parts = [(node, targets) for node in mine for targets in node.targets]

@@ -1,5 +1,4 @@
-"""The prefix tree of a step: documents merged so that tokens they share from their start stand in
-it once.
+"""The prefix tree (trie) of a step: tokens that documents share from their start are computed once.
 
 Invariant: the paths of the tree that carry targets are exactly the paths of the documents, and
 every target of every document hangs at the position that must predict it. Tokens that no target

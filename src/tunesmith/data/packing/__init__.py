@@ -1,0 +1,1 @@
+"""Sequence packing: bin packing of documents into packs of a fixed length."""

@@ -1,4 +1,4 @@
-"""Prepared documents made ready for packs of so many tokens; the ledger learns what that cut."""
+"""Sequence packing of prepared documents; what is cut is entered in the ledger."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ def _enter(
             truncated=(origin.source, origin.row) in truncated,
         )  # fmt: skip
     ledger.check()
-    spread = np.bincount(item, minlength=len(whole)) > 1
+    split = np.bincount(item, minlength=len(whole)) > 1
     return Packing(
         kind=kind,
         capacity=capacity,
         given=documents,
         first=first,
-        cut=int((spread | (lost > 0) | gone).sum()),
+        cut=int((split | (lost > 0) | gone).sum()),
         lost=int(lost.sum()),
         unlearned=int(-changed[changed < 0].sum()),
         learned=int(changed[changed > 0].sum()),

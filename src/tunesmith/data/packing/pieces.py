@@ -1,4 +1,4 @@
-"""Documents cut and joined by packing, built one by one as they are asked for.
+"""Documents that packing cut or joined, built lazily one by one.
 
 Packs of `bfd` and `bfd_split` keep their documents apart, so a pack is only a group of documents
 that one step learns from, and what is cut off a document is a document of its own. A pack of

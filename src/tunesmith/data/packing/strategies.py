@@ -1,4 +1,5 @@
-"""Lengths into packs of at most so many tokens: which pieces stand together, as pure functions.
+"""Bin packing of lengths: best-fit decreasing (arXiv 2404.10830), split, and wrapped, as pure
+functions.
 
 Documents of one length are interchangeable, so work is done a length at a time: whatever takes one
 document of a length takes as many as fit, and whole groups of packs move on together. The time is

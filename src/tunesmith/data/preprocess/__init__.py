@@ -1,0 +1,1 @@
+"""Preprocessing: rows rendered in parallel, cached, and entered in the ledger."""

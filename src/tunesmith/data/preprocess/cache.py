@@ -1,4 +1,4 @@
-"""Prepared documents on disk, under a hash of all that they depend on.
+"""The cache of prepared documents on disk, keyed by a hash of everything that they depend on.
 
 An entry is a folder with the arrays of `store.py` and `manifest.json`, which is written last and
 names size and checksum of each. A folder is made aside, flushed to disk and renamed, so that an

@@ -1,5 +1,4 @@
-"""What is known of large files from an earlier reading, so that a later start needs not read them
-through again.
+"""Cached SHA-256 digests of large files, so that an unchanged file is not read through again.
 
 A file counts as unread as soon as its device, inode, size or one of its times is another than it
 was: the times are the system's, to the nanosecond, and the second of them can't be set back by a

@@ -1,4 +1,5 @@
-"""Documents side by side in a few arrays, in memory or in files, built one by one as asked for.
+"""A columnar store of documents: flat numpy arrays in memory or memory-mapped, documents built on
+access.
 
 A document costs its ids, 16 bytes for each run of targets, 24 for each segment and 40 for itself.
 """

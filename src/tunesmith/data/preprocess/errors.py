@@ -1,4 +1,6 @@
-"""The errors that stop a preparation: bad rows counted and shown, no format, nothing left."""
+"""The errors that stop preprocessing: bad rows counted and shown, no known format, no documents
+left.
+"""
 
 from __future__ import annotations
 

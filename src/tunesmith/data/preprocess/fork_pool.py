@@ -1,4 +1,5 @@
-"""Copies of this process that answer messages through pipes, started in a few milliseconds.
+"""A pool of forked worker processes that answer messages through pipes; a fork starts in
+milliseconds.
 
 A copy has the one thread that asked for it, so copies are made only where no other thread of Python
 could hold a lock that the copy would wait for. Native threads, of torch say, may be there: a copy

@@ -1,4 +1,4 @@
-"""Evaluation rows taken out of the training rows, chosen by content and not by place."""
+"""The held-out split: evaluation rows chosen by a hash of their content, not by their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of every row and every token of the input; the columns add up."""
+"""The ledger: what became of every row and every token of the input. Its columns add up."""
 
 from __future__ import annotations
 

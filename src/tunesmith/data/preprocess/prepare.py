@@ -1,4 +1,4 @@
-"""Rows to documents: drives reading and rendering, finds every bad row, and fills the ledger."""
+"""Preprocessing of rows to documents: read, render, collect every bad row, fill the ledger."""
 
 from __future__ import annotations
 

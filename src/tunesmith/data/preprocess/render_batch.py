@@ -1,4 +1,4 @@
-"""Many rows at a time: each is rendered apart, their texts are encoded together."""
+"""Batched rendering: rows are rendered one by one, and their texts are tokenized in one call."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ def render_batch(
                 steps.close()
                 results[at] = _BROKEN
             else:
-                again.append((at, steps, wanted))
+                retried.append((at, steps, wanted))
 
-    again = waiting
+    retried = waiting
     for at, task in enumerate(tasks):
         go_on(at, _start(task, template, options), None)
     while waiting:
         found = iter(encoder.encode([text for _, _, wanted in waiting for text in wanted]))
-        again = []
+        retried = []
         for at, steps, wanted in waiting:
             go_on(at, steps, [next(found) for _ in wanted])
-        waiting = again
+        waiting = retried
     return [results[at] for at in range(len(tasks))]
 
 

@@ -1,4 +1,4 @@
-"""Other processes that render batches of rows, for data that takes longer than starting them.
+"""Parallel preprocessing with worker processes, for data that takes longer than starting them.
 
 They talk through pipes. Where that is safe they are copies of this one, which are there at once;
 else interpreters of their own, in which the program that started the run is not imported again, so
@@ -30,7 +30,7 @@ START_AFTER = 4.0
 """Seconds of work in this process after which others are started: about what starting costs."""
 START_COPIES_AFTER = 0.05
 """The same where they are copies of this one."""
-_AHEAD = 2
+_PREFETCH = 2
 """Batches that each process has at hand or in work."""
 _MOST = 16
 _READY = "ready"
@@ -80,7 +80,7 @@ def pack_batches(
             if not waiting:
                 tell(f"data: prepared in {count} processes")
             waiting.append((passed, pool.give(tasks)))
-            if len(waiting) > _AHEAD * count:
+            if len(waiting) > _PREFETCH * count:
                 passed, number = waiting.popleft()
                 yield passed, pool.take(number)
         while waiting and pool is not None:

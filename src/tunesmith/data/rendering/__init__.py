@@ -1,0 +1,1 @@
+"""Rendering: examples to token ids and targets, faithful to inference."""

@@ -1,4 +1,6 @@
-"""Whether a rendered text says what the messages say: nothing dropped, no control token."""
+"""Checks of a rendered chat: every message's content is in the text, and no control token is in a
+content.
+"""
 
 from __future__ import annotations
 

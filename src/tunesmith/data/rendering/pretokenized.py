@@ -1,4 +1,4 @@
-"""Rows that bring their own control tokens or their own ids: parts and tokens.
+"""Pre-tokenized rows: token ids with targets, and text segments with their own control tokens.
 
 Nothing is added to them, so what inference has to send is exactly what stands before a learned run.
 """

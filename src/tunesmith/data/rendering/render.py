@@ -1,4 +1,6 @@
-"""Examples become documents: exactly the ids that inference sees, and what must be predicted."""
+"""The renderer: an example becomes a document with exactly the ids that inference sees, and its
+targets.
+"""
 
 from __future__ import annotations
 

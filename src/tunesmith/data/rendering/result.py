@@ -1,4 +1,6 @@
-"""What rendering makes of a row, and how a row that is too long is refused."""
+"""The result of rendering a row, and how a row that exceeds `max_length` is dropped or
+truncated.
+"""
 
 from __future__ import annotations
 

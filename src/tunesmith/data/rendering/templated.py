@@ -1,4 +1,5 @@
-"""Conversations that a chat template has written already: their answers found and learned.
+"""Rows of text in which a chat template was applied already: the assistant's answers are found and
+learned.
 
 What is learned, and after which ids, is what the same conversation as messages teaches.
 """

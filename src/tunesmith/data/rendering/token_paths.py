@@ -1,4 +1,4 @@
-"""Token paths with targets on them, merged into the tree of segments of one document."""
+"""Token paths with targets, merged into the tree of segments of one document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids of many texts at once: what repeats is encoded once, and all are the tokenizer's own ids."""
+"""Batched tokenization: repeated texts are encoded once, and all ids are the tokenizer's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which turns of a chat are learned, with the text before each and the text to learn."""
+"""The loss mask of a chat: which turns are learned, with the prompt before each and the text to
+learn.
+"""
 
 from __future__ import annotations
 

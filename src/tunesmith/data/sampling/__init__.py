@@ -1,0 +1,1 @@
+"""Sampling: which documents each optimizer step learns from."""

@@ -1,5 +1,5 @@
-"""Mixtures of sources: which source each place of the run takes its document from, and which of
-its documents, both in closed form.
+"""Mixtures of data sources by weight: the source and the document of every place in closed form,
+without state.
 
 Places are dealt down a Huffman tree of the weights. Of the first n places that reach a node, the
 one child gets n * (its part of the node's weight), rounded, and the other the rest. The share of a
@@ -135,11 +135,11 @@ class Mixture:
             return _assign(self._tree, np.arange(len(rest)), rest)
         ends = np.cumsum(self._weights)
         owner = np.searchsorted(ends, rest, side="right")
-        dealt: list[tuple[int, Places, Places]] = []
+        assigned: list[tuple[int, Places, Places]] = []
         for source, end in enumerate(ends.tolist()):
             at = np.flatnonzero(owner == source)
-            dealt.append((source, at, rest[at] - (end - self._weights[source])))
-        return dealt
+            assigned.append((source, at, rest[at] - (end - self._weights[source])))
+        return assigned
 
     def _documents(self, source: int, visits: Places) -> IntArray:
         """The documents of a source's visits, which are consecutive numbers."""

@@ -1,4 +1,5 @@
-"""Which documents begin alike, and orders of all documents in which those follow each other.
+"""Grouping of documents by shared prefix (rolling hashes of token blocks), so that a step shares
+more.
 
 Prefixes are compared in blocks of `BLOCK` tokens: shorter ones save next to nothing, and a step of
 nothing but answers that begin with the same word would be no fair sample. Of a document the path

@@ -1,4 +1,4 @@
-"""Which documents each optimizer step learns from: a pure function of the step's number."""
+"""The batch sampler: the documents of each optimizer step, a pure function of the step number."""
 
 from __future__ import annotations
 

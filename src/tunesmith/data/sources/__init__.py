@@ -1,0 +1,1 @@
+"""Data sources: files, folders, patterns, hub data sets and Python iterables."""

@@ -1,4 +1,4 @@
-"""The files that a path of the recipe stands for: one, those of a folder, or those of a pattern."""
+"""Files of a data source: one file, those of a folder, or those of a glob pattern."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as files on this machine, under the commit they are of."""
+"""Data sets of the Hugging Face hub as local files, pinned to their commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files and iterables, read as a stream of rows that know their origin."""
+"""Sources of rows: files and iterables, read as a stream of rows that know their origin."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def _split(splits: Mapping[str, Any]) -> str | None:
     return "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
 
 
-def resolve_path(path: str | Path, recipe_folder: Path | None = None) -> Path:
-    """The path from the current folder; where nothing is there, from the recipe's own folder.
+def resolve_path(path: str | Path, fallback: Path | None = None) -> Path:
+    """The path from the current folder; where nothing is there, from `fallback`.
 
     If the file is in neither, the first is returned and reading it says so.
     """
     here = Path(path).expanduser()
-    if here.is_absolute() or recipe_folder is None or here.exists():
+    if here.is_absolute() or fallback is None or here.exists():
         return here
-    beside = recipe_folder / here
+    beside = fallback / here
     return beside if beside.exists() else here
 
 

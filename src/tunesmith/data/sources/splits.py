@@ -1,4 +1,5 @@
-"""Which files of a data set belong to a subset and a split: by its card, else by their names.
+"""Subsets and splits of a data set: by its card's configs, else by its file names (as `datasets`
+does).
 
 The card is the front matter of README.md as the Hugging Face hub defines it (`configs`, with
 `config_name`, `data_files` and `data_dir`); the names are those that people give to files.

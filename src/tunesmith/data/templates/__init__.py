@@ -1,0 +1,1 @@
+"""Chat templates: loaded, sandboxed, and probed for turn ends."""

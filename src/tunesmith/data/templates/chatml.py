@@ -1,6 +1,4 @@
-"""ChatML, the one chat template that comes with the package: for base models, and only when it is
-asked for.
-"""
+"""ChatML, the built-in chat template for base models; it is used only when it is asked for."""
 
 from __future__ import annotations
 

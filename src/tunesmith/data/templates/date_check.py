@@ -1,4 +1,4 @@
-"""Whether a chat template writes today's date, so that the same row has other ids tomorrow."""
+"""Detection of chat templates that write today's date, with which a row has other ids tomorrow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A compiled chat template, called without redoing for each text what a row decides once."""
+"""Fast rendering of a compiled Jinja chat template: what a row decides once is not redone for each
+text.
+"""
 
 from __future__ import annotations
 

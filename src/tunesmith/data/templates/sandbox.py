@@ -1,4 +1,4 @@
-"""The sandbox in which a chat template runs: that of transformers, within limits of size and time.
+"""The Jinja sandbox of chat templates: transformers' sandbox with limits of size and time.
 
 A template comes with a model, so it is foreign code. The sandbox of transformers keeps it from
 files and from Python's insides; it does not keep it from making a text of a terabyte or from going

@@ -1,4 +1,4 @@
-"""How much a chat template may make: sizes that are looked at before anything of them is made."""
+"""Size limits of the Jinja sandbox: the size of a result is computed before it is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which chat template is meant, and the special tokens it needs that the tokenizer lacks."""
+"""Selection of the chat template, and the special tokens it needs that the tokenizer lacks."""
 
 from __future__ import annotations
 

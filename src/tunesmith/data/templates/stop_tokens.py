@@ -1,4 +1,4 @@
-"""Which tokens a chat template closes an answer with, found by rendering answers."""
+"""Stop tokens of a chat template, found by rendering answers and looking at what closes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer, its chat template and stop tokens; the only data module with transformers."""
+"""A tokenizer with its chat template and stop tokens, as the renderer uses it."""
 
 from __future__ import annotations
 

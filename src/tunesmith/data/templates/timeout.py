@@ -1,4 +1,4 @@
-"""An end to foreign code that goes on for ever, at next to no cost while it does not."""
+"""A time limit for untrusted template code: a watching thread raises an exception in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a chat template's texts are built, found by rendering conversations whose words are known.
+"""The turn pattern of a chat template: headers and turn ends, found by rendering conversations of
+known words.
 
 A text that holds control tokens is the template's own where each stretch between two of them is one
 that the template writes. A content that quotes a control token puts one where there can't be any.

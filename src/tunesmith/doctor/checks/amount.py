@@ -1,4 +1,4 @@
-"""How much there is: rows, steps, and rows far longer or shorter than the others."""
+"""Checks of data size: rows, steps, and outliers of length."""
 
 from __future__ import annotations
 

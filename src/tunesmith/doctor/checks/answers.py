@@ -1,4 +1,4 @@
-"""What the answers say: nothing, the same again, the question, or one phrase for ever."""
+"""Checks of answers: empty, repeated, copied from the question, or dominated by one phrase."""
 
 from __future__ import annotations
 

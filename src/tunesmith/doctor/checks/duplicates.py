@@ -1,4 +1,6 @@
-"""Rows that are there twice, within the training data or between it and a held-out set."""
+"""Checks of duplicates and near-duplicates, also between training and held-out data
+(contamination).
+"""
 
 from __future__ import annotations
 

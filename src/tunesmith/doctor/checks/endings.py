@@ -1,4 +1,4 @@
-"""Answers that break off: whatever wrote them had no room left."""
+"""Check of truncated answers, which end in the middle of a sentence."""
 
 from __future__ import annotations
 

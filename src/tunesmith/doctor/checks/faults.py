@@ -1,4 +1,4 @@
-"""Rows that can't be trained on, by what is wrong with them: the faults that rendering finds."""
+"""Check of rows that rendering refuses, by reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model's own files say against what the data is trained with."""
+"""Checks of the model's own files: context length, stop tokens, special tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learned of each row: too little, too much, or cut off."""
+"""Checks of the targets of each row: none, few, or truncated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage to letters: text that was decoded wrongly, escaped once too often, or full of controls."""
+"""Checks of text encoding: mojibake, double escapes, control characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens around an answer: how a document begins, where an answer begins, how it ends."""
+"""Checks of the tokens around an answer: BOS, turn headers, stop tokens."""
 
 from __future__ import annotations
 

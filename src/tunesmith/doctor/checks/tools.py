@@ -1,4 +1,4 @@
-"""Tool calls: of tools that are there, with arguments that fit, answered in order."""
+"""Checks of tool calls: known tools, arguments that fit their JSON schema, answers in order."""
 
 from __future__ import annotations
 

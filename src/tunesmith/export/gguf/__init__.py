@@ -1,4 +1,4 @@
-"""The trained model as one .gguf file, read back and compared before it gets its name."""
+"""GGUF export: written, read back, and compared with the trained model."""
 
 from tunesmith.export.gguf.check import KL_ALLOWED, GgufReport
 from tunesmith.export.gguf.write import QUANTIZATIONS, export_gguf

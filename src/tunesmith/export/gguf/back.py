@@ -1,4 +1,4 @@
-"""A written .gguf file as a transformers model and a tokenizer again, from the file alone."""
+"""GGUF read back as a transformers model and tokenizer, from the file alone."""
 
 from __future__ import annotations
 

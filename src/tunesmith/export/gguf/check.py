@@ -1,4 +1,4 @@
-"""Whether a .gguf file computes what the trained model computes, and reads text as it does."""
+"""Check of a GGUF file: equal logits and equal token ids as the trained model."""
 
 from __future__ import annotations
 

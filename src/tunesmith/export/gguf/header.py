@@ -1,4 +1,4 @@
-"""What the header of a .gguf file says of a model; what a header can't say is refused."""
+"""The metadata header of a GGUF file; a model that it can't describe is refused."""
 
 from __future__ import annotations
 

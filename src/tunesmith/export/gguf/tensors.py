@@ -1,4 +1,4 @@
-"""A transformers state dict under the names and in the layout of a .gguf file."""
+"""Tensor names and layouts of GGUF, from a transformers state dict."""
 
 from __future__ import annotations
 

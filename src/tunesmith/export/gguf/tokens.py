@@ -1,4 +1,4 @@
-"""The tokenizer of a model in the form a .gguf file has it."""
+"""The tokenizer as GGUF metadata (llama.cpp's tokenizer models)."""
 
 from __future__ import annotations
 

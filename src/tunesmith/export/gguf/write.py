@@ -1,4 +1,4 @@
-"""Write a .gguf file aside, check it, then give it its name."""
+"""GGUF writer: to a temporary file, checked, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters through peft: what they go on, their kinds, and what is trained."""
+"""Adapters with peft: LoRA and its kin, their targets, and what is trained."""
 
 from tunesmith.model.adapters.add import (
     adapted_names,

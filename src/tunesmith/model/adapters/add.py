@@ -1,4 +1,4 @@
-"""Put an adapter on a model, go on with the one it came with, or load one onto it.
+"""Attach a peft adapter to a model, continue one that it came with, or load one.
 
 The additions have the dtype of the model they go on, so that they cost no casts in each layer; the
 optimizer keeps float32 masters of them, so their updates are as accurate as float32 parameters'

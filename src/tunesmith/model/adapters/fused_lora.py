@@ -1,4 +1,4 @@
-"""The sum of a linear map and its low-rank addition in as few passes over memory as it takes.
+"""LoRA (arXiv 2106.09685) added to a linear layer's output in one pass over memory.
 
 peft writes the addition, scales it, and adds it in a third pass; backward does the same. Here the
 product with B adds to the map's own result, and only the input and its product with A are kept.

@@ -1,4 +1,5 @@
-"""Adapters that begin with a part of the weights they go on, given out as plain LoRA.
+"""Initialisation of PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775) and LoftQ (arXiv
+2310.08659), and their export as plain LoRA of the original base.
 
 With W the base weight, A0 and B0 the beginning, such a model trains W - s B0 A0 + s B A. On the
 original W the same is the LoRA of twice the rank s [B, -B0] [A; A0], which is what peft makes of it

@@ -1,4 +1,4 @@
-"""An adapter folded into the weights it goes on."""
+"""Merge an adapter into the weights of its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained: counted for the user, and frozen where the recipe leaves it out."""
+"""Trainable parameters: counted for the user, and frozen where the recipe leaves them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What an adapter can go on, by one rule in every family, and which of it a recipe asks for."""
+"""Target modules of an adapter: linear layers and fused experts of the decoder, by one rule for
+every family.
+"""
 
 from __future__ import annotations
 

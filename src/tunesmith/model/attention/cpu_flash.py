@@ -1,5 +1,5 @@
-"""Tree attention on CPU out of torch's flash kernels: no mask, no copy of prefixes, gradients added
-in place.
+"""Tree attention on CPU from torch's FlashAttention kernels (arXiv 2205.14135), merged by
+log-sum-exp: no mask, no copied prefix, gradients added in place.
 
 For a chain with queries q, the scores against its own tokens and against each ancestor span are
 softmax-normalised together. With l the log-sum-exp of all of them and o the merged output, each

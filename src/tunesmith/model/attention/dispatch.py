@@ -1,5 +1,5 @@
-"""The one attention function: every transformers decoder calls it, with the layout handed down as a
-keyword.
+"""The attention function registered with transformers' AttentionInterface; every decoder calls it
+with the layout as a keyword.
 
 On CUDA it is one kernel, for documents side by side (`varlen.py`) or with a block mask (`flex.py`),
 where a trial shows that it is right there (`attention_trial.py`).

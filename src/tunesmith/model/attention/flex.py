@@ -1,4 +1,5 @@
-"""Attention over a layout by torch's FlexAttention: one fused kernel for all chains on a GPU.
+"""Tree attention on GPU with torch's FlexAttention (arXiv 2412.05496): one fused kernel for all
+chains.
 
 Token k is seen by token q exactly when k <= q < visible_until[k]. Blocks of keys that no token of a
 block of queries sees are left out, and those that all of them see are not masked. Which these are

@@ -1,4 +1,4 @@
-"""What is made of a layout once, and used by all layers of its micro-batch."""
+"""A cache of values derived from a layout, shared by all layers of its micro-batch."""
 
 from __future__ import annotations
 

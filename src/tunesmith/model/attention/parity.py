@@ -1,4 +1,5 @@
-"""Whether a fused attention is right on a device: tried before it is used, against plain attention.
+"""Parity trial of a fused attention kernel: compared with plain attention on the device before it
+is used.
 
 Drivers, compilers and chips differ, and a wrong gradient tells nobody. So each kernel computes a
 small layout's output and gradients once, in the precision that the run uses.
@@ -17,10 +18,8 @@ from torch import Tensor
 
 from tunesmith.errors import first_line
 from tunesmith.model.attention.window import AttentionWindow
+from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
 from tunesmith.types import Chain, Layout
-
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""By how much of the norm a trial may differ."""
 
 HEADS, WIDTH = 4, 64
 NEAR = 48
@@ -71,16 +70,16 @@ def _agrees(
     fused: Fused, plain: Attend, asked: AttentionFeatures, device: torch.device, dtype: torch.dtype,
     same_bits: bool,
 ) -> bool:  # fmt: skip
-    if dtype not in ROUNDING:
+    if dtype not in ONE_OPERATION:
         return False
     layout = branched_layout() if fused.branches else flat_layout()
     try:
         found = _tried(fused.attend, layout, asked, device, dtype)
         expected = _tried(plain, layout, asked, device, dtype)
-        problem = _difference(found, expected, ROUNDING[dtype])
+        problem = _difference(found, expected, ONE_OPERATION[dtype])
         if problem is None and same_bits:
-            again = _tried(fused.attend, layout, asked, device, dtype)
-            if not all(torch.equal(f, a) for f, a in zip(found, again, strict=True)):
+            repeated = _tried(fused.attend, layout, asked, device, dtype)
+            if not all(torch.equal(f, a) for f, a in zip(found, repeated, strict=True)):
                 problem = "it gives other bits each time"
     except Exception as error:  # of compilers and drivers, which raise whatever they like
         problem = first_line(error)
@@ -92,8 +91,7 @@ def _agrees(
 
 
 def _difference(found: list[Tensor], expected: list[Tensor], bound: float) -> str | None:
-    pairs = zip(found, expected, strict=True)
-    apart = max(float((f - e).norm() / e.norm()) for f, e in pairs)
+    apart = max(map(relative_difference, found, expected))
     return None if apart <= bound else f"it differs by {apart:.1e}"
 
 

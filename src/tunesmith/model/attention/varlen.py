@@ -1,4 +1,4 @@
-"""Attention over documents side by side by flash kernels for sequences of several lengths.
+"""Packed attention with FlashAttention's varlen kernels (cu_seqlens), for layouts without branches.
 
 A layout without branches is what these kernels were made for: they know where each document begins
 and need no mask. The one of the package flash-attn is taken where it is installed, else torch's

@@ -1,4 +1,4 @@
-"""Windows and blocks: which of its earlier tokens a token may see, by their positions."""
+"""Sliding windows and attention chunks: which earlier positions a token may see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused kernels for a model's own norms and gated units, where a trial shows them right."""
+"""Fused kernels for norms and gated units, used where a trial shows them exact."""
 
 from tunesmith.model.kernels.provider import NAME, Provider, find_liger
 from tunesmith.model.kernels.replace import Replaced, restore_modules, use_kernels

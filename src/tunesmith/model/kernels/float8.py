@@ -1,4 +1,5 @@
-"""Linear maps that multiply in 8-bit floats while they are trained, with a scale for each row.
+"""float8 training of linear layers with rowwise scaling (torchao's float8 recipe; arXiv
+2209.05433).
 
 A token's row has a scale of its own, and so has each row of the weight, so that no row's result
 depends on what is computed beside it (P2), as it would with one scale for a whole tensor. Gradients
@@ -24,14 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, first_line
+from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
 
 E4M3 = torch.float8_e4m3fn
 MULTIPLE = 16
 """What both sides of a weight must be divisible by for the products of a GPU."""
 CAPABILITY = (8, 9)
 """Of the first GPUs with such products."""
-ROUNDING = 1e-2
-"""By how much of the norm a trial may differ from the same numbers multiplied in float32."""
+ROUNDING = ONE_OPERATION[torch.float16]
+"""Bound of a trial against the same float8 numbers multiplied in float32. It is tighter than that
+of bfloat16 results, since sums are in float32 on both sides.
+"""
 _LEAST = 1e-12
 
 Cast = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
@@ -192,7 +196,7 @@ def _apart_of_casts(compiled: Cast, device: torch.device) -> float:
     for values in _samples(device):
         for whole in (False, True):
             pairs = zip(compiled(values, whole), to_float8(values, whole), strict=True)
-            found = max([found, *(_apart(one.float(), other.float()) for one, other in pairs)])
+            found = max([found, *(relative_difference(one, other) for one, other in pairs)])
     return found
 
 
@@ -209,8 +213,4 @@ def _apart_in(dtype: torch.dtype, device: torch.device) -> float:
         output: Any = _Product.apply(*inputs, None)  # pyright: ignore
         given = torch.autograd.grad(output, inputs, grad.to(place))
         results.append([t.float().cpu() for t in (output.detach(), *given)])
-    return max(_apart(found, wanted) for found, wanted in zip(*results, strict=True))
-
-
-def _apart(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return max(map(relative_difference, *results))

@@ -1,5 +1,5 @@
-"""Where fused kernels come from: Liger's, of which only those that treat each token by itself are
-taken. The loss is ours, and so is attention.
+"""Liger kernels (arXiv 2410.10989) for norms and gated units. Only kernels that treat each token by
+itself are taken; loss and attention are ours.
 """
 
 from __future__ import annotations

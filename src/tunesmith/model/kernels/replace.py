@@ -1,4 +1,4 @@
-"""Fused kernels in place of a model's own forward passes, module by module.
+"""Replacement of modules' forwards by fused kernels, module by module.
 
 Only `forward` of the single module is replaced: its class, its weights and their names stay, and so
 does what is saved. A replaced module falls back to its own forward for what was not tried: another

@@ -1,5 +1,5 @@
-"""Which kernel computes what a module computes: found by trying, on made-up input, against the
-module's own forward and the gradients of it.
+"""Trial of fused kernels: each variant is compared with the module's own forward and gradients on
+made-up input.
 
 A module is tried by a stand-in: the same object with weights of its own, drawn at random, and
 linear maps that hand their part of the input through. So it does not matter where its weights are,
@@ -21,19 +21,17 @@ from torch import Tensor, nn
 
 from tunesmith.errors import first_line
 from tunesmith.model.kernels.provider import Provider
+from tunesmith.model.ops.numerics import ONE_OPERATION, SAME_FUNCTION, relative_difference
 
 OFFSETS = (0.0, 1.0)
 CASTINGS = ("llama", "gemma", "none")
-ROUNDING = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""What rounding may change of a row, relative; in float32 so little that two forms of an activation
-are told apart.
-"""
+ROUNDING = {**ONE_OPERATION, torch.float32: SAME_FUNCTION}
+"""Bounds of a row."""
 ROWS = (67, 33_000)
 """Of a trial; the second for narrow norms, for which Liger takes another kernel where there are
 many rows.
 """
 NARROW = 256
-TINY = 1e-30
 
 Compute = Callable[..., Tensor]
 """What replaces a forward: takes the module and its input."""
@@ -208,9 +206,5 @@ def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """The largest relative difference of a row, of each; infinite where it is not a number."""
     if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in expected]:
         return [math.inf]
-    gaps: list[float] = []
-    for one, other in zip(found, expected, strict=True):
-        wanted = other.float()
-        each = (one.float() - wanted).norm(dim=-1) / (wanted.norm(dim=-1) + TINY)
-        gaps.append(float(each.nan_to_num(nan=math.inf).max()))
-    return gaps
+    pairs = zip(found, expected, strict=True)
+    return [relative_difference(one, other, rows=True) for one, other in pairs]

@@ -1,4 +1,4 @@
-"""How many tokens go through the device at a time, and which activations are computed again."""
+"""Activation memory: tokens per micro-batch, and the activation checkpointing that fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that a piece of work takes from torch's allocator, on any device that counts them."""
+"""Peak memory of a piece of work, from torch's allocator statistics."""
 
 from __future__ import annotations
 

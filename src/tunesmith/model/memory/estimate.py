@@ -1,5 +1,4 @@
-"""How much memory a training needs, computed from the config before any weight is read, and what
-the device has.
+"""Memory estimate of a training run from the config alone, and the free memory of the device.
 
 Bytes of a trained parameter: its weight, a float32 gradient, the two float32 moments of AdamW, and
 what completes a 16-bit weight to a float32 master (2 bytes for bfloat16). A frozen one: its weight.

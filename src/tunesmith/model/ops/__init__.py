@@ -1,0 +1,1 @@
+"""Low-level operations: checkpointing, offload, dtype, forward overrides."""

@@ -1,4 +1,5 @@
-"""Which activations the backward pass finds and which it computes again.
+"""Activation checkpointing (arXiv 1604.06174), per layer or selective (torch's selective activation
+checkpointing).
 
 The decoder's layers are transformers' checkpointing layers: each has a flag and the function that
 wraps its forward. Both are set here and not by the model's own switch, which would also let the

@@ -1,4 +1,4 @@
-"""bfloat16 on CPUs without instructions for it: kept in 16 bits, multiplied in float32.
+"""Upcasts bf16 matmuls to float32 on CPUs without bf16 units; the weights stay in bf16.
 
 There torch multiplies bfloat16 matrices ten times slower and more than float32 ones. A product of
 two bfloat16 numbers is exact in float32, so what hardware for bfloat16 computes, sums in float32

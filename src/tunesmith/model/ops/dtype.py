@@ -1,4 +1,4 @@
-"""In which precision a device computes best."""
+"""The compute dtype: bfloat16 where a device multiplies it in hardware, else float32."""
 
 from __future__ import annotations
 

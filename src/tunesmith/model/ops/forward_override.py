@@ -1,4 +1,4 @@
-"""Another forward for single modules of a model; class, weights and their names stay."""
+"""Overrides of single modules' forward methods; class, weights and names stay."""
 
 from __future__ import annotations
 

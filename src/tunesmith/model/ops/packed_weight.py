@@ -1,4 +1,4 @@
-"""Weights that are kept in 4 or 8 bits, told apart without the package that made them."""
+"""Packed 4- and 8-bit weights, recognised without importing the package that made them."""
 
 from __future__ import annotations
 

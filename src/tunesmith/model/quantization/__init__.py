@@ -1,0 +1,1 @@
+"""Quantised bases (QLoRA): bitsandbytes and torchao, dequantised products, FSDP2."""

@@ -1,7 +1,8 @@
-"""Linear maps of bitsandbytes that multiply by their dequantised weight, on every device.
+"""bitsandbytes linear layers (LLM.int8, NF4, FP4) that multiply by their dequantised weight.
 
-bitsandbytes rounds activations to 8 bits in evaluation (and on a GPU in training), and repacks
-weights for some CPUs.
+bitsandbytes itself rounds activations to 8 bits in evaluation (and on a GPU in training). On CPUs
+with AVX512-BF16 it repacks 4-bit weights in evaluation, rounds to bfloat16, and fails on widths
+that its blocks do not divide. So evaluation and training would compute different functions.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def multiply_dequantized(model: nn.Module) -> list[Any]:
-    """Make every map of bitsandbytes in the model one of these; returns them."""
+    """Turn every bitsandbytes layer of the model into one of these classes; returns them."""
     found = [module for module in model.modules() if type(module) in _CLASSES]
     for module in found:
         module.__class__ = _CLASSES[type(module)]
+        # On a CPU with AVX512-BF16, bitsandbytes' own forward pass in evaluation packs the weight
+        # anew, for good: scales and products are then rounded to bfloat16, and an input width that
+        # is no multiple of 64, or an output width that is none of 32, is an error. These classes
+        # have their own forward pass; whoever calls the inherited one must not pack either.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     return found

@@ -1,4 +1,4 @@
-"""A base in 4 bits that ranks can hold in parts.
+"""FSDP2 of 4-bit bases: packed weights that ranks hold in shards.
 
 FSDP2 gathers plain tensors: what bitsandbytes keeps on its own kind of tensor, the scales, is gone
 from what it gathers. So the packed weights become plain tensors here, their bytes read as numbers

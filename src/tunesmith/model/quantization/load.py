@@ -1,5 +1,4 @@
-"""A base whose linear maps are kept in 4 or 8 bits, by bitsandbytes or torchao, while an adapter is
-trained.
+"""Quantised bases for adapter training (QLoRA, arXiv 2305.14314), with bitsandbytes or torchao.
 
 Quantised are the decoder's linear maps that an adapter could go on. Embedding, head, norms, routers
 and tensors that hold a layer's experts stay as they are.

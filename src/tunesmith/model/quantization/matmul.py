@@ -1,4 +1,4 @@
-"""A product with a weight that is made plain while it runs, for linear maps kept in few bits.
+"""Matmul with a dequantised weight that is recomputed in the backward pass instead of kept.
 
 Libraries choose by mode, device and batch how they multiply: some round activations too, or look
 for outliers over all rows of a call. Then a document's result would depend on what is computed

@@ -1,4 +1,4 @@
-"""Linear maps whose weights torchao keeps in 4 or 8 bits, multiplied by their dequantised weight.
+"""torchao's int8, int4 and float8 weights, multiplied after dequantisation.
 
 torchao has no format of 4 bits that is trained through on every device: its kernels take CUDA or
 XPU, and have no backward pass. Its quantiser gives the numbers on any device, one to a byte; here

@@ -1,0 +1,1 @@
+"""Anomalies of a run: non-finite steps, spikes, incident records."""

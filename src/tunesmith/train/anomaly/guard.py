@@ -1,4 +1,4 @@
-"""What is done about a step whose numbers are not finite, or stand out from those before it."""
+"""The guard against non-finite steps and loss spikes: stop, or skip the step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a step whose numbers went wrong leaves behind: its rows, their text and the loss of each
-target, from all ranks.
+"""Incident records: the rows of a bad step, their text and the loss of each target, from all
+ranks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _losses_by_path(result: StepResult, world: World) -> dict[int, tuple[float, 
     own: list[tuple[np.ndarray, np.ndarray]] = [
         (target_keys(plan), losses.float().cpu().numpy())
         for plan, losses in result.micro_losses
-        if len(plan.shares.weight)  # none asked for those of a micro-batch that fills a rank's time
+        if len(plan.owners.weight)  # none asked for those of a micro-batch that fills a rank's time
     ]
     found: dict[int, tuple[float, int]] = {}
     for rank, parts in enumerate(world.gather_object(own)):

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient norm stands out from those before them."""
+"""Spike detection: steps whose loss or gradient norm exceeds a multiple of the running median."""
 
 from __future__ import annotations
 

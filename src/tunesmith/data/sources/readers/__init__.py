@@ -1,1 +1,1 @@
-"""Files as streams of rows: a module for each kind of file; none is held in memory whole."""
+"""Streaming readers, one module for each file format; no file is held in memory as a whole."""

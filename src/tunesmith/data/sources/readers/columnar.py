@@ -1,4 +1,4 @@
-"""Parquet and Arrow IPC, in its file and its stream form: a few rows at a time."""
+"""Reader of Parquet and Arrow IPC (file and stream format) in small record batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV and TSV: a header, then a row of fields each."""
+"""Reader of CSV and TSV with a header line."""
 
 from __future__ import annotations
 

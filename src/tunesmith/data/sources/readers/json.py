@@ -1,4 +1,6 @@
-"""JSON: a list of objects, an object with one list of them, or objects one after the other."""
+"""Streaming reader of JSON: a list of objects, an object with one list, or objects one after the
+other.
+"""
 
 from __future__ import annotations
 

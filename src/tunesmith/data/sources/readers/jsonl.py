@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line."""
+"""Reader of JSON Lines: one object on each line."""
 
 from __future__ import annotations
 

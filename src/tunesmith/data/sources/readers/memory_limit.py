@@ -1,4 +1,4 @@
-"""A limit on the memory that one read may take, held by the operating system."""
+"""A memory limit on one read by the operating system (setrlimit RLIMIT_AS)."""
 
 from __future__ import annotations
 

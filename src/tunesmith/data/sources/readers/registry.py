@@ -1,4 +1,4 @@
-"""Which reader a file's name asks for, and how a compressed file is opened."""
+"""The registry of readers by file name, and the opening of compressed files."""
 
 from __future__ import annotations
 

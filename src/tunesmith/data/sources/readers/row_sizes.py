@@ -1,4 +1,4 @@
-"""What columns take as Python objects, counted before any of them are made.
+"""The memory that columns of a record batch take as Python objects, counted before any is made.
 
 A column may hold in a few bytes what takes gigabytes as objects: a text that a dictionary repeats,
 a list of a billion nulls, views that all show the same bytes.

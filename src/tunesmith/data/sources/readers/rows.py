@@ -1,4 +1,4 @@
-"""What every reader yields: a row's values, or why it has none."""
+"""What a reader yields: a row's values, or the reason why it has none."""
 
 from __future__ import annotations
 
