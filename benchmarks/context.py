@@ -62,7 +62,7 @@ def measure(place: int, tokens: int, count: int, port: int, results: Any) -> Non
     torch.manual_seed(0)
     ranks = connect("cpu").with_context_parallel(count)
     config = AutoConfig.for_model("llama", **SHAPE)
-    model = wrap_causal_lm(AutoModelForCausalLM.from_config(config))
+    model = wrap_causal_lm(AutoModelForCausalLM.from_config(config)).model
     model.train()
     ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], tokens).astype(np.int32)
     index = np.arange(1, tokens, dtype=np.int32)

@@ -105,7 +105,7 @@ def random_model() -> Any:
         head_dim=SHAPE["head_dim"], max_position_embeddings=max(LENGTHS),
     )  # fmt: skip
     torch.manual_seed(0)
-    model = wrap_causal_lm(LlamaForCausalLM(config)).train()
+    model = wrap_causal_lm(LlamaForCausalLM(config)).model.train()
     return model, AdamW(model.named_parameters())
 
 

@@ -94,10 +94,10 @@ def timed(model: CausalLM, batch: Batch, *, rounds: int, device: torch.device) -
     for number in range(rounds + 1):  # the first warms up
         seconds: dict[str, float] = {}
         for way in WAYS if number else WAYS[:1]:
-            model.offload = choose(model, way)
+            offload = choose(model, way)
             model.zero_grad()
             started = time.perf_counter()
-            model(batch, HEAD).loss_sum.backward()
+            model(batch, HEAD, offload=offload).loss_sum.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[way] = time.perf_counter() - started
@@ -131,7 +131,7 @@ def one(given: argparse.Namespace) -> None:
     """Measure one way, or the time of all, and put it into the results."""
     keep_freed_memory()
     device = torch.device(given.device)
-    model = load_causal_lm(resolve_model(given.model), dtype="float32", device=device).train()
+    model = load_causal_lm(resolve_model(given.model), dtype="float32", device=device).model.train()
     vocabulary = model.config.vocab_size
     about = {
         "model": Path(given.model).name,

@@ -118,7 +118,7 @@ def random_model(shape: argparse.Namespace, vocabulary: int) -> Any:
         max_position_embeddings=65_536, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = wrap_causal_lm(Qwen3ForCausalLM(config).to(getattr(torch, shape.dtype)))
+    model = wrap_causal_lm(Qwen3ForCausalLM(config).to(getattr(torch, shape.dtype))).model
     return model.train()
 
 

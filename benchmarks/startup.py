@@ -98,7 +98,7 @@ def self_test_seconds(job: dict[str, Any]) -> float:
         "from tunesmith.model.selftest import self_test\n"
         f"torch.set_num_threads({job['threads']})\n"
         f"model = load_causal_lm(resolve_model({job['model']!r}), dtype=torch.float32,"
-        " device=torch.device('cpu'))\n"
+        " device=torch.device('cpu')).model\n"
         "begin = time.perf_counter(); self_test(model, max_length=1024)\n"
         "print(time.perf_counter() - begin)"
     )

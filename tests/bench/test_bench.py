@@ -105,19 +105,21 @@ def test_the_floor_is_the_work_at_the_measured_rate(recipe, monkeypatch) -> None
 
 
 def test_operations_are_six_for_each_trained_weight(tmp_path: Path) -> None:
-    causal_lm = load_causal_lm(resolve_model(str(tiny_folder(tmp_path / "m"))), dtype="float32")
+    causal_lm = load_causal_lm(
+        resolve_model(str(tiny_folder(tmp_path / "m"))), dtype="float32"
+    ).model
     hidden, width, layers, vocabulary = 64, 96, 4, causal_lm.head.weight.shape[0]
     layer = hidden * (64 + 32 + 32) + 64 * hidden + 3 * hidden * width
     expected = 6 * layers * layer * 10 + 6 * vocabulary * hidden * 3
     assert training_flops(causal_lm, tokens=10, targets=3) == expected
-    report = add_adapter(causal_lm, AdapterSpec(rank=2))
+    report = add_adapter(causal_lm, AdapterSpec(rank=2)).report
     frozen = 4 * layers * layer * 10 + 4 * vocabulary * hidden * 3
     assert training_flops(causal_lm, tokens=10, targets=3) == frozen + 6 * 10 * report.trained
 
 
 def test_a_token_meets_the_experts_it_is_sent_to(tmp_path: Path) -> None:
     folder = str(tiny_folder(tmp_path / "m", "mixtral"))  # 2 of 4 experts
-    causal_lm = load_causal_lm(resolve_model(folder), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(folder), dtype="float32").model
     experts = sum(p.numel() for p in causal_lm.decoder.parameters() if p.dim() == 3)
     others = sum(p.numel() for n, p in causal_lm.decoder.named_parameters()
                  if p.dim() == 2 and "embed" not in n)  # fmt: skip
@@ -126,7 +128,7 @@ def test_a_token_meets_the_experts_it_is_sent_to(tmp_path: Path) -> None:
 
 def test_products_are_measured_in_what_they_run_in(tmp_path: Path, monkeypatch) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m")))
-    causal_lm = load_causal_lm(source, dtype=torch.bfloat16)
+    causal_lm = load_causal_lm(source, dtype=torch.bfloat16).model
     wide = importlib.import_module("tunesmith.model.ops.bf16_upcast")
     monkeypatch.setattr(wide, "cpu_bfloat16", lambda: False)
     assert product_dtype(causal_lm) == torch.float32

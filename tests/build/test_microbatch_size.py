@@ -22,7 +22,7 @@ MIB = 2**20
 
 @pytest.fixture
 def model(tmp_path: Path):
-    return load_causal_lm(resolve_model(str(tiny_folder(tmp_path / "m"))), dtype="float32")
+    return load_causal_lm(resolve_model(str(tiny_folder(tmp_path / "m"))), dtype="float32").model
 
 
 def recipe(*changes: str):

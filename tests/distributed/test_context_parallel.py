@@ -285,13 +285,13 @@ def test_ranks_that_make_no_whole_groups() -> None:
 
 
 def test_a_model_whose_heads_cannot_be_dealt() -> None:
-    model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
+    model = wrap_causal_lm(tiny_model(num_hidden_layers=1)).model
     with pytest.raises(ModelError, match="4 attention heads can't be dealt to 3 ranks"):
         check_model(model, ContextParallel(3, 0))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
-    model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
+    model = wrap_causal_lm(tiny_model(num_hidden_layers=1)).model
     model.run_unpacked()
     check_model(model, ContextParallel())
     with pytest.raises(ModelError, match="one path at a time") as caught:
@@ -300,7 +300,7 @@ def test_a_model_that_takes_whole_paths_only() -> None:
 
 
 def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [wrap_causal_lm(tiny_model(num_hidden_layers=1)) for _ in range(2)]
+    models = [wrap_causal_lm(tiny_model(num_hidden_layers=1)).model for _ in range(2)]
 
     def run(context: ContextParallel) -> str:
         model = models[context.rank]

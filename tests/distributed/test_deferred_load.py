@@ -48,9 +48,9 @@ def watch():
 def loading(*args, **options):
     seen["before"] = anonymous()
     threading.Thread(target=watch, daemon=True).start()
-    loaded = load(*args, **options)
-    seen["notes"] = list(loaded.model.notes)
-    return loaded
+    ranked = load(*args, **options)
+    seen["notes"] = list(ranked.loaded.notes)
+    return ranked
 
 def sharing(*args, **options):
     found = share(*args, **options)
@@ -114,9 +114,10 @@ from tunesmith.build import deferred_model
 load = deferred_model.load_for_ranks
 
 def loading(*args, **options):
-    loaded = load(*args, **options)
-    assert any("reads its own part" in note for note in loaded.model.notes), loaded.model.notes
-    return loaded
+    ranked = load(*args, **options)
+    notes = ranked.loaded.notes
+    assert any("reads its own part" in note for note in notes), notes
+    return ranked
 
 deferred_model.load_for_ranks = loading
 """
@@ -169,12 +170,13 @@ def test_parts_put_together_are_the_model(family: str, dtype: torch.dtype, tmp_p
     source = resolve_model(str(folder))
     trial = deferred_load.trial_model(source, dtype=dtype)
     assert trial is not None
-    model = deferred_load.deferred_model(
+    deferred = deferred_load.deferred_model(
         source, deferred_load.Traits("sdpa", unpacked=False), dtype=dtype
     )
-    assert deferred_load.mismatch(model, trial) is None
-    wanted = load_causal_lm(source, dtype=dtype)
-    files = model.unread
+    assert deferred_load.mismatch(deferred, trial) is None
+    wanted = load_causal_lm(source, dtype=dtype).model
+    files, model = deferred.unread, deferred.model
+    assert files is not None
     for name, tensor in wanted.named_parameters():
         if tensor.ndim == 0:
             continue
@@ -200,30 +202,30 @@ def test_experts_that_are_fused_on_the_way_in_are_told(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", "mixtral", num_hidden_layers=4)))
     trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = deferred_load.deferred_model(
+    deferred = deferred_load.deferred_model(
         source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
-    assert "not in its files" in (deferred_load.mismatch(model, trial) or "")
+    assert "not in its files" in (deferred_load.mismatch(deferred, trial) or "")
 
 
 def test_weights_that_are_changed_on_the_way_in_are_told(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "model", num_hidden_layers=4)))
     trial = deferred_load.trial_model(source, dtype=torch.float32)
     assert trial is not None
-    model = deferred_load.deferred_model(
+    deferred = deferred_load.deferred_model(
         source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
     layer = trial.decoder.layers[0]
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] += 1
-    assert "up_proj.weight is changed" in (deferred_load.mismatch(model, trial) or "")
-    model = deferred_load.deferred_model(
+    assert "up_proj.weight is changed" in (deferred_load.mismatch(deferred, trial) or "")
+    deferred = deferred_load.deferred_model(
         source, deferred_load.Traits("sdpa", unpacked=False), dtype=torch.float32
     )
     with torch.no_grad():
         layer.mlp.up_proj.weight[0, 0] -= 1
         trial.decoder.rotary_emb.inv_freq[0] += 1
-    assert "inv_freq is not made" in (deferred_load.mismatch(model, trial) or "")
+    assert "inv_freq is not made" in (deferred_load.mismatch(deferred, trial) or "")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +267,6 @@ def test_a_fault_of_the_trial_is_told_as_of_the_model(tmp_path: Path) -> None:
         {"model": str(folder), "data": "D.jsonl"}, ["model.dtype=float32", "device.shard=full"]
     )
     found = deferred_model._deferred(recipe, resolve_model(str(folder)), World(), CPU)
-    assert isinstance(found, deferred_model.LoadedModel)
+    assert isinstance(found, deferred_model.RankModel)
     with pytest.raises(Exception, match="NaN"):
         deferred_model.test_loaded(found, World(), max_length=32)

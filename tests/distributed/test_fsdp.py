@@ -135,7 +135,7 @@ def test_masters_of_shards_load_into_either_form(runs) -> None:
     saved = max((folder / "bf16" / "checkpoints").glob("step-*"), key=lambda p: p.name)
     states, models = [], []
     for dtype in ("bfloat16", "float32"):
-        models.append(load_causal_lm(resolve_model(str(folder / "model-tied")), dtype=dtype))
+        models.append(load_causal_lm(resolve_model(str(folder / "model-tied")), dtype=dtype).model)
         optimizer = AdamW(models[-1].named_parameters())
         load_parts(saved / "parts", optimizer, None)
         states.append(optimizer.state_dict())

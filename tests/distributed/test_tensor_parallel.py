@@ -145,7 +145,9 @@ def divided(model: CausalLM, ranks: World) -> tuple[CausalLM, TPPlan]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_gradient_is_that_of_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrap_causal_lm(tiny_model(family.split()[0], num_hidden_layers=2, **FAMILIES[family]))
+    model = wrap_causal_lm(
+        tiny_model(family.split()[0], num_hidden_layers=2, **FAMILIES[family])
+    ).model
     if family.endswith("lora"):
         add_adapter(model, AdapterSpec(rank=4))
         for name, parameter in model.named_parameters():
@@ -250,7 +252,7 @@ def test_ranks_that_make_no_whole_copies() -> None:
     ],
 )
 def test_a_model_that_cannot_be_divided(family: str, count: int, said: str) -> None:
-    model = wrap_causal_lm(tiny_model(family, num_hidden_layers=1))
+    model = wrap_causal_lm(tiny_model(family, num_hidden_layers=1)).model
     with pytest.raises(ModelError, match=said) as caught:
         tp_plan_of(model, World(0, count, 0, count, tp=TensorParallel(count, 0)))
     assert caught.value.where == "device.tensor_parallel"
@@ -258,14 +260,14 @@ def test_a_model_that_cannot_be_divided(family: str, count: int, said: str) -> N
 
 
 def test_an_adapter_that_is_more_than_two_matrices() -> None:
-    model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
+    model = wrap_causal_lm(tiny_model(num_hidden_layers=1)).model
     add_adapter(model, AdapterSpec(kind="dora", rank=4))
     with pytest.raises(ModelError, match="only plain linear maps"):
         tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
 
 
 def test_a_model_that_takes_whole_paths_only() -> None:
-    model = wrap_causal_lm(tiny_model(num_hidden_layers=1))
+    model = wrap_causal_lm(tiny_model(num_hidden_layers=1)).model
     model.run_unpacked()
     with pytest.raises(ModelError, match="one path at a time"):
         tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
@@ -273,7 +275,7 @@ def test_a_model_that_takes_whole_paths_only() -> None:
 
 @pytest.mark.parametrize("wrong", ["", "termed", "rows", "forward"])
 def test_a_plan_that_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [wrap_causal_lm(tiny_model("qwen3", num_hidden_layers=2)) for _ in range(2)]
+    models = [wrap_causal_lm(tiny_model("qwen3", num_hidden_layers=2)).model for _ in range(2)]
 
     def cut(model: CausalLM, plan: TPPlan, ranks: World, _device: Any) -> Any:
         region = apply_tensor_parallel(plan, ranks.tp)

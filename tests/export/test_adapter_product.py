@@ -216,7 +216,7 @@ def test_what_can_not_be_is_refused_before_anything_is_changed(
 ) -> None:
     source = ModelSource("base", bases["llama"])
     quantization = None if form == "none" else Quantization(form)
-    model = load_causal_lm(source, dtype="float32", quantization=quantization)
+    model = load_causal_lm(source, dtype="float32", quantization=quantization).model
     refused = [kind for kind in KINDS if not possible(kind, form)]
     assert refused
     for kind in refused:

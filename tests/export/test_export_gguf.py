@@ -42,7 +42,7 @@ def folder_of(path: Path, family: str, **options) -> Path:
 
 def written(tmp_path: Path, family: str, quantize: str = "f16", **options):
     source = resolve_model(str(folder_of(tmp_path / "model", family, **options)))
-    model = load_causal_lm(source, dtype="float32")
+    model = load_causal_lm(source, dtype="float32").model
     out = tmp_path / "out.gguf"
     return out, export_gguf(model, load_template(source.folder), out, quantize=quantize)
 
@@ -62,8 +62,8 @@ def test_our_reader_gives_the_rounded_model_back(tmp_path: Path) -> None:
     path, _ = written(tmp_path, "llama")
     convert_gguf(path, tmp_path / "again", dtype=torch.float32)
     ids = torch.arange(3, 60)[None]
-    first = load_causal_lm(resolve_model(str(tmp_path / "model")), dtype="float32")
-    second = load_causal_lm(resolve_model(str(tmp_path / "again")), dtype="float32")
+    first = load_causal_lm(resolve_model(str(tmp_path / "model")), dtype="float32").model
+    second = load_causal_lm(resolve_model(str(tmp_path / "again")), dtype="float32").model
     with torch.no_grad(), first.generation() as one, second.generation() as two:
         check._round(one, torch.float16)
         torch.testing.assert_close(one(ids).logits, two(ids).logits)
@@ -79,7 +79,7 @@ def test_transformers_reads_the_same_logits(family: str, tmp_path: Path) -> None
     source = resolve_model(str(tmp_path / "model"))
     other = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     ids = torch.arange(3, 60)[None]
-    with torch.no_grad(), load_causal_lm(source, dtype="float32").generation() as plain:
+    with torch.no_grad(), load_causal_lm(source, dtype="float32").model.generation() as plain:
         check._round(plain, torch.float16)
         torch.testing.assert_close(other(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
 

@@ -52,7 +52,7 @@ def test_pieces_are_read_alike(prefix: bool, tmp_path: Path) -> None:
     source = resolve_model(str(tmp_path / "m"))
     template = load_template(source.folder)
     out = tmp_path / "o.gguf"
-    export_gguf(load_causal_lm(source, dtype="float32"), template, out)
+    export_gguf(load_causal_lm(source, dtype="float32").model, template, out)
     file = WrittenFile(out)
     assert file.field("tokenizer.ggml.model") == "llama"
     assert file.field("tokenizer.ggml.add_space_prefix") is prefix

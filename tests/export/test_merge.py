@@ -18,7 +18,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from tunesmith.cli.app import run as command
 from tunesmith.export import merge as merging
 from tunesmith.export.merge import find_part, merge_adapters
-from tunesmith.model.adapters import AdapterSpec, add_adapter, save_adapter
+from tunesmith.model.adapters import AdapterSpec, AdapterState, add_adapter, save_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.resize_embeddings import add_rows
 from tunesmith.model.source import resolve_model
@@ -41,16 +41,16 @@ def logits(model: Any) -> torch.Tensor:
 
 def adapter(base: Path, out: Path, *, seed: int = 1, **spec: Any) -> torch.Tensor:
     """Write an adapter with random values on `base`; returns the logits it makes."""
-    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32").model
     sizes = {"rank": 4, "alpha": 8, "rotation_size": 4}
-    add_adapter(causal_lm, AdapterSpec(**{**sizes, **spec}))
+    state = add_adapter(causal_lm, AdapterSpec(**{**sizes, **spec})).state
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in causal_lm.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     out.mkdir()
-    save_adapter(causal_lm, out)
+    save_adapter(causal_lm, state, out)
     config = json.loads((out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(base)
     (out / "adapter_config.json").write_text(json.dumps(config))
@@ -142,16 +142,17 @@ def test_a_weighted_sum_of_adapters(tied: bool, tmp_path: Path) -> None:
 def test_an_adapter_with_tokens_of_its_own(tied: bool, tmp_path: Path) -> None:
     size = len(tiny_tokenizer())
     base = tiny_folder(tmp_path / "base", vocab_size=size, tie_word_embeddings=tied)
-    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32").model
     add_rows(causal_lm, [size, size + 1], padded=False)
-    add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8))
+    added = AdapterState(new_rows=(size, size + 1))
+    state = add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8), added).state
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in causal_lm.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     (tmp_path / "A").mkdir()
-    save_adapter(causal_lm, tmp_path / "A")
+    save_adapter(causal_lm, state, tmp_path / "A")
     config = json.loads((tmp_path / "A/adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(base)
     (tmp_path / "A/adapter_config.json").write_text(json.dumps(config))
@@ -169,8 +170,9 @@ def test_a_merge_that_changes_the_model_is_refused(
     base = tiny_folder(tmp_path / "base")
     adapter(base, tmp_path / "A")
 
-    def lossy(causal_lm: Any) -> None:
-        causal_lm.model = causal_lm.model.unload()
+    def lossy(causal_lm: Any, adapter: AdapterState) -> AdapterState:
+        causal_lm.replace_model(causal_lm.model.unload())
+        return adapter
 
     monkeypatch.setattr(merging, "fold", lossy)
     with pytest.raises(merging.ModelError, match="would change"):

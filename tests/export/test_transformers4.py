@@ -17,6 +17,7 @@ from tiny import FAMILIES, tiny_folder
 from tunesmith.data.templates.load import load_template
 from tunesmith.export import ModelCard, write_model
 from tunesmith.generate import generate
+from tunesmith.model.adapters import NO_ADAPTER
 from tunesmith.model.load import load_causal_lm, resolve_model
 
 pytestmark = pytest.mark.slow
@@ -66,12 +67,12 @@ def read_with(transformers4: Path, folder: Path, out: Path) -> tuple[np.ndarray,
 def exported(base: Path, out: Path, dtype: str):
     """The folder of a model whose weights have been moved, with the model and its template."""
     source = resolve_model(str(base))
-    model, template = load_causal_lm(source, dtype=dtype), load_template(base)
+    model, template = load_causal_lm(source, dtype=dtype).model, load_template(base)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
-    write_model(model, template, source, out, card=ModelCard("base"))
+    write_model(model, template, source, out, card=ModelCard("base"), adapter=NO_ADAPTER)
     return model, template
 
 

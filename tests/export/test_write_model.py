@@ -16,7 +16,7 @@ from tiny import FAMILIES, tiny_folder
 from tunesmith.data.templates.load import load_template
 from tunesmith.errors import RunError
 from tunesmith.export import DataEntry, ModelCard, TemplateChoice, read_choice, write_model
-from tunesmith.model.adapters import AdapterSpec, add_adapter
+from tunesmith.model.adapters import NO_ADAPTER, AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm, resolve_model, wrap_causal_lm
 
 IDS = torch.tensor([[5, 17, 40, 200, 33, 91, 7, 300, 12, 64]])
@@ -26,7 +26,7 @@ CARD = ModelCard("base/model", data=(DataEntry("a|b.jsonl", 12, "sha256:00"),))
 def trained(folder: Path, *, lora: bool = False, dtype: str = "float32"):
     """A loaded model whose trainable weights have been moved, its source and template."""
     source = resolve_model(str(folder))
-    model = load_causal_lm(source, dtype=dtype, device="cpu")
+    model = load_causal_lm(source, dtype=dtype, device="cpu").model
     if lora:
         add_adapter(model, AdapterSpec(rank=2, alpha=4))
     torch.manual_seed(1)
@@ -54,7 +54,7 @@ def read(path: Path) -> dict:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_transformers_computes_the_same(family: str, tmp_path: Path):
     model, source, template = trained(tiny_folder(tmp_path / "base", family))
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert plain.dtype == torch.float32
     torch.testing.assert_close(logits(plain), own_logits(model), rtol=1e-5, atol=1e-5)
@@ -67,7 +67,7 @@ def test_peft_computes_the_same(family: str, tmp_path: Path):
     from peft import PeftModel
 
     model, source, template = trained(tiny_folder(tmp_path / "base", family), lora=True)
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     assert not (tmp_path / "out" / "config.json").exists()
     assert read(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"] == str(
         tmp_path / "base"
@@ -84,7 +84,7 @@ def test_peft_computes_the_same(family: str, tmp_path: Path):
 
 def test_experts_have_the_names_of_the_hub(tmp_path: Path):
     model, source, template = trained(tiny_folder(tmp_path / "base", "mixtral"))
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
         assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in weights.keys()  # noqa: SIM118
         assert weights.metadata() == {"format": "pt"}
@@ -92,7 +92,15 @@ def test_experts_have_the_names_of_the_hub(tmp_path: Path):
 
 def test_tied_weights_are_written_once(tmp_path: Path):
     model, source, template = trained(tiny_folder(tmp_path / "base", "gemma2"))
-    write_model(model, template, source, tmp_path / "out", card=CARD, dtype=torch.bfloat16)
+    write_model(
+        model,
+        template,
+        source,
+        tmp_path / "out",
+        card=CARD,
+        adapter=NO_ADAPTER,
+        dtype=torch.bfloat16,
+    )
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
         assert weights.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16
@@ -102,7 +110,7 @@ def test_tied_weights_are_written_once(tmp_path: Path):
 def test_large_models_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tunesmith.export.weights.MAX_SHARD", "200KB")
     model, source, template = trained(tiny_folder(tmp_path / "base"))
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     index = read(tmp_path / "out" / "model.safetensors.index.json")
     assert len(set(index["weight_map"].values())) > 1
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -132,7 +140,7 @@ def test_files_of_the_base_stay_byte_for_byte(tmp_path: Path):
         '{"eos_token_id":[2],  "temperature": 0.6, "do_sample": true}'
     )
     model, source, template = trained(base)
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     names = ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"]
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
@@ -149,7 +157,7 @@ def test_older_readers_find_their_keys(tmp_path: Path):
         json.dumps(tokenizer | {"extra_special_tokens": ["<|im_start|>"]})
     )
     model, source, template = trained(base)
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     config = read(tmp_path / "out" / "config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 77_000.0
     assert config["rope_scaling"] is None
@@ -166,7 +174,9 @@ def test_missing_stop_ids_are_added(tmp_path: Path):
         '{"eos_token_id": 0, "top_k": 20, "do_sample": true}'
     )
     model, source, template = trained(base)
-    write_model(model, template, source, tmp_path / "out", card=CARD, extra_stop_ids=[1])
+    write_model(
+        model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER, extra_stop_ids=[1]
+    )
     values = read(tmp_path / "out" / "generation_config.json")
     assert values["top_k"] == 20
     assert set(values["eos_token_id"]) >= {0, 1, *template.stop_ids}
@@ -176,7 +186,7 @@ def test_a_missing_generation_config_is_made(tmp_path: Path):
     base = tiny_folder(tmp_path / "base")
     (base / "generation_config.json").unlink()
     model, source, template = trained(base)
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     eos = read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
     assert set(eos if isinstance(eos, list) else [eos]) == set(template.stop_ids)
 
@@ -187,7 +197,7 @@ def test_another_template_travels_along(tmp_path: Path):
     (tmp_path / "other.jinja").write_text(other)
     model, source, _ = trained(base)
     template = load_template(base, template=str(tmp_path / "other.jinja"))
-    write_model(model, template, source, tmp_path / "out", card=CARD)
+    write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == other
     assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == other
 
@@ -198,7 +208,7 @@ def test_choice_and_card(tmp_path: Path):
     card = dataclasses.replace(
         CARD, choice=choice, metrics={"eval nll": 1.23456}, recipe="model: M"
     )
-    write_model(model, template, source, tmp_path / "run" / "model", card=card)
+    write_model(model, template, source, tmp_path / "run" / "model", card=card, adapter=NO_ADAPTER)
     assert read_choice(tmp_path / "run" / "model") == choice
     assert read_choice(tmp_path / "base") is None
     text = (tmp_path / "run" / "model" / "README.md").read_text()
@@ -216,7 +226,7 @@ def test_choice_and_card(tmp_path: Path):
 def test_raw_training_is_said(tmp_path: Path):
     model, source, template = trained(tiny_folder(tmp_path / "base"))
     card = dataclasses.replace(CARD, choice=TemplateChoice("none"))
-    write_model(model, template, source, tmp_path / "out", card=card)
+    write_model(model, template, source, tmp_path / "out", card=card, adapter=NO_ADAPTER)
     assert "raw, no chat template" in (tmp_path / "out" / "README.md").read_text()
     choice = read_choice(tmp_path / "out")
     assert choice is not None
@@ -227,7 +237,14 @@ def test_a_model_from_memory(tmp_path: Path):
     base = tiny_folder(tmp_path / "base")
     plain = AutoModelForCausalLM.from_pretrained(base)
     before = logits(plain)
-    write_model(wrap_causal_lm(plain), load_template(base), None, tmp_path / "out", card=CARD)
+    write_model(
+        wrap_causal_lm(plain).model,
+        load_template(base),
+        None,
+        tmp_path / "out",
+        card=CARD,
+        adapter=NO_ADAPTER,
+    )
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), before
     )
@@ -240,7 +257,7 @@ def test_a_model_from_memory(tmp_path: Path):
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, source, template = trained(tiny_folder(tmp_path / "base"))
     out = tmp_path / "out"
-    write_model(model, template, source, out, card=CARD)
+    write_model(model, template, source, out, card=CARD, adapter=NO_ADAPTER)
     kept = (out / "model.safetensors").read_bytes()
 
     def full(*_args, **_kwargs):
@@ -248,6 +265,6 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(type(model.base), "save_pretrained", full)
     with pytest.raises(RunError, match="No space left"):
-        write_model(model, template, source, out, card=CARD)
+        write_model(model, template, source, out, card=CARD, adapter=NO_ADAPTER)
     assert (out / "model.safetensors").read_bytes() == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

@@ -21,9 +21,9 @@ from tunesmith.model.causal_lm import CausalLM
 
 forward, calls = CausalLM.forward, [0]
 
-def limited(self, batch, head):
+def limited(self, batch, head, **options):
     calls[0] += 1
-    out = forward(self, batch, head)
+    out = forward(self, batch, head, **options)
     if calls[0] > {calls} and batch.input_ids.shape[-1] > {tokens} and {when}:
         torch.rand(7)  # what was drawn before the failure must not count
         raise {error}
@@ -161,7 +161,7 @@ import resource
 from pathlib import Path
 from tunesmith.model.causal_lm import CausalLM
 forward, calls = CausalLM.forward, [0]
-def limited(self, batch, head):
+def limited(self, batch, head, **options):
     calls[0] += 1
     if calls[0] == 6:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -170,7 +170,7 @@ def limited(self, batch, head):
     if calls[0] > 5 and batch.input_ids.shape[-1] > 140:
         import torch
         torch.empty(2**29)  # what the activations of a larger model would take
-    return forward(self, batch, head)
+    return forward(self, batch, head, **options)
 CausalLM.forward = limited
 """
     done = place.run(tmp_path / "run", ["device.micro_tokens=512"], prelude=prelude)

@@ -22,7 +22,7 @@ PROMPTS = [[5, 9, 13], list(range(20, 60)), [7], [11, 40, 300, 22, 90, 17, 33], 
 
 def load(folder: Path, family: str = "llama"):
     tiny_folder(folder, family)
-    return load_causal_lm(resolve_model(str(folder)), dtype="float32"), load_template(folder)
+    return load_causal_lm(resolve_model(str(folder)), dtype="float32").model, load_template(folder)
 
 
 def argmax_loop(model, template, prompt: list[int], count: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_the_models_own_sampling_defaults_are_not_used(tmp_path: Path):
     plain, template = load(tmp_path / "plain")
     values = {"eos_token_id": 2, "repetition_penalty": 9.0, "do_sample": True, "top_k": 3}
     (base / "generation_config.json").write_text(json.dumps(values))
-    model = load_causal_lm(resolve_model(str(base)), dtype="float32")
+    model = load_causal_lm(resolve_model(str(base)), dtype="float32").model
     own = model.base.generation_config
     answers = generate(model, template, PROMPTS, max_new_tokens=12)
     assert answers == generate(plain, template, PROMPTS, max_new_tokens=12)

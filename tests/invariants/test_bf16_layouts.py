@@ -50,7 +50,7 @@ def gradient(dtype: torch.dtype, layout: str, family: str) -> Tensor:
     )
     # the same bfloat16 weights in either precision: only the arithmetic differs
     model.bfloat16()
-    causal_lm = wrap_causal_lm(model if dtype == torch.bfloat16 else model.float())
+    causal_lm = wrap_causal_lm(model if dtype == torch.bfloat16 else model.float()).model
     for parameter in causal_lm.parameters():
         parameter.grad_dtype = torch.float32
     rows = documents()

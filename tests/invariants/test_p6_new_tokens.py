@@ -126,7 +126,7 @@ def test_an_adapter_with_new_tokens_is_used_and_trained_further(tmp_path: Path) 
     from tunesmith.model.load import load_causal_lm, resolve_model
 
     _, run = train(tmp_path, size=FULL, adapter="lora", tied=True)
-    loaded = load_causal_lm(resolve_model(str(run.folder)), dtype="float32")
+    loaded = load_causal_lm(resolve_model(str(run.folder)), dtype="float32").model
     ids = torch.tensor([[5, FULL, FULL + 1, 17, FULL + 3]])
     torch.testing.assert_close(
         logits(loaded.model, ids), logits(run.model, ids), rtol=1e-5, atol=1e-5

@@ -71,7 +71,7 @@ KINDS = {
 
 
 def make(family: str, **options):
-    return wrap_causal_lm(tiny_model(family, **options))
+    return wrap_causal_lm(tiny_model(family, **options)).model
 
 
 def randomise(causal_lm) -> None:
@@ -88,7 +88,7 @@ def test_all_linear_is_the_same_in_every_family(family: str) -> None:
     options, kinds = KINDS[family]
     causal_lm = make(family, **options)
     before = sum(p.numel() for p in causal_lm.parameters())
-    report = add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8))
+    report = add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8)).report
     assert report.kinds == kinds
     added = [p for n, p in causal_lm.named_parameters() if "lora_" in n]
     assert report.trained == sum(p.numel() for p in added) > 0
@@ -105,8 +105,8 @@ def test_adapter_reloads_as_it_was(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = tiny_folder(tmp_path / "base", family, **KINDS[family][0])
-    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32")
-    report = add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8))
+    causal_lm = load_causal_lm(resolve_model(str(base)), dtype="float32").model
+    report = add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8)).report
     randomise(causal_lm)
     ids = torch.arange(3, 40)[None]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -120,8 +120,9 @@ def test_adapter_reloads_as_it_was(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again, trained)
     source = resolve_model(str(tmp_path / "adapter"))
     assert source.folder == base.resolve()
-    continued = load_causal_lm(source, dtype="float32")
-    assert add_adapter(continued, AdapterSpec(rank=4, alpha=8), asked=["rank"]) == report
+    continued = load_causal_lm(source, dtype="float32").model
+    attached = add_adapter(continued, AdapterSpec(rank=4, alpha=8), asked=["rank"])
+    assert attached.report == report
     with pytest.raises(ModelError, match="rank 4"):
         add_adapter(continued, AdapterSpec(rank=8, alpha=8), asked=["rank"])
     with torch.no_grad(), continued.generation() as model:
@@ -190,7 +191,7 @@ def test_an_adapted_head_or_embedding_has_the_gradients_of_plain_peft(
         with pytest.raises(ModelError, match="the embedding too"):
             add_adapter(causal_lm, spec)
         return
-    report = add_adapter(causal_lm, spec)
+    report = add_adapter(causal_lm, spec).report
     assert set(report.kinds) == set(targets)
     torch.manual_seed(1)
     trained = {n: p for n, p in causal_lm.named_parameters() if p.requires_grad}
@@ -230,7 +231,7 @@ def test_without_its_adapter_the_head_is_the_base() -> None:
 
 
 def test_small_additions_to_a_bfloat16_head_are_not_rounded_away() -> None:
-    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16)).model
     add_adapter(causal_lm, AdapterSpec(rank=4, alpha=8, targets=["lm_head"]))
     head = causal_lm.head
     torch.manual_seed(1)
@@ -243,7 +244,7 @@ def test_small_additions_to_a_bfloat16_head_are_not_rounded_away() -> None:
     down, up = head.lora_A["default"].weight.double(), head.lora_B["default"].weight.double()
     expected = 2 * plain.double() @ down.T @ up.T
     assert (found - expected).norm() < 0.01 * expected.norm()
-    other = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    other = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16)).model
     with pytest.raises(ModelError, match="rounded away"):
         add_adapter(other, AdapterSpec(kind="dora", targets=["lm_head"]))
 
@@ -298,7 +299,7 @@ def test_loftq_needs_a_quantised_base() -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "vera", "oft", "boft", "ia3", "hra"])
 def test_kinds_on_a_bfloat16_model_begin_as_the_model(kind: str) -> None:
     ids = torch.arange(3, 40)[None]
-    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16)).model
     with torch.no_grad(), causal_lm.generation() as model:
         before = model(input_ids=ids).logits.float()
     add_adapter(causal_lm, AdapterSpec(kind=kind, rank=4, alpha=8, rotation_size=4))
@@ -308,7 +309,7 @@ def test_kinds_on_a_bfloat16_model_begin_as_the_model(kind: str) -> None:
 
 
 def test_additions_have_the_models_dtype() -> None:
-    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16))
+    causal_lm = wrap_causal_lm(tiny_model("llama").to(torch.bfloat16)).model
     add_adapter(causal_lm, AdapterSpec())
     assert {p.dtype for p in causal_lm.parameters()} == {torch.bfloat16}
 
@@ -329,7 +330,7 @@ def test_tied_embeddings_stay_tied_and_frozen() -> None:
     ],
 )
 def test_chosen_targets(targets, kinds: dict) -> None:
-    assert add_adapter(make("llama"), AdapterSpec(targets=targets)).kinds == kinds
+    assert add_adapter(make("llama"), AdapterSpec(targets=targets)).report.kinds == kinds
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "qproj"], "query.*", ["layernorm"], ["_proj"], []])
@@ -352,7 +353,7 @@ def test_experts_that_cannot_be_told_are_an_error() -> None:
     with pytest.raises(ModelError, match="weights of experts") as caught:
         add_adapter(causal_lm, AdapterSpec())
     assert "experts" in str(caught.value)
-    assert add_adapter(causal_lm, AdapterSpec(targets=["q_proj"])).kinds == {"q_proj": 4}
+    assert add_adapter(causal_lm, AdapterSpec(targets=["q_proj"])).report.kinds == {"q_proj": 4}
 
 
 def test_broken_regular_expression_is_refused() -> None:
@@ -363,9 +364,9 @@ def test_broken_regular_expression_is_refused() -> None:
 def test_dropout_before_experts_is_refused() -> None:
     with pytest.raises(ModelError, match="dropout"):
         add_adapter(make("mixtral"), AdapterSpec(dropout=0.1))
-    assert add_adapter(make("mixtral"), AdapterSpec(dropout=0.1, targets=["q_proj"])).kinds == {
-        "q_proj": 4
-    }
+    assert add_adapter(
+        make("mixtral"), AdapterSpec(dropout=0.1, targets=["q_proj"])
+    ).report.kinds == {"q_proj": 4}
 
 
 def test_full_report_counts_everything() -> None:

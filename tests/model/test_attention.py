@@ -183,7 +183,7 @@ def test_a_tree_is_its_paths(family: str) -> None:
             decoder(input_ids=ids[path][None], use_cache=False).last_hidden_state[0]
             for path in paths
         ]
-        together = wrap_causal_lm(model).hidden(batch(ids, layout))
+        together = wrap_causal_lm(model).model.hidden(batch(ids, layout))
     assert max(len(path) for path in paths) > 2 * SIZE
     for path, expected in zip(paths, alone, strict=True):
         assert float((together[path] - expected).norm() / expected.norm()) < 1e-5
@@ -192,7 +192,7 @@ def test_a_tree_is_its_paths(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_asks_its_device_for_no_value(family: str) -> None:
     layout = make_layout()
-    causal_lm = wrap_causal_lm(tiny_model(family, **FAMILIES[family]).bfloat16())
+    causal_lm = wrap_causal_lm(tiny_model(family, **FAMILIES[family]).bfloat16()).model
     causal_lm.to("meta").train()  # where any value that is asked for is an error
     there = batch(torch.empty(len(layout.position), dtype=torch.int64, device="meta"), layout)
     there = replace(there, position_ids=there.position_ids.to("meta"))

@@ -70,9 +70,9 @@ def test_hardware_with_units_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loaded_model_is_wide_and_says_so(no_units, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16")
-    assert any("multiplied in float32" in note for note in causal_lm.notes)
-    assert any(type(module) is bf16_upcast.UpcastLinear for module in causal_lm.modules())
+    loaded = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16")
+    assert any("multiplied in float32" in note for note in loaded.notes)
+    assert any(type(module) is bf16_upcast.UpcastLinear for module in loaded.model.modules())
     plain = load_causal_lm(resolve_model(str(folder)), dtype="float32")
     assert not any("multiplied in float32" in note for note in plain.notes)
 

@@ -46,7 +46,7 @@ def test_weights_are_not_repacked_for_avx512(
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", repacked)
     source = resolve_model(str(tiny_folder(tmp_path / "m", hidden_size=96)))
-    model = load_causal_lm(source, dtype="float32", quantization=Quantization(kind))
+    model = load_causal_lm(source, dtype="float32", quantization=Quantization(kind)).model
     layers = [m for m in model.modules() if isinstance(m, modules.Linear4bit)]
     assert layers
     model.eval()

@@ -62,7 +62,7 @@ def adapted(family: str, dtype: torch.dtype) -> CausalLM:
 
     model = wrapped(family, dtype)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
-    model.model = get_peft_model(model.model, config)
+    model.replace_model(get_peft_model(model.model, config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

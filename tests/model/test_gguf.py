@@ -112,7 +112,7 @@ def converted(model, tmp_path_factory) -> Path:
 
 def test_logits_are_the_original_models(model, converted: Path) -> None:
     ids = torch.arange(3, 60)[None]
-    causal_lm = load_causal_lm(resolve_model(str(converted)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(converted)), dtype="float32").model
     with torch.no_grad(), causal_lm.generation() as loaded:
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
@@ -160,7 +160,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     model.state_dict = lambda: state
     convert_gguf(write(path, model), tmp_path / "out", dtype=torch.float32)
-    causal_lm = load_causal_lm(resolve_model(str(tmp_path / "out")), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(tmp_path / "out")), dtype="float32").model
     assert torch.equal(causal_lm.head.weight, state["model.embed_tokens.weight"])
 
 
@@ -230,7 +230,7 @@ def test_smollm2_answers() -> None:
         return_tensors="pt",
         return_dict=True,
     )["input_ids"]
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32").model
     with torch.no_grad(), causal_lm.generation() as model:
         answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)

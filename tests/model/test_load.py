@@ -36,7 +36,7 @@ def copy(folder: Path, to: Path) -> Path:
 def test_a_loaded_model_has_the_files_logits(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32").model
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad(), causal_lm.generation() as model:
         torch.testing.assert_close(model(IDS).logits, expected(IDS).logits)
@@ -45,9 +45,9 @@ def test_a_loaded_model_has_the_files_logits(folder: Path) -> None:
 
 
 def test_bfloat16_leaves_rope_in_float32(folder: Path) -> None:
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16")
+    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="bfloat16").model
     assert causal_lm.head.weight.dtype == torch.bfloat16
-    exact = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    exact = load_causal_lm(resolve_model(str(folder)), dtype="float32").model
     frequencies = dict(causal_lm.named_buffers())
     assert frequencies
     for name, buffer in exact.named_buffers():
@@ -67,9 +67,9 @@ def test_dtype_follows_capability(monkeypatch) -> None:
 
 def test_dropout_is_turned_off_and_said(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", attention_dropout=0.25)
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
-    assert any("attention_dropout 0.25" in note for note in causal_lm.notes)
-    assert causal_lm.base.model.layers[0].self_attn.attention_dropout == 0
+    loaded = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    assert any("attention_dropout 0.25" in note for note in loaded.notes)
+    assert loaded.model.base.model.layers[0].self_attn.attention_dropout == 0
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_dropout_of_a_model_in_memory_is_turned_off(family: str, options: dict) 
     model = tiny_model(family, **options)
     before = model.train()(IDS).logits
     assert not torch.equal(before, model(IDS).logits), "the model is not random to begin with"
-    causal_lm = wrap_causal_lm(model)
-    assert causal_lm.notes
-    with causal_lm.generation() as own:
+    loaded = wrap_causal_lm(model)
+    assert loaded.notes
+    with loaded.model.generation() as own:
         own.train()
         assert torch.equal(own(IDS).logits, own(IDS).logits)
 
 
 def test_the_threshold_of_phimoe_is_no_noise(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "phimoe", num_local_experts=4, sliding_window=8)
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32").model
     assert causal_lm.config.router_jitter_noise == 0.01
 
 
@@ -101,7 +101,7 @@ def test_wrapped_model_is_given_back_as_it_came() -> None:
     model = tiny_model("llama", attention="sdpa")
     model.config.use_cache = False
     with settings_kept(model):
-        wrap_causal_lm(model).train()
+        wrap_causal_lm(model).model.train()
         assert model.config._attn_implementation == "tunesmith"
     assert model.config._attn_implementation == "sdpa"
     assert model.config.use_cache is False
@@ -185,7 +185,7 @@ def test_weights_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> N
 
 def test_tied_head_is_not_missing(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", tie_word_embeddings=True)
-    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32")
+    causal_lm = load_causal_lm(resolve_model(str(folder)), dtype="float32").model
     assert causal_lm.head.weight is causal_lm.base.get_input_embeddings().weight
 
 

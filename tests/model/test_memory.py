@@ -32,9 +32,9 @@ BIG = ModelSize(parameters=10**9, per_rank=10**6)
 def test_counts_are_those_of_the_real_model(family: str, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m", family)))
     size = measure(source)
-    causal_lm = load_causal_lm(source, dtype="float32")
+    causal_lm = load_causal_lm(source, dtype="float32").model
     assert size.parameters == sum(p.numel() for p in causal_lm.parameters())
-    report = add_adapter(causal_lm, AdapterSpec(rank=5))
+    report = add_adapter(causal_lm, AdapterSpec(rank=5)).report
     needed = estimate(size, dtype=torch.float32, rank=5)
     assert (needed.trained, needed.parameters) == (report.trained, report.total)
 
@@ -48,8 +48,9 @@ def test_counts_of_the_kinds(kind: str, slack: float, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m")))
     size = measure(source)
     report = add_adapter(
-        load_causal_lm(source, dtype="float32"), AdapterSpec(kind=kind, rank=4, rotation_size=4)
-    )
+        load_causal_lm(source, dtype="float32").model,
+        AdapterSpec(kind=kind, rank=4, rotation_size=4),
+    ).report
     needed = estimate(size, dtype=torch.float32, rank=4, kind=kind, rotation_size=4)
     assert abs(needed.trained - report.trained) <= slack * needed.trained
 
@@ -57,7 +58,7 @@ def test_counts_of_the_kinds(kind: str, slack: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_bytes_are_the_optimizers(dtype: torch.dtype, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path / "m")))
-    causal_lm = load_causal_lm(source, dtype=dtype)
+    causal_lm = load_causal_lm(source, dtype=dtype).model
     optimizer = AdamW(causal_lm.named_parameters())
     needed = estimate(measure(source), dtype=dtype, rank=None)
     assert optimizer.held_bytes == needed.optimizer

@@ -11,6 +11,7 @@ import torch
 
 from tiny import tiny_model
 from tunesmith.errors import ModelError
+from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.selftest import self_test
 
@@ -51,7 +52,7 @@ ISOLATED = {"stablelm": {}, "nemotron": {}, "bloom": {}, "mamba": {}, "minimax":
 
 
 def run(family: str, options: dict, *, dtype=torch.float32, max_length: int = 500):
-    causal_lm = wrap_causal_lm(tiny_model(family, **options).to(dtype))
+    causal_lm = wrap_causal_lm(tiny_model(family, **options).to(dtype)).model
     return causal_lm, self_test(causal_lm, max_length=max_length)
 
 
@@ -70,11 +71,13 @@ def test_families_that_pack(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ISOLATED)
 def test_families_that_must_be_unpacked(family: str, dtype: torch.dtype) -> None:
-    causal_lm, result = run(family, ISOLATED[family], dtype=dtype)
+    loaded = wrap_causal_lm(tiny_model(family, **ISOLATED[family]).to(dtype))
+    causal_lm = loaded.model
+    result = self_test(causal_lm, max_length=500)
     assert result.unpacked
     assert causal_lm.unpacked
     assert causal_lm.config._attn_implementation == causal_lm.native_attention
-    assert any("one path at a time" in note for note in (*result.notes, *causal_lm.notes))
+    assert any("one path at a time" in note for note in (*result.notes, *loaded.notes))
 
 
 def test_position_encoding_that_looks_at_neighbours() -> None:
@@ -84,8 +87,9 @@ def test_position_encoding_that_looks_at_neighbours() -> None:
 
 
 def test_wrong_logit_transform_is_refused() -> None:
-    causal_lm = wrap_causal_lm(tiny_model("cohere2", sliding_window=8))
-    causal_lm.logits = dataclasses.replace(causal_lm.logits, scale=1.0)
+    right = wrap_causal_lm(tiny_model("cohere2", sliding_window=8)).model
+    wrong = dataclasses.replace(right.logits, scale=1.0)
+    causal_lm = CausalLM(right.model, logits=wrong, native_attention=right.native_attention)
     with pytest.raises(ModelError, match="logits"):
         self_test(causal_lm, max_length=100)
 
@@ -98,7 +102,7 @@ def test_model_that_sees_later_tokens_is_refused() -> None:
     model = tiny_model("llama")
     model.model.norm = Bidirectional()
     with pytest.raises(ModelError, match="later tokens"):
-        self_test(wrap_causal_lm(model), max_length=100)
+        self_test(wrap_causal_lm(model).model, max_length=100)
 
 
 def test_wrong_window_is_found(monkeypatch) -> None:
@@ -109,7 +113,7 @@ def test_wrong_window_is_found(monkeypatch) -> None:
 
 
 def test_noise_in_training_is_said() -> None:
-    causal_lm = wrap_causal_lm(tiny_model("llama"))
+    causal_lm = wrap_causal_lm(tiny_model("llama")).model
     assert not self_test(causal_lm, max_length=100).noisy
     causal_lm.train()
     causal_lm.base.model.layers[0].mlp.act_fn = torch.nn.Dropout(0.5)

@@ -22,7 +22,7 @@ from tiny import chat_rows, tiny_folder
 from tunesmith.cli.app import run as tunesmith_command
 from tunesmith.errors import InputError, ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter
-from tunesmith.model.load import load_causal_lm
+from tunesmith.model.load import LoadedModel, load_causal_lm
 from tunesmith.model.memory.estimate import estimate, measure
 from tunesmith.model.ops.packed_weight import is_quantized, parameter_count
 from tunesmith.model.quantization.load import Quantization
@@ -70,9 +70,13 @@ def train(
     return tunesmith.train(options, data=chat_rows(), out=out, progress=progress)
 
 
-def load(base: Path, kind: str, **more: Any) -> Any:
+def load(base: Path, kind: str) -> Any:
+    return loaded_as(base, kind).model
+
+
+def loaded_as(base: Path, kind: str) -> LoadedModel:
     source = ModelSource(str(base), base)
-    return load_causal_lm(source, dtype="float32", quantization=Quantization(kind), **more)
+    return load_causal_lm(source, dtype="float32", quantization=Quantization(kind))
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -155,7 +159,7 @@ def test_a_loftq_adapter_is_known_wherever_it_goes(bases: dict[str, Path], tmp_p
 MEASURED = """
 import gc, json, sys, threading, time
 import torch
-from tunesmith.model.load import load_causal_lm
+from tunesmith.model.load import LoadedModel, load_causal_lm
 from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.source import resolve_model
 
@@ -229,7 +233,7 @@ def test_the_estimate_knows_the_bytes(
     source = ModelSource("base", bases[family])
     quantization = Quantization(kind.split()[0], double=kind.endswith("double"))
     size = measure(source)
-    model = load_causal_lm(source, dtype=dtype, quantization=quantization)
+    model = load_causal_lm(source, dtype=dtype, quantization=quantization).model
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     held |= {id(m.weight): weight_bytes(m) for m in filter(is_quantized, model.modules())}
     needed = estimate(size, dtype=getattr(torch, dtype), rank=8, quantization=quantization)
@@ -256,7 +260,9 @@ def weight_bytes(module: Any) -> int:
 def test_double_quantisation_changes_the_scales(bases: dict[str, Path]) -> None:
     source = ModelSource("base", bases["llama"])
     one, two = (
-        load_causal_lm(source, dtype="float32", quantization=Quantization("nf4", double=double))
+        load_causal_lm(
+            source, dtype="float32", quantization=Quantization("nf4", double=double)
+        ).model
         for double in (False, True)
     )
     assert distance(logits(one), logits(two)) > 1e-5
@@ -271,7 +277,7 @@ def test_the_weights_are_torchaos(kind: str, dtype: torch.dtype, bases: dict[str
     from tunesmith.model.quantization.torchao import settings
 
     source = ModelSource("base", bases["llama"])
-    model = load_causal_lm(source, dtype=dtype, quantization=Quantization(kind))
+    model = load_causal_lm(source, dtype=dtype, quantization=Quantization(kind)).model
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
         weight = load_file(bases["llama"] / "model.safetensors")[f"{name}.weight"].to(dtype)
         alone = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
@@ -287,13 +293,14 @@ def test_a_start_says_that_experts_stay_as_they_are(
     bases: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     base = bases["qwen3_moe"]
-    model = load(base, "nf4")
+    loaded = loaded_as(base, "nf4")
+    model = loaded.model
     experts = [n for n, p in model.base.named_parameters() if p.ndim == 3]
     assert experts
     assert all(model.base.get_parameter(name).dtype == torch.float32 for name in experts)
     inside = sum(parameter_count(m.weight) for m in filter(is_quantized, model.modules()))
     share = f"{inside / sum(parameter_count(p) for p in model.parameters()):.0%} of the weights"
-    note = next(note for note in model.notes if "kept as nf4" in note)
+    note = next(note for note in loaded.notes if "kept as nf4" in note)
     assert share in note
     assert "tensors of experts stay as they are" in note
     train(base, tmp_path / "R", "nf4", progress=True, train={"steps": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import nn
 from tunesmith.config.schema import Recipe
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.adapters import (
-    AdapterReport,
     AdapterSpec,
+    AdapterState,
+    AttachedAdapter,
     adapter_fields,
     add_adapter,
-    began_quantized,
     freeze,
     full_report,
     has_adapter,
@@ -32,28 +33,30 @@ SPEC = (
 )  # fmt: skip
 
 
-def choose_trained(recipe: Recipe, model: CausalLM) -> AdapterReport:
-    """Put the recipe's adapter on the model, or freeze what it leaves out."""
+def choose_trained(recipe: Recipe, model: CausalLM, loaded: AdapterState) -> AttachedAdapter:
+    """Put the recipe's adapter on the model, or freeze what it leaves out. `loaded` is the state
+    that loading the model returned.
+    """
     adapter = recipe.adapter
     start = adapter_source(recipe)
     if start is not None:
-        _load(model, start)
-    refuse_plain_base(model)
+        loaded = replace(loaded, of_quantized=_load(model, start).of_quantized)
+    refuse_plain_base(model, loaded)
     if adapter.kind != "none" or start is not None:
         spec = AdapterSpec(**{name: getattr(adapter, name) for name in SPEC})
         asked = adapter.model_fields_set & set(SPEC)
-        report = add_adapter(
-            model, spec, asked=asked - ({"kind"} if spec.kind == "none" else set())
-        )
+        asked -= {"kind"} if spec.kind == "none" else set()
+        attached = add_adapter(model, spec, loaded, asked=asked)
     elif adapter.parameters is not None or adapter.top_layers is not None:
         _refuse_adapted(model)
         report = freeze(model, parameters=adapter.parameters, top_layers=adapter.top_layers)
+        attached = AttachedAdapter(report, loaded)
     else:
-        report = full_report(model)
+        attached = AttachedAdapter(full_report(model), loaded)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.grad_dtype = torch.float32  # micro-batches are added up in float32
-    return report
+    return attached
 
 
 def adapter_source(recipe: Recipe) -> ModelSource | None:
@@ -86,14 +89,16 @@ def adapter_source(recipe: Recipe) -> ModelSource | None:
     return source
 
 
-def resolved_adapter(recipe: Recipe, model: CausalLM, source: ModelSource | None) -> dict[str, Any]:
+def resolved_adapter(
+    recipe: Recipe, model: CausalLM, state: AdapterState, source: ModelSource | None
+) -> dict[str, Any]:
     """What of the section is now known: the fields of an adapter that the model came with."""
     start = recipe.adapter.continue_from
     came = start is not None or (source is not None and source.adapter_folder is not None)
     if not came or (start is None and recipe.adapter.kind == "none"):
         return {}
     known = set(type(recipe.adapter).model_fields)
-    fields = {key: value for key, value in adapter_fields(model).items() if key in known}
+    fields = {key: value for key, value in adapter_fields(model, state).items() if key in known}
     return fields if start is None else {**fields, "continue_from": _absolute(start)}
 
 
@@ -102,11 +107,13 @@ def noisy_adapter(model: CausalLM) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-def adapter_lines(recipe: Recipe, model: CausalLM, *, shared: bool) -> list[str]:
+def adapter_lines(
+    recipe: Recipe, model: CausalLM, state: AdapterState, *, shared: bool
+) -> list[str]:
     """What a start says about the adapter, in a line or two; nothing about full fine-tuning."""
     lines: list[str] = []
     if has_adapter(model):
-        fields = {k: v for k, v in adapter_fields(model).items() if v not in ({}, None, 0)}
+        fields = {k: v for k, v in adapter_fields(model, state).items() if v not in ({}, None, 0)}
         parts = [f"adapter: {fields.pop('kind')}", *(f"{k} {v}" for k, v in fields.items())]
         if recipe.adapter.lr_ratio is not None:
             parts.append(f"B matrices learn at {recipe.adapter.lr_ratio:g} times the rate")
@@ -114,8 +121,8 @@ def adapter_lines(recipe: Recipe, model: CausalLM, *, shared: bool) -> list[str]
             parts.append(f"goes on with {recipe.adapter.continue_from}")
         lines.append(", ".join(parts))
     if noisy_adapter(model):
-        state = "shared, as asked" if shared else "not shared"
-        lines.append(f"with dropout layouts agree in expectation only, prefixes are {state}")
+        how = "shared, as asked" if shared else "not shared"
+        lines.append(f"with dropout layouts agree in expectation only, prefixes are {how}")
     return lines
 
 
@@ -124,11 +131,12 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def _load(model: CausalLM, start: ModelSource) -> None:
+def _load(model: CausalLM, start: ModelSource) -> AdapterState:
     _refuse_adapted(model)
     assert start.adapter_folder is not None
-    model.model = load_adapter(model.base, start.adapter_folder)
-    model.of_quantized = began_quantized(start.adapter_folder)
+    adapted, state = load_adapter(model.base, start.adapter_folder)
+    model.replace_model(adapted)
+    return state
 
 
 def _refuse_adapted(model: CausalLM) -> None:

@@ -30,7 +30,7 @@ from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
-from tunesmith.model.adapters import AdapterReport
+from tunesmith.model.adapters import AdapterReport, AdapterState
 from tunesmith.model.kernels import Replaced, float8
 from tunesmith.model.memory.activations import MicroChoice
 from tunesmith.model.ops.malloc import keep_freed_memory
@@ -123,6 +123,7 @@ class Fitted:
     """What is trained, by which kernels, and how much of it goes through the device at a time."""
 
     report: AdapterReport
+    adapter: AdapterState
     kernels: Replaced | None
     micro: MicroChoice
 
@@ -137,7 +138,7 @@ def fit_to_device(
 ) -> Fitted:
     """Attach the adapter, replace modules by kernels, and size the micro-batches."""
     model = loaded.model
-    report = choose_trained(recipe, model)
+    attached = choose_trained(recipe, model, loaded.adapter)
     kernels = choose_kernels(recipe, model, device)
     savings = sharded_savings(found.size, model, world, ranks_per_copy=found.ranks_per_copy)
     micro = choose_micro_batch(
@@ -149,7 +150,7 @@ def fit_to_device(
         held=found.size,
         probes=world.is_single,
     )
-    return Fitted(report, kernels, micro)
+    return Fitted(attached.report, attached.state, kernels, micro)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +183,10 @@ def make_trainables(
     model.train()
     work = model_work(model)
     loss = make_loss(
-        recipe, model, steps.sampler, total_steps=steps.total, user_objective=custom,
-        group=world.model_parallel,
+        recipe, model, steps.sampler, adapter=fitted.adapter, total_steps=steps.total,
+        user_objective=custom, group=world.model_parallel,
     )  # fmt: skip
-    grad_sync = parallelize(recipe, model, world, device, base=loss.frozen)
+    grad_sync = parallelize(recipe, model, world, device, base=loss.frozen, unread=loaded.unread)
     compiled = compile_model(recipe, model, world, device, tokens=fitted.micro.tokens)
     shards = grad_sync.sharded
     optimizer = make_optimizer(
@@ -223,6 +224,7 @@ def _training(
         world=world,
         grad_sync=trained.grad_sync,
         trained_parameters=fitted.report.trained,
+        adapter=fitted.adapter,
     )
 
 
@@ -235,7 +237,7 @@ def resolve(
     model, source = loaded.model, found.source
     dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
     lr = recipe.optim.lr
-    adapter = resolved_adapter(recipe, model, source)
+    adapter = resolved_adapter(recipe, model, fitted.adapter, source)
     if lr == "auto":
         lr = auto_lr(adapter.get("kind", recipe.adapter.kind), fitted.report.total)
     name = recipe.model.name

@@ -5,7 +5,7 @@ its shards from the files, and a trial model of a few layers is self-tested in i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,18 +18,21 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
+from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.deferred_load import Traits, deferred_model, mismatch, trial_model
+from tunesmith.model.load import LoadedModel
 from tunesmith.model.ops.dtype import choose_dtype
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
+from tunesmith.model.weight_files import WeightFiles
 
 
-@dataclass(slots=True)
-class LoadedModel:
-    """A model, and what is tested of it: itself, or on the first rank its trial."""
+@dataclass(frozen=True, slots=True)
+class RankModel:
+    """A rank's model, and what is tested of it: itself, or on the first rank its trial."""
 
-    model: CausalLM
+    loaded: LoadedModel
     trial: CausalLM | None = None
 
 
@@ -41,6 +44,8 @@ class TestedModel:
     tested: SelfTest
     room: int  # bytes that were free before it was loaded, the least over all ranks
     notes: Sequence[str]
+    adapter: AdapterState  # of the adapter that it came with
+    unread: WeightFiles | None  # where the weights are, of a model without them
 
 
 def load_tested(
@@ -57,15 +62,16 @@ def load_tested(
         ModelError: a test failed in a way that would make the training wrong.
     """
     room = int(world.all_reduce_min(free_bytes(device, world)))
-    loaded = load_for_ranks(
+    ranked = load_for_ranks(
         recipe, found.source, objects, template=data.template, world=world, device=device
     )
+    loaded = ranked.loaded
     model = loaded.model
     if recipe.device.attention == "unpacked":
         model.run_unpacked()
-    tested = test_loaded(loaded, world, max_length=data.longest)
-    notes = [*model.notes, *tested.notes, *use_float8(recipe, model)]
-    return TestedModel(model, tested, room, notes)
+    tested = test_loaded(ranked, world, max_length=data.longest)
+    notes = [*loaded.notes, *tested.notes, *use_float8(recipe, model)]
+    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread)
 
 
 def load_for_ranks(
@@ -76,46 +82,45 @@ def load_for_ranks(
     template: Template,
     world: World,
     device: torch.device,
-) -> LoadedModel:
+) -> RankModel:
     """The model, without its weights where it will be spread and its files can be read in parts."""
     if recipe.device.shard == "none" and world.tp.size == 1:
-        return LoadedModel(load_model(recipe, source, objects, device, template=template))
+        return RankModel(load_model(recipe, source, objects, device, template=template))
     reason = _needs_whole(recipe, source, template)
     if reason is None and source is not None:
         with preserved_rng():
             found = _deferred(recipe, source, world, device)
-        if isinstance(found, LoadedModel):
+        if isinstance(found, RankModel):
             return found
         reason = found
     # One that will be spread comes to a GPU a layer at a time.
     home = torch.device("cpu")
-    model = load_model(recipe, source, objects, device, template=template, home=home)
-    model.notes.append(f"each rank loads the whole model before it is given out in parts: {reason}")
-    return LoadedModel(model)
+    loaded = load_model(recipe, source, objects, device, template=template, home=home)
+    note = f"each rank loads the whole model before it is given out in parts: {reason}"
+    return RankModel(replace(loaded, notes=[*loaded.notes, note]))
 
 
-def test_loaded(loaded: LoadedModel, world: World, *, max_length: int) -> SelfTest:
+def test_loaded(ranked: RankModel, world: World, *, max_length: int) -> SelfTest:
     """The self-test of the model; of one without weights on the first rank, by its trial.
 
     Raises:
         ModelError: as `self_test`, on every rank.
     """
-    model = loaded.model
-    if model.unread is None:
+    model, trial = ranked.loaded.model, ranked.trial
+    if ranked.loaded.unread is None:
         return self_test(model, max_length=max_length)
     found: SelfTest | tuple[str, str | None, str | None] | None = None
-    if loaded.trial is not None:
+    if trial is not None:
         if model.unpacked:
-            loaded.trial.run_unpacked()
+            trial.run_unpacked()
         try:
-            found = self_test(loaded.trial, max_length=max_length)
+            found = self_test(trial, max_length=max_length)
         except ModelError as error:
             found = (error.message, error.where, error.hint)
     found = world.broadcast_object(found)
     if isinstance(found, tuple):
         raise ModelError(found[0], where=found[1], hint=found[2])
     assert found is not None
-    loaded.trial = None
     if found.unpacked and not model.unpacked:
         model.run_unpacked()
     return found
@@ -141,7 +146,7 @@ def _needs_whole(recipe: Recipe, source: ModelSource | None, template: Template)
 
 def _deferred(
     recipe: Recipe, source: ModelSource, world: World, device: torch.device
-) -> LoadedModel | str:
+) -> RankModel | str:
     """The model without its weights, or why its files can't be read in parts. The first rank finds
     out, with a trial model that no other has.
     """
@@ -161,14 +166,13 @@ def _deferred(
     traits = world.broadcast_object(traits)
     if not isinstance(traits, Traits):
         return str(traits)
-    model = deferred_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
-    reason = world.broadcast_object(None if trial is None else mismatch(model, trial))
+    deferred = deferred_model(source, traits, dtype=chosen.dtype, trust_remote_code=trust)
+    reason = world.broadcast_object(None if trial is None else mismatch(deferred, trial))
     if reason is not None:
         return reason
     layers = trial.config.get_text_config().num_hidden_layers if trial is not None else 0
-    model.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
-    model.notes.append(
+    note = (
         f"each rank reads its own part of the weights; tested with the first {layers} of "
-        f"{model.config.get_text_config().num_hidden_layers} layers"
+        f"{deferred.model.config.get_text_config().num_hidden_layers} layers"
     )
-    return LoadedModel(model, trial)
+    return RankModel(replace(deferred, notes=[chosen.note, *deferred.notes, note]), trial)

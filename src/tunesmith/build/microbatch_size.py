@@ -62,14 +62,12 @@ def choose_micro_batch(
         InputError: activations are to be offloaded from a CPU.
         ModelError: the architecture can't recompute, and was asked to.
     """
-    if recipe.device.activation_offload:
-        if device.type == "cpu":
-            raise InputError(
-                "on a CPU activations are in the host's memory already",
-                where="device.activation_offload",
-                hint="device.activation_offload=false, or device.gradient_checkpointing=layers",
-            )
-        model.offload = True
+    if recipe.device.activation_offload and device.type == "cpu":
+        raise InputError(
+            "on a CPU activations are in the host's memory already",
+            where="device.activation_offload",
+            hint="device.activation_offload=false, or device.gradient_checkpointing=layers",
+        )
     asked, wanted = recipe.device.gradient_checkpointing, recipe.device.micro_tokens
     modes: list[Mode] = list(_possible(model)) if asked == "auto" else [as_mode(asked)]
     if recipe.device.compile != "none" and len(modes) > 1:
@@ -80,7 +78,8 @@ def choose_micro_batch(
     needed = longest if wanted == "auto" else max(longest, wanted)
     open_choice = wanted == "auto" or len(modes) > 1
     if probes and open_choice and _matters(cost(modes[0]), device, needed=needed, room=left):
-        cost = measured_cost(model, device, longest=longest)
+        offload = recipe.device.activation_offload
+        cost = measured_cost(model, device, longest=longest, offload=offload)
     choice = choose_micro_tokens(cost, device=device, room=left, longest=needed, modes=modes)
     set_checkpointing(model.base, choice.checkpointing)
     if wanted == "auto":
@@ -88,7 +87,9 @@ def choose_micro_batch(
     return MicroChoice(wanted, choice.checkpointing, choice.reason)
 
 
-def measured_cost(model: CausalLM, device: torch.device, *, longest: int) -> Callable[[Mode], Cost]:
+def measured_cost(
+    model: CausalLM, device: torch.device, *, longest: int, offload: bool = False
+) -> Callable[[Mode], Cost]:
     """The cost of each mode in a micro-batch whose longest path has `longest` tokens, from the
     memory that forward and backward of short documents take.
 
@@ -105,8 +106,8 @@ def measured_cost(model: CausalLM, device: torch.device, *, longest: int) -> Cal
         try:
             set_checkpointing(model.base, mode)
             model.train()
-            _bytes_of(model, sizes[0], device)  # makes the gradients
-            seen = [_bytes_of(model, size, device) for size in sizes]
+            _bytes_of(model, sizes[0], device, offload=offload)  # makes the gradients
+            seen = [_bytes_of(model, size, device, offload=offload) for size in sizes]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -132,14 +133,14 @@ def _fitted(sizes: Sequence[int], seen: Sequence[int], longest: int) -> Cost:
     return Cost(per_token, fixed=float(fixed), measured=True)
 
 
-def _bytes_of(model: CausalLM, tokens: int, device: torch.device) -> int:
+def _bytes_of(model: CausalLM, tokens: int, device: torch.device, *, offload: bool = False) -> int:
     """The most that a document of so many tokens, all targets, takes until its gradients are
     there.
     """
     batch = made_up_batch(model, tokens, device)
     with footprint(device) as seen:
         head = functools.partial(head_loss, objective=nll)
-        model(batch, head).loss_sum.backward()
+        model(batch, head, offload=offload).loss_sum.backward()
     return seen.peak
 
 

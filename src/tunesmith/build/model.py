@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,8 +11,13 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import RecipeError
-from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.load import choose_dtype, load_causal_lm, resolve_model, wrap_causal_lm
+from tunesmith.model.load import (
+    LoadedModel,
+    choose_dtype,
+    load_causal_lm,
+    resolve_model,
+    wrap_causal_lm,
+)
 from tunesmith.model.memory.estimate import MemoryEstimate, check_fits, free_memory, measure
 from tunesmith.model.quantization.load import Quantization
 from tunesmith.model.resize_embeddings import add_rows
@@ -125,14 +130,16 @@ def load_model(
     *,
     template: Template,
     home: torch.device | None = None,
-) -> CausalLM:
+) -> LoadedModel:
     """The model, with rows for the tokens that its template added to the tokenizer; in memory of
     `home` where it will come to `device` in parts.
     """
-    model = _load(recipe, source, objects, device, home or device)
+    loaded = _load(recipe, source, objects, device, home or device)
     padded = recipe.adapter.kind == "none"  # who loads an adapter counts the tokenizer's tokens
-    model.notes += add_rows(model, [token.id for token in template.added], padded=padded)
-    return model
+    added = [token.id for token in template.added]
+    notes = [*loaded.notes, *add_rows(loaded.model, added, padded=padded)]
+    adapter = replace(loaded.adapter, new_rows=tuple(sorted(added)))
+    return replace(loaded, notes=notes, adapter=adapter)
 
 
 def _load(
@@ -141,7 +148,7 @@ def _load(
     objects: UserObjects,
     device: torch.device,
     home: torch.device,
-) -> CausalLM:
+) -> LoadedModel:
     if source is None:
         return wrap_causal_lm(objects.model.to(home))
     dtype = recipe.model.dtype

@@ -12,6 +12,7 @@ from tunesmith.config.schema import Recipe
 from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.errors import RecipeError
+from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.moe_router import Routers
 from tunesmith.model.neftune import EmbeddingNoise
@@ -42,6 +43,7 @@ def make_loss(
     model: CausalLM,
     sampler: BatchSampler,
     *,
+    adapter: AdapterState,
     total_steps: int,
     user_objective: UserObjective | None,
     group: ModelParallelGroup = NO_GROUP,
@@ -52,12 +54,13 @@ def make_loss(
         objective=_with_terms(recipe, _user_loss(recipe, user_objective)),
         steps=total_steps,
         warmup=_with_terms(recipe, nll),
-        reference=_reference_model(recipe, model) if section.kl else None,
+        reference=_reference_model(model, adapter) if section.kl else None,
         old_policy=_old_policy(recipe, sampler),
         sampling=section.scheduled_sampling,
         noise=EmbeddingNoise(model, section.neftune) if section.neftune else None,
         balance=RouterBalance(Routers(model), section.router_aux) if section.router_aux else None,
         group=group,
+        offload=recipe.device.activation_offload,
     )
 
 
@@ -110,13 +113,13 @@ def _old_policy(recipe: Recipe, sampler: BatchSampler) -> OldPolicy | None:
     )
 
 
-def _reference_model(recipe: Recipe, model: CausalLM) -> ReferenceModel:
+def _reference_model(model: CausalLM, adapter: AdapterState) -> ReferenceModel:
     """Without its adapter a model is its base, if the adapter left the weights below it alone."""
     if not hasattr(model.model, "peft_config"):
         frozen = copy.deepcopy(model).eval()
         return ReferenceModel(frozen.requires_grad_(False))
     config = model.model.peft_config[model.model.active_adapter]
-    start = "loftq" if model.of_quantized else getattr(config, "init_lora_weights", True)
+    start = "loftq" if adapter.of_quantized else getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise RecipeError(
             f"an adapter that begins as {start} changes the weights below it, so the base model is "

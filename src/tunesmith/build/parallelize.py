@@ -21,6 +21,7 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.deferred_load import release
 from tunesmith.model.memory.estimate import MemoryEstimate
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
+from tunesmith.model.weight_files import WeightFiles
 
 
 def for_one_process(recipe: Recipe) -> Recipe:
@@ -73,17 +74,24 @@ def sharded_savings(
 
 
 def parallelize(
-    recipe: Recipe, model: CausalLM, world: World, device: torch.device, *, base: Any = None
+    recipe: Recipe,
+    model: CausalLM,
+    world: World,
+    device: torch.device,
+    *,
+    base: Any = None,
+    unread: WeightFiles | None = None,
 ) -> NoSync:
     """Let the ranks begin from the same trained weights, and spread the model if that is asked.
 
-    `base`: a frozen copy that stays whole on each rank.
+    `base`: a frozen copy that stays whole on each rank. `unread`: where the weights are, of a model
+    that was loaded without them.
     """
     check_model(model, world.cp)
     if world.is_single:
         return NoSync()
-    if model.unread is not None:
-        release(model)
+    if unread is not None:
+        release(model, unread)
     trained = [p for p in model.parameters() if p.requires_grad]
     world.broadcast_([p for p in trained if not p.is_meta])
     first = next(model.base.parameters())
@@ -111,10 +119,9 @@ def parallelize(
         hybrid=recipe.device.shard == "hybrid",
         offload=recipe.device.shard_offload,
     )
-    files, model.unread = model.unread, None
     shards = apply_fsdp(
         model, decoder_layers(model), world, how,
-        device=device, read=None if files is None else files.read_for,
+        device=device, read=None if unread is None else unread.read_for,
     )  # fmt: skip
     if packed:
         from tunesmith.model.quantization.fsdp import mark_packed

@@ -143,7 +143,7 @@ def open_session(recipe: Recipe) -> Session:
         device=choose_device(recipe),
         quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
-    )
+    ).model
     model.eval()
     if recipe.device.attention == "unpacked":
         model.run_unpacked()

@@ -138,7 +138,7 @@ def activation_bytes_of(job: Job, work: Work) -> tuple[int, int]:
     (plan,) = local_parts(job, [whole])
     batch = collate(plan, job.training.device)
     with footprint(job.training.device) as forward:
-        hidden = job.training.model.hidden(batch)
+        hidden = job.training.model.hidden(batch, offload=job.training.loss.offload)
     del hidden
     job.training.loss(
         job.training.model, plan, job.training.device

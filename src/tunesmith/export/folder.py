@@ -18,6 +18,7 @@ from tunesmith.export.card import ModelCard, card_text
 from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
+from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import OWN_FILE, ModelSource
 from tunesmith.version import __version__
@@ -40,15 +41,17 @@ def write_model(
     out: Path,
     *,
     card: ModelCard,
+    adapter: AdapterState,
     extra_stop_ids: Iterable[int] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write `out`: the full model or its adapter, with all that inference needs beside it.
 
     Tokenizer, template and configuration files are the base model's own, byte for byte where
-    nothing has to be put in. `source` is None for a model the user had in memory. `dtype` rounds
-    the weights of a full model; None writes them as they were trained. A folder `out` that exists
-    is replaced, and is whole at every instant.
+    nothing has to be put in. `source` is None for a model the user had in memory. `adapter` is what
+    attaching or merging the adapter returned. `dtype` rounds the weights of a full model; None
+    writes them as they were trained. A folder `out` that exists is replaced, and is whole at every
+    instant.
 
     Raises:
         RunError: the folder can't be written.
@@ -58,11 +61,11 @@ def write_model(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _fill(aside, model, template, source, stop_ids=stop_ids, dtype=dtype)
-        adapter = _is_adapter(model)
-        _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapter))
-        own = _choice(card, adapter)
-        if adapter and model.of_quantized:
+        _fill(aside, model, template, source, adapter=adapter, stop_ids=stop_ids, dtype=dtype)
+        adapted = _is_adapter(model)
+        _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapted))
+        own = _choice(card, adapted)
+        if adapted and adapter.of_quantized:
             own[OF_QUANTIZED] = True
         _write_json(aside / OWN_FILE, own)
         _publish(aside, out)
@@ -84,10 +87,10 @@ def _fill(
     template: Template,
     source: ModelSource | None,
     *,
+    adapter: AdapterState,
     stop_ids: list[int],
     dtype: torch.dtype | None,
 ) -> None:
-    adapter = _is_adapter(model)
     if source is None:
         _save_in_memory(folder, model, template)
     else:
@@ -105,10 +108,11 @@ def _fill(
     )
     add_tokens(folder, template)
     _update_template(folder, template)
-    if adapter:
+    if _is_adapter(model):
         config_path.unlink(missing_ok=True)
         write_adapter(
             model,
+            adapter,
             folder,
             base=base_name(model, source),
             revision=source.commit if source else None,
@@ -118,7 +122,7 @@ def _fill(
     if template.added or stated.get("vocab_size") != model.config.get_text_config().vocab_size:
         config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
     written = write_weights(model.base, folder, dtype=dtype)
-    if model.untied:
+    if adapter.untied:
         config = {**config, "tie_word_embeddings": False}
     quantized = bool(getattr(model.base, "is_quantized", False))
     _update(config_path, readers.complete_config(config, dtype=written, quantized=quantized))

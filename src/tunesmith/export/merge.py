@@ -22,7 +22,7 @@ from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import ModelCard
 from tunesmith.export.choice import TemplateChoice, read_choice
 from tunesmith.export.folder import base_name, write_model
-from tunesmith.model.adapters import began_quantized
+from tunesmith.model.adapters import AdapterState, began_quantized
 from tunesmith.model.adapters.merge import add_difference, fold, untie
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm
@@ -108,7 +108,8 @@ def merge_adapters(
         dated=True,
     )
     probes = _probes(template)
-    model, merging = _merged(parts, probes, trust_remote_code)
+    merged = _merged(parts, probes, trust_remote_code)
+    model = merged.model
     dtype = stored_dtype(first.folder)
     card = ModelCard(
         base_model=base_name(model, first),
@@ -120,16 +121,16 @@ def merge_adapters(
     scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=".merging-"))
     try:
         written = scratch / out.name
-        write_model(model, template, first, written, card=card, dtype=dtype)
+        write_model(model, template, first, written, card=card, adapter=merged.state, dtype=dtype)
         exact = _logits(model, probes)
         _round(model, dtype)
         rounded = _logits(model, probes)
         reloaded = load_causal_lm(
             ModelSource(str(written), written), dtype="float32", trust_remote_code=trust_remote_code
-        )
+        ).model
         report = MergeReport(
             dtype=str(dtype).removeprefix("torch."),
-            merging=merging,
+            merging=merged.distance,
             rounding=_distance(rounded, exact),
             reloading=_distance(_logits(reloaded, probes), rounded),
         )
@@ -167,36 +168,46 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return _DTYPES[found]
 
 
-def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> tuple[CausalLM, float]:
-    """The merged model in float32, and the largest distance that a merge made."""
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A model in float32 with adapters in its weights."""
+
+    model: CausalLM
+    state: AdapterState
+    distance: float  # the largest that a merge made
+
+
+def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> _Merged:
     if len(parts) == 1 and parts[0].weight == 1:
         return _folded(parts[0], probes, trust)
     plain = replace(parts[0].source, adapter_folder=None)
     total, base = (
-        load_causal_lm(plain, dtype="float32", trust_remote_code=trust) for _ in range(2)
+        load_causal_lm(plain, dtype="float32", trust_remote_code=trust).model for _ in range(2)
     )
-    worst = 0.0
+    worst, untied = 0.0, False
     for part in parts:
-        merged, distance = _folded(part, probes, trust)
-        worst = max(worst, distance)
-        if merged.untied or total.untied:
-            for model in (merged, total, base):
+        merged = _folded(part, probes, trust)
+        worst = max(worst, merged.distance)
+        untied = untied or merged.state.untied
+        if untied:
+            for model in (merged.model, total, base):
                 untie(model)
-        grown = merged.base.get_input_embeddings().weight.shape[0]
+        grown = merged.model.base.get_input_embeddings().weight.shape[0]
         if grown != base.base.get_input_embeddings().weight.shape[0]:
             raise ModelError(
                 "the adapter brings tokens of its own, which can't be weighed or added up",
                 where=str(part.adapter),
                 hint="merge it alone, without a weight",
             )
-        add_difference(_weights(total), _weights(merged), _weights(base), weight=part.weight)
-    return total, worst
+        add_difference(_weights(total), _weights(merged.model), _weights(base), weight=part.weight)
+    return _Merged(total, AdapterState(untied=untied), worst)
 
 
-def _folded(part: Part, probes: list[Tensor], trust: bool) -> tuple[CausalLM, float]:
-    model = load_causal_lm(part.source, dtype="float32", trust_remote_code=trust)
+def _folded(part: Part, probes: list[Tensor], trust: bool) -> _Merged:
+    loaded = load_causal_lm(part.source, dtype="float32", trust_remote_code=trust)
+    model = loaded.model
     before = _logits(model, probes)
-    fold(model)
+    state = fold(model, loaded.adapter)
     distance = _distance(_logits(model, probes), before)
     if not distance <= TOLERANCE:
         raise ModelError(
@@ -205,7 +216,7 @@ def _folded(part: Part, probes: list[Tensor], trust: bool) -> tuple[CausalLM, fl
             where=str(part.adapter),
             hint="load it as an adapter instead",
         )
-    return model, distance
+    return _Merged(model, state, distance)
 
 
 def _weights(model: CausalLM) -> dict[str, Tensor]:

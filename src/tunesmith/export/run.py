@@ -108,7 +108,7 @@ def _gguf(
     )
     if to == "ollama":
         _tell_family(template, tell)
-    model = load_causal_lm(source, dtype="float32", trust_remote_code=trust)
+    model = load_causal_lm(source, dtype="float32", trust_remote_code=trust).model
     name = _file_name(folder.name, quantize)
     folder.mkdir()
     report = export_gguf(model, template, folder / name, quantize=quantize, name=folder.name)

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from tunesmith.model.adapters import save_adapter
+from tunesmith.model.adapters import AdapterState, save_adapter
 from tunesmith.model.causal_lm import CausalLM
 
 MAX_SHARD = "5GB"
@@ -35,10 +35,12 @@ def write_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None)
     return str(dtype or model.dtype).removeprefix("torch.")
 
 
-def write_adapter(model: CausalLM, folder: Path, *, base: str, revision: str | None) -> None:
+def write_adapter(
+    model: CausalLM, adapter: AdapterState, folder: Path, *, base: str, revision: str | None
+) -> None:
     """Write the model's adapter and its configuration, which names `base`."""
     with _scratch(folder) as scratch:
-        save_adapter(model, scratch)
+        save_adapter(model, adapter, scratch)
         config = json.loads((scratch / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base
         config["revision"] = revision

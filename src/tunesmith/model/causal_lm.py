@@ -20,13 +20,22 @@ from tunesmith.types import Batch, HeadLoss, LossOutput
 class CausalLM(nn.Module):
     """A causal language model that takes a `Batch` and returns sums of losses.
 
-    `model` is a transformers model or one wrapped by peft; nothing of it is patched.
+    `model` is a transformers model or one wrapped by peft. Its attention is exchanged by name
+    (`set_attn_implementation`). Single modules of it may compute by another forward or class: fused
+    kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised weights and tensor
+    parallelism set these with `tunesmith.module_swap`, which puts back what was there.
+
     `native_attention` is the implementation it uses outside of packed batches: for generation, and
-    for batches without a layout.
+    for batches without a layout. An `unpacked` model takes no other attention than its own.
     """
 
     def __init__(
-        self, model: Any, *, logits: LogitTransform, native_attention: str = "sdpa"
+        self,
+        model: Any,
+        *,
+        logits: LogitTransform,
+        native_attention: str = "sdpa",
+        unpacked: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -34,14 +43,7 @@ class CausalLM(nn.Module):
         self.before_head = nn.Identity()
         self.logits = logits
         self.native_attention = native_attention
-        self.unpacked = False
-        self.offload = False  # activations wait for the backward pass in the host's memory
-        self.notes: list[str] = []
-        self.untied = False  # head and embedding differ since an adapter of one was merged
-        self.adapter_start: dict[str, Tensor] | None = None  # what an adapter took out of the base
-        self.of_quantized = False  # the adapter began with what quantising took from the base
-        self.unread: Any = None  # the files of a model whose weights are not in memory
-        self.new_rows: tuple[int, ...] = ()  # of tokens that the tokenizer got for its template
+        self.unpacked = unpacked
 
     @property
     def base(self) -> Any:
@@ -64,6 +66,10 @@ class CausalLM(nn.Module):
         """The output embedding."""
         return self.base.get_output_embeddings()
 
+    def replace_model(self, model: Any) -> None:
+        """Take `model` instead: the same with peft's wrapper around it, or without."""
+        self.model = model
+
     def run_unpacked(self) -> None:
         """From now on batches carry no layout: one path at a time through the model's own
         attention.
@@ -71,15 +77,17 @@ class CausalLM(nn.Module):
         self.unpacked = True
         self.base.set_attn_implementation(self.native_attention)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [T, D]."""
+    def hidden(self, batch: Batch, *, offload: bool = False) -> Tensor:
+        """Hidden states after the final norm, [T, D]; with `offload` the decoder's activations wait
+        for the backward pass in the host's memory.
+        """
         keywords: dict[str, Any] = {}
         if batch.layout is not None:
             # Without a mask transformers would look for packed rows in the positions, for which a
             # GPU has to be waited for.
             seen = torch.ones_like(batch.input_ids[None], dtype=torch.bool)
             keywords = {"layout": batch.layout, "attention_mask": seen}
-        with offloaded(self) if self.offload else nullcontext():
+        with offloaded(self) if offload else nullcontext():
             output = self.decoder(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
@@ -88,9 +96,9 @@ class CausalLM(nn.Module):
             )
         return self.before_head(output.last_hidden_state)[0]
 
-    def forward(self, batch: Batch, head_loss: HeadLoss) -> LossOutput:
+    def forward(self, batch: Batch, head_loss: HeadLoss, *, offload: bool = False) -> LossOutput:
         """The loss of the batch's targets; `head_loss` is the head with its objective chosen."""
-        hidden, weight, bias = head_inputs(self.head, self.hidden(batch))
+        hidden, weight, bias = head_inputs(self.head, self.hidden(batch, offload=offload))
         if needs_upcast(weight):
             hidden, weight = upcast(hidden), upcast(weight)
         return head_loss(

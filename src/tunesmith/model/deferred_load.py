@@ -9,10 +9,9 @@ weights are renamed, fused or turned on the way in is loaded whole instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,17 @@ from torch import Tensor, nn
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.layers import per_layer
-from tunesmith.model.load import checked_config, finish, load_causal_lm, quiet, silence
+from tunesmith.model.load import (
+    LoadedModel,
+    checked_config,
+    finish,
+    load_causal_lm,
+    quiet,
+    silence,
+)
 from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.model.source import ModelSource
+from tunesmith.model.weight_files import WeightFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,40 +39,6 @@ class Traits:
 
     native_attention: str
     unpacked: bool
-
-
-class WeightFiles:
-    """The safetensors files of a model folder, read a part of a tensor at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.waiting: list[nn.Parameter] = []  # placeholders of what is still to be read
-        self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the tensor of this name; None if there is none."""
-        file = self._files.get(name)
-        return None if file is None else tuple(file.get_slice(name).get_shape())
-
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The part of a tensor that begins at `offsets` and has `sizes`, and no more of it."""
-        part = self._files[name].get_slice(name)
-        if not sizes:
-            return self._files[name].get_tensor(name)
-        return part[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
-
-    def read_for(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The same for a parameter named as in a CausalLM, inside an adapter or not."""
-        return self.read(file_name(name), offsets, sizes)
-
-
-def file_name(name: str) -> str:
-    """The name in the files of a parameter of a CausalLM, with or without an adapter around it."""
-    return name.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def trial_model(
@@ -85,13 +58,15 @@ def trial_model(
     with quiet(reports=False):
         return load_causal_lm(
             source, dtype=dtype, trust_remote_code=trust_remote_code, layers=count
-        )
+        ).model
 
 
 def deferred_model(
     source: ModelSource, traits: Traits, *, dtype: torch.dtype, trust_remote_code: bool = False
-) -> CausalLM:
-    """The whole model, its weights placeholders on the CPU that take no memory."""
+) -> LoadedModel:
+    """The whole model, its weights placeholders on the CPU that take no memory, and the files that
+    they are still to be read from.
+    """
     from transformers import GenerationConfig
 
     config = checked_config(source, trust_remote_code)
@@ -104,20 +79,19 @@ def deferred_model(
         model.eval(),
         logits=read_logit_transform(config.get_text_config()),
         native_attention=traits.native_attention,
+        unpacked=traits.unpacked,
     )
-    causal_lm.unread = WeightFiles(source.folder)
-    causal_lm.unread.waiting = list(model.parameters())
-    finish(causal_lm, notes, traits.unpacked)
-    return causal_lm
+    files = WeightFiles(source.folder, list(model.parameters()))
+    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)], unread=files)
 
 
-def mismatch(unread: CausalLM, trial: CausalLM) -> str | None:
+def mismatch(deferred: LoadedModel, trial: CausalLM) -> str | None:
     """Why the weights can't be read as they lie in the files, by what the trial model holds; None
     if they can.
     """
-    files = unread.unread
+    files, base = deferred.unread, deferred.model.base
     assert files is not None
-    mine, whole = dict(unread.base.named_parameters()), dict(trial.base.named_parameters())
+    mine, whole = dict(base.named_parameters()), dict(trial.base.named_parameters())
     for name, parameter in mine.items():
         if files.shape(name) != tuple(parameter.shape):
             return f"{name} is not in its files as the model holds it"
@@ -127,7 +101,7 @@ def mismatch(unread: CausalLM, trial: CausalLM) -> str | None:
         read = files.read(name, [0] * tensor.ndim, tensor.shape).to(tensor.dtype)
         if not _same(read, tensor):
             return f"{name} is changed while it is loaded"
-    buffers = dict(unread.base.named_buffers())
+    buffers = dict(base.named_buffers())
     for name, tensor in trial.base.named_buffers():
         if name not in buffers or not _same(buffers[name], tensor):
             return f"{name} is not made by the model itself"
@@ -142,15 +116,13 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return not bits or torch.equal(*bits)
 
 
-def release(causal_lm: CausalLM) -> None:
+def release(causal_lm: CausalLM, unread: WeightFiles) -> None:
     """Make the placeholders tensors without any memory, which can be spread; they stay tied and
     trainable as they are.
     """
-    waiting = causal_lm.unread.waiting
     _replace_parameters(
-        causal_lm, lambda p: torch.empty_like(p, device="meta").contiguous(), of=waiting
+        causal_lm, lambda p: torch.empty_like(p, device="meta").contiguous(), of=unread.placeholders
     )
-    causal_lm.unread.waiting = []
 
 
 @torch.no_grad()

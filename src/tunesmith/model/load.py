@@ -4,13 +4,15 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tunesmith.errors import ModelError, first_line
+from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.layers import cut_layers
@@ -24,6 +26,7 @@ from tunesmith.model.source import (
     refuse_foreign_code,
     resolve_model,
 )
+from tunesmith.model.weight_files import WeightFiles
 from tunesmith.module_swap import restore_all
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DtypeChoice",
+    "LoadedModel",
     "ModelSource",
     "choose_dtype",
     "load_causal_lm",
@@ -56,6 +60,16 @@ _NOT_CAUSAL = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, and what loading it found out."""
+
+    model: CausalLM
+    notes: Sequence[str]  # what was decided, in words
+    adapter: AdapterState = NO_ADAPTER  # of the adapter that the model came with
+    unread: WeightFiles | None = None  # where the weights are, of a model without them
+
+
 def load_causal_lm(
     source: ModelSource,
     *,
@@ -64,11 +78,11 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     layers: int | None = None,
-) -> CausalLM:
+) -> LoadedModel:
     """The model of `source` on `device`, with its adapter trainable on top if it has one;
     randomness in it set to 0. With `quantization` each weight is quantised as it is read.
 
-    What was decided here is in the returned object's `notes`. `layers`: only so many of the first.
+    `layers`: only so many of the first.
 
     Raises:
         ModelError: not a causal language model, foreign code without leave, or missing weights.
@@ -76,8 +90,8 @@ def load_causal_lm(
     config = checked_config(source, trust_remote_code)
     if layers is not None:
         cut_layers(config, layers)
-    notes = silence(config)
     chosen = choose_dtype(dtype, device)
+    notes = [chosen.note, *silence(config)]
     options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
     if quantization is not None:
         from tunesmith.model.quantization.load import loading_options
@@ -93,30 +107,27 @@ def load_causal_lm(
         model, native, unpacked = _from_pretrained(source, config, options)
     if quantization is None:
         model = model.to(torch.device(device))
-    base = model
+    base, adapter = model, NO_ADAPTER
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
         from tunesmith.model.resize_embeddings import make_room_for_adapter
 
         make_room_for_adapter(model, source.adapter_folder)
-        model = load_adapter(model, source.adapter_folder)
+        model, adapter = load_adapter(model, source.adapter_folder)
     causal_lm = CausalLM(
-        model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
+        model,
+        logits=read_logit_transform(base.config.get_text_config()),
+        native_attention=native,
+        unpacked=unpacked,
     )
-    if source.adapter_folder is not None:
-        from tunesmith.model.adapters import began_quantized
-
-        causal_lm.of_quantized = began_quantized(source.adapter_folder)
     if quantization is not None:
         from tunesmith.model.quantization.load import finish_loading
 
         notes.append(finish_loading(causal_lm, quantization))
-    finish(causal_lm, notes, unpacked)
-    causal_lm.notes.insert(0, f"dtype {str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
-    return causal_lm
+    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)], adapter)
 
 
-def wrap_causal_lm(model: Any) -> CausalLM:
+def wrap_causal_lm(model: Any) -> LoadedModel:
     """A model the user has loaded, plain or wrapped by peft; its attention is exchanged,
     `settings_kept` gives it back.
     """
@@ -139,10 +150,12 @@ def wrap_causal_lm(model: Any) -> CausalLM:
     if base.config._attn_implementation != attention.NAME:
         unpacked = True
     causal_lm = CausalLM(
-        model, logits=read_logit_transform(base.config.get_text_config()), native_attention=native
+        model,
+        logits=read_logit_transform(base.config.get_text_config()),
+        native_attention=native,
+        unpacked=unpacked,
     )
-    finish(causal_lm, notes, unpacked)
-    return causal_lm
+    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)])
 
 
 @contextmanager
@@ -166,17 +179,17 @@ def settings_kept(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def finish(causal_lm: CausalLM, notes: list[str], unpacked: bool) -> None:
-    """What every model is given once it is loaded."""
-    causal_lm.notes = notes
+def finish(causal_lm: CausalLM) -> list[str]:
+    """Give the model what every model is given once it is loaded; what is to be said of it."""
+    notes: list[str] = []
     causal_lm.base.config.use_cache = False
     if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
-    if unpacked:
-        causal_lm.unpacked = True
+    if causal_lm.unpacked:
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"
         )
+    return notes
 
 
 def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:

@@ -47,19 +47,18 @@ def add_rows(causal_lm: CausalLM, ids: Sequence[int], *, padded: bool) -> list[s
     with torch.no_grad():
         for table in _tables(causal_lm.base):
             _fill_mean(table, [*ids, *range(max(needed, old), table.shape[0])], min(first, old))
-    causal_lm.new_rows = tuple(sorted(ids))
     grown = f"the vocabulary grows from {old:,} to {_rows(causal_lm.base):,} rows"
     how = grown if needed > old else f"spare rows of the {old:,} are used"
     return [f"{len(ids)} new tokens of the template begin as the mean of all rows; {how}"]
 
 
-def trained_rows(causal_lm: CausalLM) -> dict[str, list[int]] | None:
+def trained_rows(causal_lm: CausalLM, new_rows: Sequence[int]) -> dict[str, list[int]] | None:
     """peft's `trainable_token_indices` for the new rows, by name of the module that holds them.
 
     Raises:
         ModelError: the head has a bias, which peft leaves out beside such rows.
     """
-    if not causal_lm.new_rows:
+    if not new_rows:
         return None
     base = causal_lm.base
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -70,7 +69,7 @@ def trained_rows(causal_lm: CausalLM) -> dict[str, list[int]] | None:
             hint="adapter=none, or a template whose tokens the tokenizer has",
         )
     names = {id(module): name for name, module in base.named_modules()}
-    rows = list(causal_lm.new_rows)
+    rows = list(new_rows)
     found = {names[id(embedding)]: rows}
     if head.weight is not embedding.weight:
         found[names[id(head)]] = rows

@@ -87,8 +87,9 @@ def write_result(path: Path, job: Job) -> dict[str, float]:
         metrics=metrics,
     )
     write_model(
-        job.training.model, job.data.template, job.training.source, files["model"], card=card
-    )
+        job.training.model, job.data.template, job.training.source, files["model"], card=card,
+        adapter=job.training.adapter,
+    )  # fmt: skip
     write_report(
         files["report"],
         title=path.name,

@@ -18,6 +18,7 @@ from tunesmith.data.sampling.sampler import BatchSampler
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.world import World
+from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.source import ModelSource
 from tunesmith.optim import Optimizer
@@ -64,6 +65,7 @@ class Training:
     world: World = field(default_factory=World)
     grad_sync: NoSync = field(default_factory=NoSync)
     trained_parameters: int = 0
+    adapter: AdapterState = NO_ADAPTER  # what the export must know of it
 
 
 @dataclass(frozen=True, slots=True)

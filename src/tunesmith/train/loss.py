@@ -105,6 +105,7 @@ class StepLoss:
     balance: RouterBalance | None = None
     group: ModelParallelGroup = field(default_factory=ModelParallelGroup)  # of each micro-batch
     step: int = 0
+    offload: bool = False  # the decoder's activations wait in the host's memory
 
     def begin(self, model: CausalLM, step: int, plan_of: PlanOf, device: torch.device) -> None:
         """Get ready for a step, counted from 0."""
@@ -149,9 +150,9 @@ class StepLoss:
                 lengths = path_lengths(plan.layout)[plan.layout.local]
                 stack.enter_context(self.noise.over(to_device(lengths, device)))
             if self.balance is None:
-                return model(batch, head)
+                return model(batch, head, offload=self.offload)
             logits = stack.enter_context(self.balance.routers.recorded())
-            output = model(batch, head)
+            output = model(batch, head, offload=self.offload)
         balance = self.balance(plan, logits)
         stats = {**output.stats, "router_aux": balance.detach()}
         loss_sum = output.loss_sum + self.balance.weight * balance

@@ -41,7 +41,10 @@ def write(job: Job, folder: Path) -> None:
     card = ModelCard(
         base_model=job.choices.recipe.model.name, choice=choice, recipe=to_yaml(job.choices.recipe)
     )  # fmt: skip
-    write_model(job.training.model, job.data.template, job.training.source, folder, card=card)
+    write_model(
+        job.training.model, job.data.template, job.training.source, folder, card=card,
+        adapter=job.training.adapter,
+    )  # fmt: skip
 
 
 def export_checks(

@@ -66,7 +66,7 @@ def packed(
     """The same by one step of this package with that layout; nothing is learned. `loss` is nll
     unless given.
     """
-    loss = loss or StepLoss(objective=nll, steps=1)
+    loss = loss or StepLoss(objective=nll, steps=1, offload=job.training.loss.offload)
     plans = plan_step(
         documents, micro_tokens=micro_tokens,
         share_prefixes=share_prefixes and not job.training.model.unpacked,

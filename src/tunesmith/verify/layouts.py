@@ -116,7 +116,8 @@ def micro_batches(subject: Layouts) -> Outcome:
     """P3: the recipe's own objective, micro-batches of any size, documents in any order."""
     job, documents = subject.job, subject.documents
     noisy = noisy_objective(job.choices.recipe)
-    loss = StepLoss(objective=nll, steps=1) if noisy else job.training.loss
+    plain = StepLoss(objective=nll, steps=1, offload=job.training.loss.offload)
+    loss = plain if noisy else job.training.loss
     whole = sum(document.tokens for document in documents)
 
     def step(micro_tokens: int, *, turned: bool = False) -> Callable[[], Learned]:

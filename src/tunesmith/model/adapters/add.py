@@ -8,7 +8,8 @@ would be.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch import nn
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.fused_lora import fuse_low_rank
-from tunesmith.model.adapters.initialization import begin_with_loftq, remember_start
+from tunesmith.model.adapters.initialization import (
+    began_quantized,
+    begin_with_loftq,
+    taken_from_base,
+)
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
@@ -31,6 +36,7 @@ from tunesmith.model.adapters.kinds import (
     unfit_places,
 )
 from tunesmith.model.adapters.report import AdapterReport, report
+from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
 from tunesmith.model.adapters.targets import (
     Candidates,
     candidates,
@@ -45,19 +51,31 @@ from tunesmith.model.resize_embeddings import trained_rows
 _FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
+@dataclass(frozen=True, slots=True)
+class AttachedAdapter:
+    """What is trained of a model with an adapter, and what its export must know."""
+
+    report: AdapterReport
+    state: AdapterState
+
+
 def add_adapter(
-    causal_lm: CausalLM, spec: AdapterSpec, *, asked: Collection[str] = ()
-) -> AdapterReport:
+    causal_lm: CausalLM,
+    spec: AdapterSpec,
+    loaded: AdapterState = NO_ADAPTER,
+    *,
+    asked: Collection[str] = (),
+) -> AttachedAdapter:
     """Freeze the model and put a trainable adapter on what `spec.targets` name.
 
     A model that came with an adapter goes on with that one; `asked` names the fields of `spec` it
-    must then agree with.
+    must then agree with. `loaded` is the state that loading the model returned.
 
     Raises:
         ModelError: a target matches nothing, or the family can't take this adapter.
     """
     if has_adapter(causal_lm):
-        return _go_on(causal_lm, spec, asked)
+        return AttachedAdapter(_go_on(causal_lm, spec, loaded, asked), loaded)
     from peft import get_peft_model
 
     found = candidates(causal_lm)
@@ -69,12 +87,12 @@ def add_adapter(
             where="adapter.targets",
             hint="a list of name endings leaves them out",
         )
-    _refuse_unfit(causal_lm, spec, chosen)
-    places = _places(causal_lm, spec, chosen)
+    _refuse_unfit(causal_lm, spec, chosen, loaded.new_rows)
+    places = _places(causal_lm, spec, chosen, loaded.new_rows)
     name = getattr(causal_lm.config, "_name_or_path", None)
     try:
-        causal_lm.model = get_peft_model(
-            causal_lm.base, peft_config(spec, places), autocast_adapter_dtype=False
+        causal_lm.replace_model(
+            get_peft_model(causal_lm.base, peft_config(spec, places), autocast_adapter_dtype=False)
         )
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
         raise ModelError(f"peft refuses this adapter: {first_line(error)}", where=name) from error
@@ -88,14 +106,17 @@ def add_adapter(
         )
     _cast_additions(causal_lm.model)
     fuse_low_rank(causal_lm.model)
-    remember_start(causal_lm, spec.kind)
+    start = taken_from_base(causal_lm, spec.kind)
     if spec.kind == "loftq":
         begin_with_loftq(causal_lm)
-    return report(causal_lm, chosen.names)
+    state = replace(loaded, start=start, of_quantized=spec.kind == "loftq")
+    return AttachedAdapter(report(causal_lm, chosen.names), state)
 
 
-def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
-    """The peft model of `model` with the adapter in `folder`, trainable, in the model's dtype."""
+def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> tuple[Any, AdapterState]:
+    """The peft model of `model` with the adapter in `folder`, trainable, in the model's dtype; and
+    the adapter's state.
+    """
     from peft import PeftModel
 
     try:
@@ -108,7 +129,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> Any:
         ) from error
     _cast_additions(loaded)
     fuse_low_rank(loaded)
-    return loaded
+    return loaded, AdapterState(of_quantized=began_quantized(folder))
 
 
 def _cast_additions(model: Any) -> None:
@@ -121,11 +142,11 @@ def _cast_additions(model: Any) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def refuse_plain_base(causal_lm: CausalLM) -> None:
+def refuse_plain_base(causal_lm: CausalLM, adapter: AdapterState) -> None:
     """Raises:
     ModelError: the model's adapter stands for an error that its base does not have.
     """
-    if causal_lm.of_quantized and not any(map(is_quantized, causal_lm.base.modules())):
+    if adapter.of_quantized and not any(map(is_quantized, causal_lm.base.modules())):
         raise ModelError(
             "the adapter began with what quantising took from its base, and this base is plain",
             where="model.quantization",
@@ -143,10 +164,10 @@ def adapter_config(causal_lm: CausalLM) -> Any:
     return causal_lm.model.peft_config[causal_lm.model.active_adapter]
 
 
-def adapter_fields(causal_lm: CausalLM) -> dict[str, Any]:
+def adapter_fields(causal_lm: CausalLM, adapter: AdapterState) -> dict[str, Any]:
     """Kind, rank and so on of the adapter on the model, named as in a recipe."""
     found = described(adapter_config(causal_lm))
-    return {**found, "kind": "loftq"} if causal_lm.of_quantized else found
+    return {**found, "kind": "loftq"} if adapter.of_quantized else found
 
 
 def adapted_names(causal_lm: CausalLM) -> list[str]:
@@ -156,7 +177,9 @@ def adapted_names(causal_lm: CausalLM) -> list[str]:
     return [name.removesuffix(".weight") for name in names]
 
 
-def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> None:
+def _refuse_unfit(
+    causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates, new_rows: Sequence[int]
+) -> None:
     unfit = unfit_places(spec, chosen)
     if unfit is not None:
         kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in chosen.linear))
@@ -174,7 +197,7 @@ def _refuse_unfit(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) ->
             hint="adapter.dropout=0, or adapter.targets without them",
         )
     _refuse_quantized(causal_lm, spec)
-    _refuse_rows(causal_lm, spec, chosen)
+    _refuse_rows(causal_lm, spec, chosen, new_rows)
     for where in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(spec, where):
             _check_pattern(pattern, chosen.names, where=f"adapter.{where}")
@@ -217,7 +240,9 @@ def _hides_shape(module: nn.Module) -> bool:
     )
 
 
-def _refuse_rows(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> None:
+def _refuse_rows(
+    causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates, new_rows: Sequence[int]
+) -> None:
     """What an adapter can't do to the embedding and the head."""
     base = causal_lm.base
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
@@ -234,7 +259,7 @@ def _refuse_rows(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> 
             where="adapter.targets",
             hint=f"adapter.kind=lora, model.dtype=float32, or targets without {chosen.head}",
         )
-    if causal_lm.new_rows and (spec.kind not in WITH_ROWS or chosen.outer):
+    if new_rows and (spec.kind not in WITH_ROWS or chosen.outer):
         what = f"{spec.kind} can't go" if not chosen.outer else "an adapter can't be on them"
         raise ModelError(
             f"the template's new tokens train rows of embedding and head, and {what} beside that",
@@ -256,7 +281,9 @@ def _check_pattern(pattern: str, names: Collection[str], *, where: str) -> None:
         )
 
 
-def _places(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> Places:
+def _places(
+    causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates, new_rows: Sequence[int]
+) -> Places:
     """The chosen parts as peft's target_modules and target_parameters.
 
     In families with experts peft reads the module names in `_FUSED` as the experts' own of older
@@ -270,7 +297,7 @@ def _places(causal_lm: CausalLM, spec: AdapterSpec, chosen: Candidates) -> Place
         modules,
         [*chosen.experts, *(f"{name}.weight" for name in dense)],
         transposed=_transposed(causal_lm, chosen.linear),
-        rows=trained_rows(causal_lm),
+        rows=trained_rows(causal_lm, new_rows),
     )
 
 
@@ -279,8 +306,10 @@ def _transposed(causal_lm: CausalLM, names: tuple[str, ...]) -> bool:
     return bool(names) and not isinstance(causal_lm.base.get_submodule(names[0]), nn.Linear)
 
 
-def _go_on(causal_lm: CausalLM, spec: AdapterSpec, asked: Collection[str]) -> AdapterReport:
-    there = adapter_fields(causal_lm)
+def _go_on(
+    causal_lm: CausalLM, spec: AdapterSpec, loaded: AdapterState, asked: Collection[str]
+) -> AdapterReport:
+    there = adapter_fields(causal_lm, loaded)
     for name in asked:
         mine, found = getattr(spec, name), there.get(name)
         if name in there and mine != found:

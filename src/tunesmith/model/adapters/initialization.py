@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
+from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.packed_weight import is_quantized
 from tunesmith.model.source import OWN_FILE, read_json
@@ -30,15 +31,14 @@ adds that once too often, and peft's own configuration has no place to say so.
 """
 
 
-def remember_start(causal_lm: CausalLM, kind: str) -> None:
-    """Keep the beginning of an adapter that took it out of the base."""
-    if kind in CHANGE_BASE:
-        from peft import get_peft_model_state_dict
+def taken_from_base(causal_lm: CausalLM, kind: str) -> dict[str, Tensor] | None:
+    """A copy of the adapter as it begins, if that was taken out of the base; None otherwise."""
+    if kind not in CHANGE_BASE:
+        return None
+    from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(causal_lm.model, save_embedding_layers=False)
-        causal_lm.adapter_start = {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()
-        }
+    state = get_peft_model_state_dict(causal_lm.model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -68,7 +68,6 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
         if source is not None and source.__name__ == "Conv1D":
             plain = plain.T
         _begin_as(module, plain - kept)
-    causal_lm.of_quantized = True
 
 
 def began_quantized(folder: Path) -> bool:
@@ -104,9 +103,9 @@ def _read_weight(files: dict[str, Path], name: str, prefix: str) -> Tensor | Non
     return None
 
 
-def save_adapter(causal_lm: CausalLM, folder: Path) -> None:
+def save_adapter(causal_lm: CausalLM, adapter: AdapterState, folder: Path) -> None:
     """peft's files of the adapter in `folder`, fit for the original base."""
-    model, start = causal_lm.model, causal_lm.adapter_start
+    model, start = causal_lm.model, adapter.start
     if start is None:
         # peft would look for the base model's vocabulary to decide about embeddings; what is on
         # them is saved like all else
@@ -121,7 +120,7 @@ def save_adapter(causal_lm: CausalLM, folder: Path) -> None:
         warnings.simplefilter("ignore")  # about kinds of conversion that this is not
         beginning = Path(scratch) / "beginning"
         beginning.mkdir()
-        save_file(start, beginning / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(dict(start), beginning / "adapter_model.safetensors", metadata={"format": "pt"})
         model.save_pretrained(
             folder,
             save_embedding_layers=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.add import adapted_names
+from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 
 
-def fold(causal_lm: CausalLM) -> None:
+def fold(causal_lm: CausalLM, adapter: AdapterState) -> AdapterState:
     """Put the adapter into the weights and take peft's layers away; in float32 it changes nothing
-    but rounding.
+    but rounding. Returns what is left of the adapter's state.
 
     A head tied to the embedding becomes a weight of its own where the adapter is on one of the
     two, since they differ from then on.
@@ -23,15 +25,14 @@ def fold(causal_lm: CausalLM) -> None:
     Raises:
         ModelError: a merged weight is not finite.
     """
-    if adapts_output(causal_lm):
-        untie(causal_lm)
+    untied = adapts_output(causal_lm) and untie(causal_lm)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied weights, which are not tied any more
-            causal_lm.model = causal_lm.model.merge_and_unload(safe_merge=True)
+            causal_lm.replace_model(causal_lm.model.merge_and_unload(safe_merge=True))
     except ValueError as error:
         raise ModelError(f"the adapter can't be merged: {first_line(error)}") from error
-    causal_lm.adapter_start = None
+    return replace(adapter, start=None, untied=adapter.untied or untied)
 
 
 def adapts_output(causal_lm: CausalLM) -> bool:
@@ -41,17 +42,17 @@ def adapts_output(causal_lm: CausalLM) -> bool:
     return any(base.get_submodule(name) in outer for name in _modules(causal_lm))
 
 
-def untie(causal_lm: CausalLM) -> None:
-    """Give the head a weight of its own, if it shares that of the embedding."""
+def untie(causal_lm: CausalLM) -> bool:
+    """Give the head a weight of its own, if it shares that of the embedding; whether it did."""
     base = causal_lm.base
     head = _inner(base.get_output_embeddings())
     if head.weight is not _inner(base.get_input_embeddings()).weight:
-        return
+        return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     base.config.get_text_config().tie_word_embeddings = False
     base.config.tie_word_embeddings = False
     base.all_tied_weights_keys = {}
-    causal_lm.untied = True
+    return True
 
 
 @torch.no_grad()

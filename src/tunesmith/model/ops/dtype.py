@@ -22,6 +22,11 @@ class DtypeChoice:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def note(self) -> str:
+        """The choice in words."""
+        return f"dtype {str(self.dtype).removeprefix('torch.')}: {self.reason}"
+
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device | str) -> DtypeChoice:
     """`auto` is bfloat16 where the device multiplies it in hardware, else float32."""
