@@ -1,5 +1,13 @@
 """safetensors files written piece by piece with fsync: only one tensor at a time is copied to the
 CPU.
+
+`safetensors.torch.save_file` is not used here, for three reasons. It brings all tensors to the CPU
+before it writes the first, and a checkpoint is written between steps exactly where no memory is
+free for copies: a state of 500 MiB that has to be copied needs 500 MiB more with it and 100 MiB
+(two tensors of 50 MiB) here; a state that lies ready on the CPU needs 32 MiB more (500 MiB with
+safetensors 0.5) and nothing here. It can't be left off half-way, which an abandoned write does.
+And the SHA-256 of the manifest is of what was meant to be written, where a second reading would
+take what the disk has made of it for right.
 """
 
 from __future__ import annotations
