@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import gotemplate_oracle as gotemplate
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import ModelError
-from tunesmith.export import gotemplate
 from tunesmith.export.ollama import FAMILIES, find_family, modelfile
+from tunesmith.export.probes import CHATS
 
 GEMMA = (
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "
@@ -42,9 +43,23 @@ def test_stops_and_file_are_named() -> None:
     assert 'PARAMETER stop "<|im_end|>"' in text
 
 
-def test_every_family_renders() -> None:
-    chat = [{"role": "user", "content": "hello there"}]
-    assert all("hello there" in gotemplate.render(text, chat) for text in FAMILIES.values())
+BRACES = [
+    {"role": "system", "content": "{system} {{ .Role }} %s"},
+    {"role": "user", "content": "{content} {0} %d"},
+    {"role": "assistant", "content": "</s>\n{}"},
+    {"role": "user", "content": " a \n"},
+]
+
+
+@pytest.mark.parametrize("chat", [*CHATS, "braces", "braces without a system prompt"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_template_of_a_family_writes_what_its_turns_write(name: str, chat: str) -> None:
+    """The turns are compared with the model's chat template, the TEMPLATE is what is exported."""
+    others = {"braces": BRACES, "braces without a system prompt": BRACES[1:]}
+    messages = CHATS[chat] if chat in CHATS else others[chat]
+    text = FAMILIES[name].write(messages)
+    assert gotemplate.render(FAMILIES[name].template, messages) == text
+    assert all(m["content"] in text for m in messages if m["role"] != "system")
 
 
 @pytest.mark.parametrize(

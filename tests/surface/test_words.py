@@ -52,7 +52,6 @@ EXEMPT = {
     ("config/names.py", "BaseModel"): "pydantic's",
     ("config/document.py", "BaseModel"): "pydantic's",
     ("data/sampling/mixture.py", "in_turn"): "sources take turns in a mixture",
-    ("storage/lock.py", "let_go_in_child"): "of a lock",
     ("model/selftest_probe.py", "widen"): "of dtypes in a hook",
 }
 """Ordinary uses, with the reason."""

@@ -2,6 +2,13 @@
 
 Read are `type`, `properties`, `required`, `additionalProperties`, `enum`, `const`, `items` and
 `anyOf`; other keywords allow everything.
+
+The package `jsonschema` is not used here, because it answers another question: whether a value is
+valid by the letter of the standard. It refuses null for an optional parameter, takes a parameter
+that the tool does not list, and ends with an exception at the types `str`, `dict` or `any`, at a
+schema that is no object and at a schema that holds itself; tool schemas in data sets have all of
+these (seen with jsonschema 4.26). It also fetches a `$ref` that names another host, and runs
+regular expressions that a data row brings along.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
 """GGUF reader of the llama architecture: a .gguf file converted to a folder in Hugging Face
 format.
+
+`from_pretrained(gguf_file=)` of transformers is not used here. It gives the same logits for plain
+files, but it does not look at `tokenizer.ggml.pre` (SmolLM2's tokenizer then leaves `12345` in one
+piece, where the model was trained on single digits), and it reads files with scaled RoPE or with a
+tensor `rope_freqs` as if they had plain RoPE (seen with transformers 5.23). Both give a wrong model
+without a word; here such a file is read right or refused.
 """
 
 from __future__ import annotations

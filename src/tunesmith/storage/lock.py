@@ -1,77 +1,70 @@
-"""The lock of a run folder: one process at a time, released when that process is gone.
+"""Lock of a run folder (filelock: `flock` on Unix): one process at a time may write in it.
 
-It is the operating system's lock on an open file, so it ends with its process however that ends,
-and knows nothing of clocks. The file's contents only name the holder.
+The operating system holds the lock on an open file, so the lock ends with its process however that
+ends, and no clock is needed. The file's contents only name the holder.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LOCK = ".lock"
 """Its name in the run folder."""
 
 _LOCKLESS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_held: set[int] = set()
 
 
 @dataclass(slots=True)
 class FolderLock:
     """A lock that is held until `release`, and what must be said about it."""
 
-    descriptor: int | None
+    held: BaseFileLock | None
     notes: tuple[str, ...] = ()
 
     def release(self) -> None:
         """Let other processes have the folder. May be called twice, and in a forked child."""
-        if self.descriptor is not None:
-            descriptor, self.descriptor = self.descriptor, None
-            if descriptor in _held:  # not in a forked child, which has closed it
-                _held.remove(descriptor)
-                os.ftruncate(descriptor, 0)
-                os.close(descriptor)
+        # In a forked child filelock has closed its copy of the file, and nothing is held there.
+        if self.held is not None and self.held.is_locked:
+            os.truncate(self.held.lock_file, 0)
+            self.held.release()
 
 
 def take_lock(folder: Path) -> FolderLock:
     """Hold `folder` for this process.
 
-    On a file system without locks, and on Windows, nothing is held, and `notes` says so.
+    On a file system without locks nothing is held, and `notes` says so.
 
     Raises:
         InputError: another process holds it; it is named.
         OSError: the folder can't be written in.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        notes = _hold(folder, descriptor)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    _held.add(descriptor)
-    return FolderLock(descriptor, notes)
+    # Imported here, because filelock imports asyncio and most commands take no lock.
+    from filelock import FileLock, Timeout
 
-
-def _hold(folder: Path, descriptor: int) -> tuple[str, ...]:
+    path = folder.absolute() / LOCK
+    before = _holder(path)
+    lock = FileLock(
+        path,
+        thread_local=False,  # a signal handler or another thread may release it
+        # A soft lock is a file that outlives a killed process, and would keep the next one out.
+        fallback_to_soft=False,
+        preserve_lock_file=True,
+        on_acquired=_write_holder,
+    )
     try:
-        fcntl: ModuleType = importlib.import_module("fcntl")
-    except ImportError:
-        return (f"{folder}: this system has no file locks; don't start a second run in it",)
-    before = _holder(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(blocking=False)
+    except Timeout:
         named = f" ({_named(before)})" if before else ""
         raise InputError(
             f"another process is training in this folder{named}",
@@ -81,23 +74,31 @@ def _hold(folder: Path, descriptor: int) -> tuple[str, ...]:
     except OSError as error:
         if error.errno not in _LOCKLESS:
             raise
-        return (f"{folder}: its file system has no locks; don't start a second run in it",)
-    if before and before["host"] != socket.gethostname():
-        # Some network mounts keep locks on each host alone; then only the user can know.
-        return (
-            f"{folder}: was held by {_named(before)}, which did not end in order; a network file "
-            "system may not show its lock here: see that it is gone",
-        )
-    return ()
+        note = f"{folder}: its file system has no locks; don't start a second run in it"
+        return FolderLock(None, (note,))
+    return FolderLock(lock, _notes(folder, before))
 
 
-def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
+def _write_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(
+        descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0
+    )
 
 
-def _holder(descriptor: int) -> dict[str, Any] | None:
+def _notes(folder: Path, before: dict[str, Any] | None) -> tuple[str, ...]:
+    if before is None or before["host"] == socket.gethostname():
+        return ()
+    # Some network mounts keep locks on each host alone; then only the user can know.
+    return (
+        f"{folder}: was held by {_named(before)}, which did not end in order; a network file "
+        "system may not show its lock here: see that it is gone",
+    )
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"pid", "host"} <= found.keys() else None
@@ -105,13 +106,3 @@ def _holder(descriptor: int) -> dict[str, Any] | None:
 
 def _named(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']}"
-
-
-def _let_go_in_child() -> None:
-    # A forked child shares its parent's locks; it must not outlive the parent with them.
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,5 +1,5 @@
-"""A pool of forked worker processes that answer messages through pipes; a fork starts in
-milliseconds.
+"""Worker processes (multiprocessing with the fork context) that answer messages through pipes; a
+fork starts in milliseconds.
 
 A copy has the one thread that asked for it, so copies are made only where no other thread of Python
 could hold a lock that the copy would wait for. Native threads, of torch say, may be there: a copy
@@ -17,6 +17,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from multiprocessing import current_process, get_context
+from multiprocessing.process import BaseProcess
 from typing import Any, BinaryIO
 
 HARMLESS = "documents"
@@ -32,6 +34,8 @@ def may_fork() -> bool:
     """True where a copy of this process is safe: on Linux, with no other thread of Python."""
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return False
+    if current_process().daemon:  # multiprocessing lets a daemon start no other
+        return False
     others = {thread.name for thread in threading.enumerate()} - {HARMLESS, _WATCH}
     return others == {threading.main_thread().name}
 
@@ -39,38 +43,25 @@ def may_fork() -> bool:
 class ForkedWorker:
     """A copy that serves until its input ends; with the methods of `subprocess.Popen` we use."""
 
-    def __init__(self, pid: int, stdin: BinaryIO, stdout: BinaryIO) -> None:
-        self.pid = pid
+    def __init__(self, process: BaseProcess, stdin: BinaryIO, stdout: BinaryIO) -> None:
+        assert process.pid is not None
+        self.pid = process.pid
         self.stdin = stdin
         self.stdout = stdout
-        self._code: int | None = None
+        self._process = process
 
     def kill(self) -> None:
         """End it at once, if it still runs."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        self._process.kill()
 
     def poll(self) -> int | None:
         """Its exit code, below 0 for a signal; None while it runs."""
-        return self._wait(os.WNOHANG)
+        return self._process.exitcode
 
     def wait(self) -> int:
         """Its exit code once it has ended."""
-        code = self._wait(0)
-        assert code is not None
-        return code
-
-    def _wait(self, flags: int) -> int | None:
-        if self._code is None:
-            try:
-                pid, status = os.waitpid(self.pid, flags)
-            except ChildProcessError:
-                self._code = 0  # somebody else of this program has waited for it
-            else:
-                if pid:
-                    self._code = os.waitstatus_to_exitcode(status)
-        return self._code
+        self._process.join()
+        return self._process.exitcode or 0  # None: somebody else of this program waited for it
 
 
 def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
@@ -80,33 +71,37 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
     there can't be one.
     """
     down, up = os.pipe(), os.pipe()
+    unused = (down[1], up[0], *(pipe.fileno() for pipe in others))
+    # As a daemon it is ended with this process; one that is not would be waited for.
+    process = get_context("fork").Process(
+        target=_run, args=(serve, unused, down[0], up[1], os.getpid()), daemon=True
+    )
     try:
         with warnings.catch_warnings():
             # Python can't know which native threads matter to the copy.
             warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-    except OSError:
+            process.start()
+    except BaseException:
         for end in (*down, *up):
             os.close(end)
         raise
-    if pid == 0:
-        try:
-            for end in (down[1], up[0], *(pipe.fileno() for pipe in others)):
-                os.close(end)
-            _settle()
-            serve(os.fdopen(down[0], "rb"), os.fdopen(up[1], "wb"))
-        finally:
-            os._exit(0)
     os.close(down[0])
     os.close(up[1])
     _grow_pipe(down[1])
     _grow_pipe(up[0])
-    return ForkedWorker(pid, os.fdopen(down[1], "wb"), os.fdopen(up[0], "rb"))
+    return ForkedWorker(process, os.fdopen(down[1], "wb"), os.fdopen(up[0], "rb"))
 
 
-def _settle() -> None:
+def _run(serve: Serve, unused: Iterable[int], source: int, out: int, parent: int) -> None:
+    for end in unused:
+        os.close(end)
+    _settle(parent)
+    with contextlib.suppress(OSError):  # the run has closed a pipe: nobody waits for the rest
+        serve(os.fdopen(source, "rb"), os.fdopen(out, "wb"))
+
+
+def _settle(parent: int) -> None:
     """Stand apart from the run: its signals, its output, its memory, but end when it ends."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)

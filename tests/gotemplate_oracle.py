@@ -1,5 +1,5 @@
-"""The part of Go's text/template that the Modelfiles here use, with the runtime's own merging of
-messages before it.
+"""Oracle of what a TEMPLATE writes: an interpreter of Go's text/template, as far as the Modelfiles
+here use it, with the runtime's own merging of messages before it.
 
 Known are `range .Messages`, `range $i, $_ := .Messages`, `if`, `else`, `end`, `eq`, `ne`, `not`,
 `and`, fields, variables, text in quotes, numbers and the dashes that trim space.
