@@ -22,7 +22,9 @@ EAFT_ENTROPY_SCALE = 3.0
 
 
 def nll(chunk: Chunk) -> Tensor:
-    """Negative log-likelihood of each target, -log p(target): the loss of supervised fine-tuning."""
+    """Negative log-likelihood of each target, -log p(target): the loss of supervised
+    fine-tuning.
+    """
     chunk.set_grad_weight(torch.ones_like(chunk.logprob))
     return -chunk.logprob
 
@@ -70,10 +72,11 @@ def _weighted(chunk: Chunk, grad_weight: Tensor, smoothing: float) -> Tensor:
 def psft(chunk: Chunk, *, eps_low: float = 0.2, eps_high: float = 0.28) -> Tensor:
     """Proximal supervised fine-tuning (2025, arXiv 2508.17784): PPO's clipped ratio.
 
-    The loss is -min(r, clip(r, 1 - eps_low, 1 + eps_high)) with r = p(target) / p_old(target), where
-    p_old is the old policy, the model at the last refresh. The lower bound never changes the loss,
-    since the minimum takes r itself there; the share of targets below it is reported as `fallen`.
-    Without `old_logprob` the old policy is the model itself, and the gradient is that of `nll`.
+    The loss is -min(r, clip(r, 1 - eps_low, 1 + eps_high)) with r = p(target) / p_old(target),
+    where p_old is the old policy, the model at the last refresh. The lower bound never changes the
+    loss, since the minimum takes r itself there; the share of targets below it is reported as
+    `fallen`. Without `old_logprob` the old policy is the model itself, and the gradient is that of
+    `nll`.
     """
     old = chunk.logprob.detach() if chunk.old_logprob is None else chunk.old_logprob
     ratio = (chunk.logprob - old).exp()
@@ -111,7 +114,9 @@ def divergence(chunk: Chunk) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """sum q * (log q - logits + log_sum), q = softmax(base); gradients: -q in logits, 1 in log_sum."""
+    """sum q * (log q - logits + log_sum), q = softmax(base); gradients: -q in logits, 1 in
+    log_sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_sum: Tensor, base: Tensor) -> Tensor:
