@@ -382,7 +382,7 @@ def test_a_runs_recipe_finds_its_own_copy_of_the_objective(
             "has an effect on nll, dft, eaft, asft only",
         ),
         (["objective=dft", "objective.eps_high=0.1"], "has an effect on psft only"),
-        (["objective=psft", "objective.scheduled_sampling=0.1"], "one context"),
+        (["objective=psft", "objective.scheduled_sampling=0.1"], "same context"),
         (["objective.scheduled_sampling=0.1", "device.share_prefixes=true"], "share"),
         (["objective.label_smoothing=1"], "below 1"),
         (["objective=loss.py"], "no objective"),

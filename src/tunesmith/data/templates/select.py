@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.templates import chatml
 from tunesmith.data.templates.sandbox import bounded_sandbox
 from tunesmith.data.templates.timeout import TooSlow
 from tunesmith.errors import DataError, InputError
 
-NONE = "none"
-BUILT_IN = (NONE, chatml.NAME)
+NONE, CHATML = "none", "chatml"
+BUILT_IN = (NONE, CHATML)
 """Names that mean no file, whatever files there are."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
@@ -70,8 +69,8 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
         own = tokenizer.chat_template
         _check_names(own)
         return Choice(own if isinstance(own, str) else None, "own" if own else NONE, bool(own))
-    if asked == chatml.NAME:
-        return Choice(chatml.TEMPLATE, chatml.NAME, True, tuple(map(_plain, chatml.TOKENS)))
+    if asked == CHATML:
+        return Choice(CHATML_TEMPLATE, CHATML, True, tuple(map(_plain, CHATML_TOKENS)))
     path = Path(asked).expanduser()
     if path.is_dir() or (not path.exists() and _is_hub_id(asked)):
         return _another(asked, path, load)
@@ -225,3 +224,46 @@ def _conversations() -> Iterable[tuple[list[dict[str, Any]], list[dict[str, Any]
     yield [system, user, answer], None
     yield [user, {**answer, "reasoning_content": "T"}], None
     yield [user, calling, result, answer], tools
+
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_TEMPLATE = r"""
+{%- set first = namespace(at=0) %}
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages and messages[0].role == 'system' %}
+        {%- set first.at = 1 %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- 'These functions can be called:\n<tools>\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+        {{- '\n' }}
+    {%- endfor %}
+    {{- '</tools>\nA call is written as\n<tool_call>\n' }}
+    {{- '{"name": NAME, "arguments": {...}}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages[first.at:] %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.reasoning_content %}
+        {{- '<think>\n' + message.reasoning_content.strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content or '' }}
+    {%- for call in message.tool_calls or [] %}
+        {%- set function = call.function or call %}
+        {{- '\n' if message.content or not loop.first else '' }}
+        {{- '<tool_call>\n{"name": ' + function.name | tojson + ', "arguments": ' }}
+        {%- if function.arguments is string %}
+            {{- function.arguments }}
+        {%- else %}
+            {{- function.arguments | tojson }}
+        {%- endif %}
+        {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+""".strip()
+"""Keeps every turn as it was, so a chat never branches; calls and reasoning as in Qwen's form."""
