@@ -89,7 +89,7 @@ def plan_step(
     if not tops:
         return []
     # No path can be cut, so the longest one is the least capacity that works.
-    capacity = max(micro_tokens, max(node.end for top in tops for node in _below(top)))
+    capacity = max(micro_tokens, max(node.end for top in tops for node in _subtree(top)))
     bins: list[_Bin] = []
     for top in tops:
         bins.extend(_cut(top, capacity))
@@ -101,7 +101,7 @@ def plan_step(
     return sorted(plans, key=lambda plan: -plan.tokens)
 
 
-def _below(node: Node) -> list[Node]:
+def _subtree(node: Node) -> list[Node]:
     order = [node]
     for item in order:
         order.extend(item.children.values())
@@ -116,7 +116,7 @@ def _cut(top: Node, capacity: int) -> list[_Bin]:
     """
     pieces: dict[Node, list[_Bin]] = {}
     # Children come before parents: a node either fits whole, or packs what its children gave.
-    for node in reversed(_below(top)):
+    for node in reversed(_subtree(top)):
         if node.start + node.size <= capacity:
             pieces[node] = [_Bin(node.size, [node])]
             for child in node.children.values():
@@ -180,7 +180,7 @@ def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> Micr
 
     Targets of nodes that are not in `owned` yet belong to this micro-batch, and are added to it.
     """
-    weights = _chosen(subtrees)
+    weights = _nodes_of(subtrees)
     builder = _Builder()
     for root in sorted(
         (n for n in weights if n.parent is None or n.parent not in weights),
@@ -192,7 +192,7 @@ def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> Micr
     return builder.finish(mine, packed=packed)
 
 
-def _chosen(subtrees: Sequence[Node]) -> dict[Node, int]:
+def _nodes_of(subtrees: Sequence[Node]) -> dict[Node, int]:
     """The nodes of a micro-batch, each with the number of tokens at and below it in this
     micro-batch.
 
@@ -200,7 +200,7 @@ def _chosen(subtrees: Sequence[Node]) -> dict[Node, int]:
     """
     chosen: dict[Node, int] = {}
     for subtree in subtrees:
-        for node in _below(subtree):
+        for node in _subtree(subtree):
             chosen[node] = node.size
     for subtree in subtrees:
         added, node = subtree.size, subtree.parent

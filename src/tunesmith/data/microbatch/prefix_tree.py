@@ -144,16 +144,16 @@ def _insert(root: Node, segments: Sequence[Segment], document: int) -> None:
         above = ends[segment.parent] if segment.parent >= 0 else root
         # An earlier insert may have split the parent's node, so the parent's last token may be
         # higher up.
-        above = _holder(above, segment.start)
+        above = _node_holding(above, segment.start)
         last = _insert_ids(above, segment.ids[:needed], segment.start)
         ends.append(last)
         if len(segment.index):
             sources = segment.start + segment.index.astype(np.int64) - 1
             targets = Targets(sources, segment.ids[segment.index], segment.weight, document)
-            _hang(last, targets)
+            _attach(last, targets)
 
 
-def _holder(node: Node, end: int) -> Node:
+def _node_holding(node: Node, end: int) -> Node:
     """The node or ancestor that holds position end - 1, which a later split may have moved
     upwards.
     """
@@ -204,7 +204,7 @@ def _split(node: Node, position: int) -> Node:
     return upper
 
 
-def _hang(node: Node, targets: Targets) -> None:
+def _attach(node: Node, targets: Targets) -> None:
     """Attach each target to the node, this one or an ancestor, that holds the token which predicts
     it.
     """
