@@ -21,7 +21,7 @@ from tunesmith.config.schema import MAIN_KEYS, SCIENCE, Recipe, SourceSection
 PAGE = Path(__file__).resolve().parent / "recipe.md"
 HEAD = """# The recipe
 
-<!-- Written by docs/make_recipe.py from src/tunesmith/config/schema.py. Change it there. -->
+<!-- Written by docs/make_recipe.py from src/tunesmith/config/sections/. Change it there. -->
 
 A recipe is a YAML file of sections. Only `model` and `data.train` have no default. `tunesmith init`
 writes a starter with every key in it; `tunesmith schema` prints the JSON schema for an editor.

@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet: what happened, where, and a hint that mends it."""
+"""The errors that a user can cause or meet: what happened, where, and a hint that resolves it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tunesmith.redact import redact
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or the name of its type where it says nothing."""
+    """The first line of an error's text, or the name of its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -31,7 +31,7 @@ class TunesmithError(Exception):
 
 
 class InputError(TunesmithError):
-    """The input is wrong; nothing was trained. Exit code 2."""
+    """The input is wrong, and nothing was trained. Exit code 2."""
 
     exit_code = 2
 
@@ -41,11 +41,13 @@ class RecipeError(InputError):
 
 
 class DataError(InputError):
-    """A source, a row or what a template makes of it is wrong."""
+    """A data source, a row, or the text that a chat template makes of it is wrong."""
 
 
 class ModelError(InputError):
-    """The model folder, its architecture, tokenizer or template can't do what was asked."""
+    """The model folder, its architecture, tokenizer or template does not support what the recipe
+    needs.
+    """
 
 
 class RunError(TunesmithError):
@@ -61,8 +63,8 @@ class NonFiniteError(RunError):
 
 
 class InterruptedRun(TunesmithError):
-    """A signal stopped the run after it saved. Exit code 128 + signal number (130 SIGINT, 143
-    SIGTERM).
+    """A signal stopped the run after it had saved. Exit code 128 + signal number (130 for SIGINT,
+    143 for SIGTERM).
     """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Redaction of secrets: passwords in URLs, access tokens, secrets of the environment.
+"""Redaction of secrets: passwords in URLs, access tokens, secrets in environment variables.
 
-A recipe that holds one is refused; in errors, logs and what a run keeps they are written `***`.
+A recipe that holds one is refused. In errors, logs and the files of a run they are written `***`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 HIDDEN = "***"
 _SHORTEST = 8
-"""Values of the environment that are shorter could be any word."""
+"""Shorter values of environment variables are not redacted, since they could be ordinary words."""
 _NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)"
     r"($|_ID$|_KEY$)"
@@ -33,7 +33,7 @@ _SHAPES = (
 
 
 def redact(text: str, *, known: Sequence[str] | None = None) -> str:
-    """The text with every secret in it written as `***`; `known` are those of the environment."""
+    """The text with every secret replaced by `***`; `known` are those of the environment."""
     for value in _secrets() if known is None else known:
         text = text.replace(value, HIDDEN)
     for shape, instead in _SHAPES:
@@ -42,7 +42,7 @@ def redact(text: str, *, known: Sequence[str] | None = None) -> str:
 
 
 def secret_keys(values: Any) -> Iterator[str]:
-    """Dotted keys of the texts in nested values that hold a secret."""
+    """Yield the dotted keys of nested values whose text holds a secret."""
     known = _secrets()
     for key, text in _texts(values, ""):
         if redact(text, known=known) != text:
@@ -61,7 +61,7 @@ def _texts(values: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _secrets() -> list[str]:
-    """Values of the environment's variables with a telling name, longest first."""
+    """The values of environment variables whose names mean secrets, longest first."""
     found = {
         value
         for name, value in os.environ.items()

@@ -1,7 +1,8 @@
-"""The values that pass between the stages. All are frozen; arrays are never changed in place.
+"""The data types that pass between the stages: documents, layouts, batches, losses, step metrics.
 
-Letters of shapes: T packed tokens of a micro-batch, N distinct targets of a micro-batch, M shares
-of rows in targets, n tokens of a segment, k targets of a segment, V vocabulary, D hidden size.
+All are frozen, and arrays are never changed in place. Letters of shapes: T packed tokens of a
+micro-batch, N distinct targets of a micro-batch, M (target, document) pairs, n tokens of a segment,
+k targets of a segment, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 NO_MESSAGE = -1
-"""Message number of a target that belongs to no message (plain text)."""
+"""The message number of a target that belongs to no message (plain text)."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Origin:
-    """Where a row came from: `source` as the user named it, `row` counted from 0 inside it."""
+    """The origin of a row: `source` as the user named it, and `row` counted from 0 inside it."""
 
     source: str
     row: int
@@ -35,25 +36,25 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that continue their parent segment, and which of them must be learned.
+    """A run of tokens that continues its parent segment, with its loss mask.
 
-    The target `ids[index[j]]` is predicted, with `weight[j]` > 0, from the token before it on its
-    path: `ids[index[j]-1]`, or the parent's last token where `index[j]` is 0 (a root has no target
-    at 0).
+    The target `ids[index[j]]` with `weight[j]` > 0 is predicted from the token before it on its
+    path: `ids[index[j] - 1]`, or the parent's last token where `index[j]` is 0 (a root has no
+    target at 0).
     """
 
     ids: IntArray  # [n] token ids, n >= 1
     parent: int  # number of the segment this one continues, -1 for a root
     start: int  # position of ids[0]: number of tokens of all its ancestors
-    index: IntArray  # [k] ascending places in ids that are targets
+    index: IntArray  # [k] places in ids that are targets, ascending
     weight: FloatArray  # [k] weight of each target, > 0
     message: IntArray  # [k] number of the message each target belongs to, NO_MESSAGE for text
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One row, rendered: a tree (or, after `split`, several trees) of segments, parents before
-    children.
+    """A rendered row: a tree of segments, parents before children; after `too_long: split` several
+    trees.
     """
 
     segments: tuple[Segment, ...]
@@ -61,23 +62,23 @@ class Document:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all segments."""
+        """The number of tokens of all segments."""
         return sum(len(segment.ids) for segment in self.segments)
 
     @property
     def target_tokens(self) -> int:
-        """Targets of all segments."""
+        """The number of targets of all segments."""
         return sum(len(segment.index) for segment in self.segments)
 
     @property
     def longest_path(self) -> int:
-        """Tokens from a root to the end of its deepest leaf; what `max_length` bounds."""
+        """The tokens from a root to the end of its deepest leaf, which `max_length` bounds."""
         return max(segment.start + len(segment.ids) for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A contiguous run [start, end) of packed tokens that is causal in itself and sees all of
+    """A contiguous run [start, end) of packed tokens with causal attention, which also sees all of
     `prefix`.
 
     `prefix` lists the [start, end) spans of its ancestors in path order; their lengths sum to the
@@ -90,37 +91,39 @@ class Chain:
 
 
 class SequenceShard(Protocol):
-    """How ranks share the tokens of a layout, a slice each, and for attention its heads.
+    """Context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): this rank's shard of the tokens of
+    a layout, and the all-to-all that exchanges it for a shard of the heads.
 
-    Letters: H heads, h of a rank, T tokens, t of a rank, D head size.
+    Letters: H heads, h heads of a rank, T tokens, t tokens of a rank, D head size.
     """
 
     @property
     def local(self) -> slice:
-        """This rank's tokens."""
+        """The tokens of this rank."""
         ...
 
     def seq_to_heads(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[1, H, t, D] of this rank's tokens to [1, h, T, D] of its heads."""
+        """All-to-all from [1, H, t, D], this rank's tokens, to [1, h, T, D], this rank's heads."""
         ...
 
     def heads_to_seq(self, output: Tensor) -> Tensor:
-        """[1, h, T, D] back to [1, H, t, D]."""
+        """All-to-all from [1, h, T, D] back to [1, H, t, D]."""
         ...
 
     def local_heads(self, values: Tensor) -> Tensor:
-        """[H] to [h]."""
+        """The entries [h] of this rank's heads, from [H]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who sees whom among the packed tokens of a micro-batch; a forest laid out depth first.
+    """The attention mask of a micro-batch: a forest of token runs, laid out depth first (tree
+    attention).
 
-    Token k is seen by token q exactly when k <= q < visible_until[k]. `chains` cover [0, T) in
-    order and say the same. With `spread` this process has a slice of the T tokens.
+    Token q sees token k exactly when k <= q < visible_until[k]. `chains` cover [0, T) in order and
+    define the same mask. With `shard` this process holds a shard of the T tokens.
     """
 
     chains: tuple[Chain, ...]
@@ -135,32 +138,34 @@ class Layout:
 
     @property
     def flat(self) -> bool:
-        """True if no chain continues another: documents side by side, no branch."""
+        """True if no chain continues another: documents side by side, without branches."""
         return all(not chain.prefix for chain in self.chains)
 
 
 @dataclass(frozen=True, slots=True)
 class TargetOwners:
-    """How distinct targets go back to the documents of the step that asked for them."""
+    """Which documents of the step each distinct target belongs to; shared prefixes share
+    targets.
+    """
 
-    target: IntArray  # [M] number of the target, < N
-    document: IntArray  # [M] number of the document in the list the step was planned from
-    weight: FloatArray  # [M]; a target's weight is the sum of its shares
+    target: IntArray  # [M] index of the target, < N
+    document: IntArray  # [M] index of the document in the step's list
+    weight: FloatArray  # [M]; the weight of a target is the sum over its documents
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch on its device: the forest's tokens once each, and the targets at their
-    sources. No padding.
+    """A micro-batch on its device, without padding: the tokens of the forest once each, and the
+    targets.
 
-    `layout` is None where the model can't take one: the batch is then a single path and runs
+    `layout` is None where the model can't take one: the batch is then a single sequence and runs
     through the model's own attention.
     """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     layout: Layout | None
-    source: Tensor  # [N] int64: which packed token must predict
+    source: Tensor  # [N] int64: the packed token that must predict
     target: Tensor  # [N] int64: the id it must predict
     weight: Tensor  # [N] float32
     owners: TargetOwners
@@ -168,8 +173,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What the head returns for a micro-batch. Sums, never means, so that micro-batches and ranks
-    add up.
+    """The result of the loss head for a micro-batch. Sums, not means, so that micro-batches and
+    ranks add up.
     """
 
     loss_sum: Tensor  # scalar float32, differentiable: sum of weight * loss
@@ -185,30 +190,30 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step did. Times in seconds, memory in bytes."""
+    """The metrics of one optimizer step. Times in seconds, memory in bytes."""
 
     step: int  # counted from 1
-    epoch: float  # share of the data seen after this step, 1.0 = once
+    epoch: float  # epochs completed after this step
     loss: float  # sum(weight * loss) / sum(weight) over the whole step
     lr: float
     grad_norm: float  # before clipping
     documents: int
-    tokens: int  # of the step's documents, repeats counted
-    computed_tokens: int  # that went through the decoder
+    tokens: int  # of the step's documents; shared prefixes count in each
+    computed_tokens: int  # tokens that went through the decoder
     target_tokens: int
     weight_sum: float
     seconds: float
     tokens_per_second: float  # tokens / seconds
-    stats: Mapping[str, float]  # means per weight: accuracy, entropy, logprob, ...
+    stats: Mapping[str, float]  # weighted means: accuracy, entropy, logprob, ...
     peak_memory: int
 
     def record(self) -> dict[str, Any]:
-        """One flat object for metrics.jsonl."""
+        """The metrics as one flat object, a line of metrics.jsonl."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "stats"}
         return {"kind": "train", **fields, **self.stats}
 
 
 HeadLoss = Callable[..., LossOutput]
-"""The loss head with its objective chosen: (hidden, weight, bias, *, source, target, target_weight,
+"""The loss head with its objective: (hidden, weight, bias, *, source, target, target_weight,
 transform).
 """

@@ -200,17 +200,17 @@ def test_plan_and_start_name_the_packs(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["batch.packing=bfd"], "needs the tokens of a pack"),
+        (["batch.packing=bfd"], "needs the number of tokens per pack"),
         (["batch.pack_tokens=64"], "no effect without batch.packing"),
         (
             ["batch.packing=bfd", "batch.pack_tokens=64", "batch.group_by_prefix=true"],
-            "both say which documents meet",
+            "each decide which documents are in a step",
         ),
         (
             ["batch.packing=bfd", "batch.pack_tokens=64", "data.too_long=split"],
-            "batch.packing cuts as well",
+            "batch.packing cuts long documents as well",
         ),
-        (["batch.group_by_prefix=true", "data.shuffle=false"], "chooses the order"),
+        (["batch.group_by_prefix=true", "data.shuffle=false"], "changes the order"),
         (["batch.packing=wrapped", "batch.pack_tokens=513"], "data.max_length is 512"),
     ],
 )

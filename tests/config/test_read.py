@@ -14,7 +14,7 @@ from tunesmith.config.document import read_document
 from tunesmith.config.names import known_keys
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import Recipe
-from tunesmith.config.sections.adapter import AdapterSection
+from tunesmith.config.sections.model import AdapterSection
 from tunesmith.config.values import Holdout
 from tunesmith.errors import RecipeError
 

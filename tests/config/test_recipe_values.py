@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.config.sections.sources import parse_eval
+from tunesmith.config.sections.data import parse_eval
 from tunesmith.config.values import (
     Duration,
     Holdout,

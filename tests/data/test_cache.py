@@ -13,11 +13,11 @@ from test_document_store import same
 
 import tunesmith
 from tiny import CHATML, chat_rows, tiny_tokenizer, write_jsonl
-from tunesmith.data.cache_folder import default_cache_folder
 from tunesmith.data.preprocess import cache as module
 from tunesmith.data.preprocess.cache import MANIFEST
 from tunesmith.data.preprocess.holdout import Side, holdout_split
 from tunesmith.data.preprocess.prepare import prepare
+from tunesmith.data.sources.hub import default_cache_folder
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import DataError

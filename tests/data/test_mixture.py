@@ -193,11 +193,11 @@ def test_seeds_and_passes_change_the_documents_and_not_the_sources():
 
 
 def test_an_empty_source_and_one_below_a_document_a_pass_are_refused():
-    with pytest.raises(DataError, match="nothing of it is left") as caught:
+    with pytest.raises(DataError, match="it has no documents left") as caught:
         mix(portions([3, 0], weights=[1, 1]), seed=0, shuffle=True)
     assert caught.value.where == "s1"
     small = portions([5, 100], weights=[1000, 1])
-    with pytest.raises(DataError, match="no document of it") as caught:
+    with pytest.raises(DataError, match="it has no place in a pass") as caught:
         mix(small, stop="first_exhausted", seed=0, shuffle=True)
     assert caught.value.where == "s1"
     with pytest.raises(DataError, match="documents"):

@@ -97,8 +97,8 @@ def test_split_and_join_are_inverse_for_every_kind_of_number(seed):
 def test_memory_is_twelve_bytes_a_bfloat16_weight():
     weight = nn.Parameter(torch.zeros(1024, 64, dtype=torch.bfloat16))
     optimizer = AdamW([("w", weight)])
-    slot = optimizer._states["w"]
-    held = [slot.parameter, slot.low_bits, *slot.state.values()]
+    param = optimizer._states["w"]
+    held = [param.parameter, param.low_bits, *param.state.values()]
     assert sum(t.numel() * t.element_size() for t in held) == 12 * weight.numel()
 
 

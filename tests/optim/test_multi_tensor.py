@@ -132,25 +132,25 @@ def test_launches_do_not_grow_with_the_number_of_parameters(rule: str) -> None:
     assert found[0] == found[1] <= 60
 
 
-def test_bundles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_tensor, "SMALL", 5000)
     monkeypatch.setattr(multi_tensor, "MOST", 10000)
     shapes = {f"{number}.weight": (40, 100) for number in range(7)} | {"large.weight": (80, 100)}
     optimizer = AdamW(make_parameters(shapes).items(), group_small=True)
-    assert [len(bundle.members) for bundle, _ in optimizer._groups] == [2, 2, 2]
-    assert sorted(slot.flat.numel() for slot in optimizer._alone) == [4000, 8000]
+    assert [len(group.members) for group, _ in optimizer._groups] == [2, 2, 2]
+    assert sorted(param.flat.numel() for param in optimizer._alone) == [4000, 8000]
 
 
 def test_memory_between_steps_is_the_same() -> None:
     _, together, _, apart = optimizers("adamw", torch.bfloat16)
     assert together.held_bytes == apart.held_bytes
-    slot = together._states["one.bias"]
-    kept = [slot.low_bits, *slot.state.values()]
+    param = together._states["one.bias"]
+    kept = [param.low_bits, *param.state.values()]
     storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
     inside = {
         tensor.untyped_storage().data_ptr()
-        for bundle, _ in together._groups
-        for tensor in (bundle.low_bits, *bundle.state.values())
+        for group, _ in together._groups
+        for tensor in (group.low_bits, *group.state.values())
     }
     assert storages <= inside
 

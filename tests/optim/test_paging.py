@@ -106,16 +106,16 @@ def test_a_step_waits_once_for_what_goes_back_to_the_host(
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     pages, gpu = Pages(tmp_path), torch.device("cuda", 0)
     for _ in range(2):
-        slot = SimpleNamespace(
+        param = SimpleNamespace(
             parameter=SimpleNamespace(device=gpu), state={"momentum": Resting(1.0, "cpu")}
         )
-        with pages.at_hand(slot):
-            slot.state["momentum"].value = 2.0
-        assert slot.state["momentum"].value == 2.0
-        assert slot.state["momentum"].device.type == "cpu"
+        with pages.on_device(param):
+            param.state["momentum"].value = 2.0
+        assert param.state["momentum"].value == 2.0
+        assert param.state["momentum"].device.type == "cpu"
     assert not waited
-    pages.settle()
-    pages.settle()
+    pages.synchronize()
+    pages.synchronize()
     assert waited == [gpu]
 
 
@@ -147,9 +147,9 @@ class Resting:
 
 def test_elsewhere_state_comes_to_its_device_and_goes_back(tmp_path: Path) -> None:
     home = {"exp_avg": Resting(1.0, "cpu"), "small": Resting(3.0, "cuda:0")}
-    slot = SimpleNamespace(parameter=SimpleNamespace(device=torch.device("cuda:0")), state=home)
-    with Pages(tmp_path).at_hand(slot):
-        assert {str(t.device) for t in slot.state.values()} == {"cuda:0"}
-        slot.state["exp_avg"].value = 2.0
-    assert slot.state is home
+    param = SimpleNamespace(parameter=SimpleNamespace(device=torch.device("cuda:0")), state=home)
+    with Pages(tmp_path).on_device(param):
+        assert {str(t.device) for t in param.state.values()} == {"cuda:0"}
+        param.state["exp_avg"].value = 2.0
+    assert param.state is home
     assert (home["exp_avg"].value, str(home["exp_avg"].device)) == (2.0, "cpu")

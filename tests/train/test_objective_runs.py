@@ -376,10 +376,13 @@ def test_a_runs_recipe_finds_its_own_copy_of_the_objective(
     ("overrides", "message"),
     [
         (["objective=dtf"], "did you mean dft"),
-        (["objective.alpha=2"], "is for eaft, and the objective is nll"),
-        (["objective=psft", "objective.label_smoothing=0.1"], "is for nll, dft, eaft, asft"),
-        (["objective=dft", "objective.eps_high=0.1"], "is for psft"),
-        (["objective=psft", "objective.scheduled_sampling=0.1"], "one context"),
+        (["objective.alpha=2"], "has an effect on eaft only, and the objective is nll"),
+        (
+            ["objective=psft", "objective.label_smoothing=0.1"],
+            "has an effect on nll, dft, eaft, asft only",
+        ),
+        (["objective=dft", "objective.eps_high=0.1"], "has an effect on psft only"),
+        (["objective=psft", "objective.scheduled_sampling=0.1"], "same context"),
         (["objective.scheduled_sampling=0.1", "device.share_prefixes=true"], "share"),
         (["objective.label_smoothing=1"], "below 1"),
         (["objective=loss.py"], "no objective"),

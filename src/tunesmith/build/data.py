@@ -15,11 +15,11 @@ from tunesmith.build.inputs import UserObjects
 from tunesmith.build.sampler import pack_prepared
 from tunesmith.build.sources import make_sources, memory_source, prepare_all
 from tunesmith.config.schema import Holdout, Recipe
-from tunesmith.data.cache_folder import default_cache_folder
 from tunesmith.data.packing.packs import Packing
 from tunesmith.data.preprocess.cache import discard
 from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.data.preprocess.prepare import Prepared
+from tunesmith.data.sources.hub import default_cache_folder
 from tunesmith.data.sources.sources import Source
 from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.data.templates.template import Template

@@ -8,7 +8,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from tunesmith.config.schema import SCIENCE, Duration, Holdout, Recipe
-from tunesmith.config.sections.adapter import fits
+from tunesmith.config.sections.model import fits
 
 
 class Difference(NamedTuple):

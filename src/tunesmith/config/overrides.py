@@ -10,7 +10,7 @@ import yaml
 
 from tunesmith.config.document import Document, Path, as_plain, dotted
 from tunesmith.config.schema import MAIN_KEYS, expand_section
-from tunesmith.config.sections.sources import parse_sources
+from tunesmith.config.sections.data import parse_sources
 
 _EXCLUSIVE = {
     ("batch", "documents"): ("batch", "tokens"),

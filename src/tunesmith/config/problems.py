@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tunesmith.config.document import Document, Path
 from tunesmith.config.names import known_keys, nearest, suggest
-from tunesmith.config.sections.sources import SourceSection
+from tunesmith.config.sections.data import SourceSection
 
 _BOUNDS = {
     "greater_than": ("gt", "above"),

@@ -1,7 +1,7 @@
-"""The recipe: every section, and what its short forms stand for.
+"""The recipe's schema (a pydantic model): its sections, and the short form of each.
 
-`model data batch objective adapter optim train` change what is learned; `device` changes only how
-fast; `checkpoint eval log` change neither.
+The sections `model data batch objective adapter optim train` change what is learned. `device`
+changes only how fast that is computed. `checkpoint eval log` change neither.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from typing import Any, cast
 
 from pydantic import Field, model_validator
 
-from tunesmith.config.sections.adapter import AdapterSection
 from tunesmith.config.sections.base import Section
-from tunesmith.config.sections.batch import BatchSection
-from tunesmith.config.sections.data import DataSection
+from tunesmith.config.sections.data import DataSection, SourceSection
 from tunesmith.config.sections.device import DeviceSection
-from tunesmith.config.sections.model import ModelSection
+from tunesmith.config.sections.model import AdapterSection, ModelSection
 from tunesmith.config.sections.objective import ObjectiveSection
-from tunesmith.config.sections.optim import OptimSection
-from tunesmith.config.sections.sources import SourceSection
-from tunesmith.config.sections.train import TrainSection
+from tunesmith.config.sections.training import BatchSection, OptimSection, TrainSection
 from tunesmith.config.sections.upkeep import CheckpointSection, EvalSection, LogSection
 from tunesmith.config.values import Duration, Holdout
 
@@ -37,37 +33,44 @@ __all__ = [
 
 
 class Recipe(Section):
-    """A whole run."""
+    """A recipe: all that a run is made from."""
 
     model: ModelSection = Field(description="the pretrained model")
     data: DataSection = Field(
-        default=DataSection(), description="the demonstrations and how they become tokens"
+        default=DataSection(),
+        description="the training and evaluation data, and how rows become tokens",
     )
     batch: BatchSection = Field(
         default=BatchSection(), description="what one optimizer step learns from"
     )
-    objective: ObjectiveSection = Field(default=ObjectiveSection(), description="the loss")
+    objective: ObjectiveSection = Field(
+        default=ObjectiveSection(), description="the loss and its regularizers"
+    )
     adapter: AdapterSection = Field(
         default=AdapterSection(), description="which parameters are trained"
     )
     optim: OptimSection = Field(
-        default=OptimSection(), description="the optimizer and its schedule"
+        default=OptimSection(), description="the optimizer and its learning-rate schedule"
     )
     train: TrainSection = Field(
-        default=TrainSection(), description="how long, from which seed, and which weights are kept"
+        default=TrainSection(),
+        description="how long the run is, its seed, and which weights it keeps",
     )
     device: DeviceSection = Field(
         default=DeviceSection(),
-        description="where and how fast: never changes what is learned beyond rounding",
+        description="where and how fast the run computes; it never changes what is learned beyond "
+        "rounding",
     )
     checkpoint: CheckpointSection = Field(
-        default=CheckpointSection(), description="when to save and how much to keep"
+        default=CheckpointSection(),
+        description="when checkpoints are written and how many are kept",
     )
     eval: EvalSection = Field(
-        default=EvalSection(), description="when and how held-out data is looked at"
+        default=EvalSection(), description="when and how the evaluation data is used"
     )
     log: LogSection = Field(
-        default=LogSection(), description="where the numbers go besides metrics.jsonl"
+        default=LogSection(),
+        description="where metrics go besides metrics.jsonl, and what counts as a spike",
     )
 
     @model_validator(mode="before")
@@ -95,11 +98,11 @@ MAIN_KEYS = {
     "eval": "every",
     "log": "to",
 }
-"""The key a scalar given for a whole section stands for: `model: M` is `model: {name: M}`."""
+"""The key that a plain value for a section stands for: `model: M` means `model: {name: M}`."""
 
 
 def expand_section(name: str, value: Any) -> Any:
-    """The mapping that a section's short form stands for; {} where nothing is written."""
+    """The mapping that a section's short form stands for; {} for an empty section."""
     if name not in MAIN_KEYS or isinstance(value, Mapping | Section):
         return cast(Any, value)
     return {} if value is None else {MAIN_KEYS[name]: value}

@@ -153,11 +153,11 @@ class TensorParallelSync(ShardedSync):
             self.all_reduce_gradients(self._trained(divided=True), group=split.dp_group)
 
     @torch.no_grad()
-    def grad_norm(self, own: Tensor) -> Tensor:
+    def grad_norm(self, local: Tensor) -> Tensor:
         """The norm of the full gradient: squares of all shards, and those of replicated ones
         once.
         """
-        whole, parts = (_square(self._trained(divided=kind), own) for kind in (False, True))
+        whole, parts = (_square(self._trained(divided=kind), local) for kind in (False, True))
         with self._world.naming_lost_rank():
             return (whole + self._world.tp.all_reduce(parts)).sqrt().float()
 

@@ -8,10 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tunesmith.objectives.chunk import Chunk, Objective
-from tunesmith.objectives.nll import cross_entropy, nll
-from tunesmith.objectives.psft import psft
-from tunesmith.objectives.regularizers import divergence, z_loss
-from tunesmith.objectives.weighted import dft, eaft
+from tunesmith.objectives.losses import cross_entropy, dft, divergence, eaft, nll, psft, z_loss
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "nll": nll,

@@ -12,14 +12,14 @@ from tunesmith.optim.optimizer import Optimizer, ParamState
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on float32 masters.
+    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) on float32 master weights.
 
-    A bfloat16 weight takes 2 + 2 + 8 bytes with its two moments.
+    With its master and two moments a bfloat16 weight takes 2 + 2 + 8 bytes.
 
     Args:
-        named_parameters: what is trained.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
+        named_parameters: the trained parameters.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment.
         shared: arguments of `Optimizer`.
     """
 
@@ -36,7 +36,7 @@ class AdamW(Optimizer):
         super().__init__(named_parameters, **shared)
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
-        """Two moments."""
+        """The first and second moment, exp_avg and exp_avg_sq [n]."""
         return {"exp_avg": self.zeros(param), "exp_avg_sq": self.zeros(param)}
 
     def rule(
@@ -49,7 +49,7 @@ class AdamW(Optimizer):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of Adam."""
+        """One AdamW step on a chunk."""
         moments = param.state["exp_avg"][span], param.state["exp_avg_sq"][span]
         self.adam(master, grad, moments, lr=lr, decay=self.decay(param), counter=counter)
 
@@ -63,7 +63,7 @@ class AdamW(Optimizer):
         decay: float,
         counter: Tensor,
     ) -> None:
-        """torch's fused update of `master` and both moments, all float32 [n]."""
+        """torch's fused AdamW kernel on `master` and both moments, all float32 [n]."""
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [master],
             [grad],
@@ -82,17 +82,17 @@ class AdamW(Optimizer):
 
 
 BLOCK = 256
-"""Elements that share a scale in 8 bits."""
+"""Elements of a quantization block, which share a scale."""
 SMALL = 4096
 """Parameters below this many elements keep float32 moments."""
 
 
 class AdamW8bit(AdamW):
-    """AdamW whose moments rest in 8 bits (Dettmers et al., arXiv 2110.02861).
+    """AdamW with block-wise quantized 8-bit moments (Dettmers et al., 2022, arXiv 2110.02861).
 
-    Between steps a moment is one byte an element, an entry of `dynamic_map`, and a float32 scale
-    per block of 256; each step reads it into float32, updates, and rounds to the nearest entry.
-    Parameters of fewer than 4096 elements keep float32 moments.
+    Between steps a moment is one byte per element, an index into `dynamic_map`, and a float32 scale
+    per block of 256 elements. Each step dequantizes to float32, updates, and rounds to the nearest
+    entry. Parameters below 4096 elements keep float32 moments.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], **options: Any) -> None:
@@ -100,7 +100,7 @@ class AdamW8bit(AdamW):
         super().__init__(named_parameters, **options)
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
-        """For both moments the bytes and the scales of their blocks."""
+        """For each moment its bytes [n] and the scales of its blocks [ceil(n / 256)]."""
         if param.flat.numel() < SMALL:
             return super().new_state(name, param)
         state: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ class AdamW8bit(AdamW):
         return state
 
     def can_group(self, param: ParamState) -> bool:
-        """Unless a block would reach into the next parameter."""
+        """False if a quantization block would reach into the next parameter."""
         return "exp_avg_scale" not in param.state or param.flat.numel() % BLOCK == 0
 
     def rule(
@@ -127,7 +127,7 @@ class AdamW8bit(AdamW):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of Adam on the moments read from 8 bits."""
+        """One AdamW step on a chunk, with dequantized moments that are quantized again after it."""
         if "exp_avg_scale" not in param.state:
             super().rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
             return
@@ -151,9 +151,11 @@ class AdamW8bit(AdamW):
 
 
 def dynamic_map(*, signed: bool) -> Tensor:
-    """The 256 numbers of the dynamic 8-bit type, rising, float32: 0, 1, and for each of seven
-    powers of ten down from 1 the middles of equal parts of [0.1, 1] times it, twice as many for
-    each power.
+    """The 256 values of the dynamic 8-bit data type (arXiv 2110.02861), ascending, float32 [256].
+
+    They are 0, 1, and for each power of ten from 1e-6 to 1 the midpoints of equal parts of
+    [0.1, 1] times that power, with twice as many parts for each next power; `signed` has these
+    with both signs and half as many of each.
     """
     numbers = [0.0, 1.0]
     for power in range(7):
@@ -165,18 +167,21 @@ def dynamic_map(*, signed: bool) -> Tensor:
 
 
 def quantize(values: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `values` [n] the uint8 number of the nearest of `entries` [256] after division by the
-    largest magnitude of each block, and these magnitudes, float32 [ceil(n / 256)].
+    """Block-wise quantization of `values` [n]: uint8 indices [n] and float32 scales [ceil(n /
+    256)].
+
+    A block's scale is its largest magnitude. A value's index is that of the nearest of `entries`
+    [256] after division by the scale.
     """
     missing = -values.numel() % BLOCK
     blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)
     scale = blocks.abs().amax(dim=1)
-    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    nearest = torch.bucketize(shares, (entries[1:] + entries[:-1]) / 2, out_int32=True)
+    scaled = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    nearest = torch.bucketize(scaled, (entries[1:] + entries[:-1]) / 2, out_int32=True)
     return nearest.to(torch.uint8).view(-1)[: values.numel()], scale
 
 
 def dequantize(numbers: Tensor, scale: Tensor, entries: Tensor) -> Tensor:
-    """float32 [n] of what `quantize` gave."""
+    """The float32 values [n] of indices and scales that `quantize` returned."""
     scales = scale.repeat_interleave(BLOCK)[: numbers.numel()]
     return entries[numbers.int()].mul_(scales)

@@ -1,48 +1,37 @@
-"""Multi-tensor updates: small parameters are updated together, since on a GPU a kernel launch takes
-longer than the work on few elements.
+"""Multi-tensor updates (as apex's multi_tensor_apply and torch's foreach): small parameters are
+updated together, since on a GPU a kernel launch takes longer than the work on few elements.
 
-What is kept of the members lies end to end in one tensor, of which each member's own is a view; so
-states are saved and loaded as if nothing were joined. A step copies gradients and parameters end to
-end, runs the rule once, and copies the parameters back.
+The state tensors of a group lie end to end in one flat tensor, and each member's own state is a
+view of it, so states are saved and loaded as if nothing were grouped. A step copies gradients and
+parameters into flat tensors, runs the rule once, and copies the parameters back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.optim.master_weights import join_master, split_master_
+from tunesmith.optim.param_state import ParamState, join_master, split_master_
 
 SMALL = 1 << 20
-"""Elements above which a parameter is updated by itself."""
+"""Elements above which a parameter is updated alone."""
 MOST = 1 << 22
-"""Elements of a bundle: 40 MiB while it is updated, with its gradients and masters."""
-
-
-class Member(Protocol):
-    """A parameter and what is kept of it; `optim.base.Slot`."""
-
-    parameter: Tensor
-    low_bits: Tensor | None
-    decay: bool
-    lr_factor: float
-    state: dict[str, Tensor]
-
-    @property
-    def flat(self) -> Tensor: ...
+"""Elements of a group: 40 MiB while it is updated, with its gradients and masters."""
 
 
 @dataclass(slots=True)
 class TensorGroup:
-    """Members on one device that are updated alike. Where a rule needs whole parameters they are of
-    one shape, and a stack to it; else their elements are one row.
+    """Parameters of one device, dtype and rule that are updated in one call.
+
+    `stacked`: the rule needs whole parameters; they have one shape and are stacked along a new
+    first dimension. Otherwise the elements of all parameters form one vector.
     """
 
-    members: Sequence[Member]
+    members: Sequence[ParamState]
     stacked: bool
     low_bits: Tensor | None
     state: dict[str, Tensor]
@@ -53,16 +42,14 @@ class TensorGroup:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter that the rule sees."""
+        """The shape of the parameter that the rule sees."""
         if self.stacked:
             return (len(self.members), *self.members[0].parameter.shape)
         return (sum(member.flat.numel() for member in self.members),)
 
     @torch.no_grad()
     def update(self, rule: Callable[[Tensor, Tensor], None], *, grad_scale: float) -> None:
-        """Run `rule` once, which changes the masters [n] in place by the gradients [n], both
-        float32.
-        """
+        """Call `rule(master, grad)` once, which changes the master [n] in place; both float32."""
         parts = [member.flat for member in self.members]
         sizes = [part.numel() for part in parts]
         grad = torch.cat([_flat_gradient(member) for member in self.members]).float()
@@ -83,60 +70,79 @@ class TensorGroup:
 
 
 def grouped(
-    members: Iterable[Member], *, stacks: Callable[[Member], bool]
-) -> tuple[list[TensorGroup], list[Any]]:
-    """The members in bundles, and those that are too large or have none to go with; `stacks` says
-    whether the rule needs a member's parameter whole.
+    params: Iterable[ParamState], *, stacks: Callable[[ParamState], bool]
+) -> tuple[list[TensorGroup], list[ParamState]]:
+    """Group small parameters; returns the groups, and the parameters that are updated alone.
+
+    Alone are those above `SMALL` elements and those with no other of their kind. `stacks` tells
+    whether the rule needs a parameter whole.
     """
-    alike: dict[tuple[Any, ...], list[Member]] = {}
-    alone: list[Any] = []
-    for member in members:
-        if 0 < member.flat.numel() <= SMALL:
-            alike.setdefault(_kind(member, stacks(member)), []).append(member)
+    by_kind: dict[tuple[Any, ...], list[ParamState]] = {}
+    alone: list[ParamState] = []
+    for param in params:
+        if 0 < param.flat.numel() <= SMALL:
+            by_kind.setdefault(_kind(param, stacks(param)), []).append(param)
         else:
-            alone.append(member)
+            alone.append(param)
     groups: list[TensorGroup] = []
-    for group in alike.values():
-        for part in _parts(group):
-            if len(part) == 1:
-                alone += part
+    for same_kind in by_kind.values():
+        for members in _bounded(same_kind):
+            if len(members) == 1:
+                alone += members
             else:
-                groups.append(_group(part, stacked=stacks(part[0])))
+                groups.append(_group(members, stacked=stacks(members[0])))
     return groups, alone
 
 
-def _kind(member: Member, stacked: bool) -> tuple[Any, ...]:
-    parameter, rest = member.parameter, member.low_bits
+def group_state(group: TensorGroup) -> ParamState:
+    """The state that a rule sees of a group; its parameter is a meta tensor that has a shape only.
+
+    A rule reads the shape and the flat state tensors; the values go in and out through
+    `TensorGroup.update`.
+    """
+    first = group.members[0]
+    shape = torch.empty(group.shape, dtype=first.parameter.dtype, device="meta")
+    return ParamState(
+        shape, group.low_bits, first.decay, first.lr_factor, group.state,
+        stack=len(group.members) if group.stacked else 1,
+    )  # fmt: skip
+
+
+def _kind(param: ParamState, stacked: bool) -> tuple[Any, ...]:
+    """All that must be equal for two parameters to be updated in one call."""
+    parameter, low_bits = param.parameter, param.low_bits
     return (
         parameter.device,
         parameter.dtype,
-        None if rest is None else rest.dtype,
-        member.decay,
-        member.lr_factor,
-        tuple((name, tensor.dtype) for name, tensor in member.state.items()),
+        None if low_bits is None else low_bits.dtype,
+        param.decay,
+        param.lr_factor,
+        tuple((name, tensor.dtype) for name, tensor in param.state.items()),
         tuple(parameter.shape) if stacked else None,
     )
 
 
-def _parts(members: Sequence[Member]) -> Iterable[list[Member]]:
-    held: list[Member] = []
+def _bounded(params: Sequence[ParamState]) -> Iterator[list[ParamState]]:
+    """The parameters in runs of at most `MOST` elements, which bounds the copies of a step."""
+    run: list[ParamState] = []
     size = 0
-    for member in members:
-        count = member.flat.numel()
-        if held and size + count > MOST:
-            yield held
-            held, size = [], 0
-        held.append(member)
+    for param in params:
+        count = param.flat.numel()
+        if run and size + count > MOST:
+            yield run
+            run, size = [], 0
+        run.append(param)
         size += count
-    yield held
+    yield run
 
 
 @torch.no_grad()
-def _group(members: Sequence[Member], *, stacked: bool) -> TensorGroup:
+def _group(members: Sequence[ParamState], *, stacked: bool) -> TensorGroup:
+    """Move the members' states into flat tensors, of which each member keeps a view."""
     first = members[0]
-    rest = None
+    low_bits = None
     if first.low_bits is not None:
-        rest, views = _flatten([m.low_bits for m in members if m.low_bits is not None])
+        low_bits, views = _flatten([m.low_bits for m in members if m.low_bits is not None])
         for member, view in zip(members, views, strict=True):
             member.low_bits = view
     state: dict[str, Tensor] = {}
@@ -144,20 +150,22 @@ def _group(members: Sequence[Member], *, stacked: bool) -> TensorGroup:
         whole, views = _flatten([member.state[name] for member in members])
         for member, view in zip(members, views, strict=True):
             member.state[name] = view
+        # A state of another size than the parameter (Adafactor's rows) keeps its shape in the
+        # stack.
         flat = not stacked or tensor.shape == (first.flat.numel(),)
         state[name] = whole if flat else whole.view(len(members), *tensor.shape)
-    return TensorGroup(members, stacked, rest, state)
+    return TensorGroup(members, stacked, low_bits, state)
 
 
 def _flatten(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One flat tensor of their values, and views of it in their shapes."""
+    """One flat tensor with the values of all, and views of it in their shapes."""
     whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
     parts = whole.split([tensor.numel() for tensor in tensors])
     return whole, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
-def _flat_gradient(member: Member) -> Tensor:
-    grad = member.parameter.grad
+def _flat_gradient(param: ParamState) -> Tensor:
+    grad = param.parameter.grad
     if grad is None:
-        return torch.zeros((), device=member.parameter.device).expand(member.flat.numel())
+        return torch.zeros((), device=param.parameter.device).expand(param.flat.numel())
     return grad.detach().reshape(-1)

@@ -13,55 +13,56 @@ import torch
 from torch import Tensor
 
 from tunesmith.optim.clipping import grad_norm
-from tunesmith.optim.master_weights import join_master, split_master_
-from tunesmith.optim.multi_tensor import TensorGroup, grouped
+from tunesmith.optim.multi_tensor import TensorGroup, group_state, grouped
 from tunesmith.optim.paging import Pages
 from tunesmith.optim.param_state import (
     ParamState,
-    group_state,
+    join_master,
     master_of,
     new_param_state,
     set_master,
     shaped,
+    split_master_,
 )
 from tunesmith.optim.weight_decay import no_decay
 
 CPU_CHUNK = 1 << 15
-"""Elements a CPU thread updates at a time: parameter, gradient and moments of a chunk stay in the
-cache.
+"""Elements that a CPU thread updates at a time: the parameter, gradient and moments of a chunk fit
+into the CPU's cache, so each is read from memory once.
 """
 DEVICE_CHUNK = 1 << 24
-"""Elements updated at a time on an accelerator, where only launches and the size of the scratch
-buffers count.
+"""Elements updated at a time on an accelerator, where only the number of kernel launches and the
+size of the scratch buffers matter.
 """
 
 
 class ShardedParameters(Protocol):
-    """What an optimizer needs where its parameters are parts of weights that several ranks hold."""
+    """What an optimizer calls where its parameters are shards of weights (`distributed/`)."""
 
-    def grad_norm(self, own: Tensor) -> Tensor:
-        """The norm of the gradients of all ranks."""
+    def grad_norm(self, local: Tensor) -> Tensor:
+        """The global gradient norm, from the norm of this rank's shards."""
         ...
 
     def discard_gradients(self) -> None:
-        """Forget gradients that have not reached the parts."""
+        """Free gradients that have not been reduced into the shards."""
         ...
 
 
 class Optimizer:
-    """Decoupled weight decay, and a rule of a subclass, on float32 masters.
+    """The base of all optimizers: an update rule of a subclass, on float32 master weights.
 
-    A parameter without a gradient is updated as if it were zero, so that a run doesn't depend on
-    whether a buffer happens to exist.
+    Weight decay is decoupled (Loshchilov and Hutter, 2019, arXiv 1711.05101). A parameter without a
+    gradient is updated as if its gradient were zero, so that a run does not depend on whether a
+    gradient buffer happens to exist.
 
     Args:
-        named_parameters: what is trained; those that don't require gradients are left out.
-        weight_decay: share of lr by which weights shrink each step.
-        undecayed: names that don't shrink; by default what `no_decay` says of name and shape alone.
-        lr_factors: what the learning rate is multiplied by, by name; 1 for names not in it.
-        pages: where the rule's state rests between steps; None: on the parameter's device.
-        bundles: whether small parameters are updated together; None: where starting an operation
-            takes long, so not on a CPU.
+        named_parameters: the trained parameters; those that don't require gradients are left out.
+        weight_decay: a step shrinks weights by lr * weight_decay.
+        undecayed: names without weight decay; None: `no_decay` decides by name and shape alone.
+        lr_factors: factors on the learning rate by name; 1 for names that are not in it.
+        pages: where state tensors are kept between steps; None: on the parameter's device.
+        group_small: whether small parameters are updated together; None: everywhere but on a CPU,
+            which has no launch cost to save.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Optimizer:
         self._groups, self._alone = self._grouped(group_small)
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
-        """What the rule keeps of this parameter between steps; tensors of its size are flat."""
+        """The state tensors of this parameter by kind; those of the parameter's size are flat."""
         raise NotImplementedError
 
     def rule(
@@ -103,29 +104,29 @@ class Optimizer:
         lr: float,
         counter: Tensor,
     ) -> None:
-        """Update `master` [n] and the state's `span` in place from `grad` [n], both float32.
+        """Update `master` [n] and the `span` of the state tensors in place, by `grad` [n].
 
-        `grad` may be the gradient itself and stays as it is; `lr` has the param's factor in it,
-        `counter` is the number of this step on the device.
+        Both are float32. `grad` may be the gradient itself and must not be changed. `lr` includes
+        the parameter's factor. `counter` is the number of this step as a tensor on the device.
         """
         raise NotImplementedError
 
     def zeros(self, param: ParamState) -> Tensor:
-        """A float32 tensor of zeros [n], as long as the parameter, where state rests."""
+        """A state tensor of float32 zeros [n], in the place where state is kept."""
         if self.pages is not None:
             return self.pages.zeros(param.flat)
         return torch.zeros_like(param.flat, dtype=torch.float32)
 
     def whole(self, param: ParamState) -> bool:
-        """Whether the rule needs the parameter at once instead of in chunks."""
+        """True if the rule needs the whole parameter at once instead of chunks of it."""
         return False
 
     def can_group(self, param: ParamState) -> bool:
-        """Whether the rule does to several parameters end to end what it does to each."""
+        """True if the rule gives the same result on several parameters laid end to end."""
         return True
 
     def decay(self, param: ParamState) -> float:
-        """The share of lr by which this parameter shrinks."""
+        """The weight decay of this parameter, which is multiplied by lr."""
         return self.weight_decay if param.decay else 0.0
 
     @property
@@ -140,7 +141,9 @@ class Optimizer:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of what is kept between steps, parameters, gradients and what is paged left out."""
+        """Device bytes of master weights and state between steps, without parameters and
+        gradients.
+        """
         kept = (
             t for param in self._states.values() for t in (param.low_bits, *param.state.values())
         )
@@ -148,7 +151,7 @@ class Optimizer:
 
     @property
     def paged_bytes(self) -> int:
-        """Bytes of the state that rest outside of the device's memory."""
+        """Bytes of the state that is kept outside of the device's memory."""
         return 0 if self.pages is None else self.pages.bytes
 
     @property
@@ -161,10 +164,10 @@ class Optimizer:
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """The norm of all gradients, on their device: nobody waits for it here.
+        """The global norm of all gradients, a scalar on their device; this does not synchronize.
 
-        To clip, give `step` its `clip_factor`; the gradients themselves stay as they are, which
-        saves writing them once more.
+        To clip, pass its `clip_factor` to `step`. The gradients themselves are not scaled, which
+        saves one pass over their memory.
         """
         norm = grad_norm(self.parameters)
         if self.shards is not None:
@@ -173,9 +176,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update every parameter with its gradient times `grad_scale`; the gradients are left as
-        they are.
-        """
+        """Update every parameter with its gradient times `grad_scale`; gradients stay unchanged."""
         self.steps += 1
         devices = {param.parameter.device for param in self._states.values()}
         counters = {one: torch.full((), float(self.steps), device=one) for one in devices}
@@ -186,31 +187,30 @@ class Optimizer:
             group.update(rule, grad_scale=grad_scale)
         for param in self._alone:
             counter = counters[param.parameter.device]
-            with nullcontext() if self.pages is None else self.pages.at_hand(param):
+            with nullcontext() if self.pages is None else self.pages.on_device(param):
                 self._update(param, lr=lr, grad_scale=grad_scale, counter=counter)
         if self.pages is not None:
-            self.pages.settle()
+            self.pages.synchronize()
 
     def zero_grad(self) -> None:
-        """Give the gradients' memory to the next forward pass, which runs before there are any."""
+        """Free the gradients, so that the next forward pass can use their memory."""
         for param in self._states.values():
             param.parameter.grad = None
         if self.shards is not None:
             self.shards.discard_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole state as float32 tensors `master.NAME`, what the rule keeps as `KIND.NAME`, and
-        the int64 `steps`.
+        """The state: float32 `master.NAME`, state tensors `KIND.NAME`, and the int64 `steps`.
 
-        The masters are there whatever the form they are kept in, so that a state loads into
-        parameters of any precision. What the rule keeps, and the masters of float32 parameters, are
-        the live tensors, not copies.
+        It holds the float32 masters whatever form they are kept in, so that a state loads into
+        parameters of any precision. State tensors and the masters of float32 parameters are the
+        live tensors, not copies.
         """
         return dict(self.state_items())
 
     def state_items(self) -> Iterator[tuple[str, Tensor]]:
-        """The entries of `state_dict` one at a time, so that no two masters that were joined for it
-        need be there at once.
+        """The entries of `state_dict` one at a time, so that only one joined master is in
+        memory.
         """
         yield "steps", torch.tensor(self.steps)
         for name, param in self._states.items():
@@ -220,7 +220,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state, the parameters' values included.
+        """Load a state, which sets the parameters' values as well.
 
         Raises:
             KeyError: a tensor is missing or there is one too many.
@@ -233,7 +233,7 @@ class Optimizer:
                 shapes[f"{kind}.{name}"] = shaped(tensor, param.parameter).shape
         if set(shapes) != set(state):
             odd = sorted(set(shapes) ^ set(state))
-            raise KeyError(f"the state has other tensors than the optimizer, {odd[0]} for one")
+            raise KeyError(f"the state and the optimizer differ in their tensors, e.g. {odd[0]}")
         for key, shape in shapes.items():
             if state[key].shape != shape:
                 raise ValueError(f"the shape of {key} differs from the parameter's")
@@ -244,17 +244,18 @@ class Optimizer:
             set_master(param, state[f"master.{name}"].reshape(-1))
 
     def _grouped(
-        self, asked: bool | None
+        self, group_small: bool | None
     ) -> tuple[list[tuple[TensorGroup, ParamState]], list[ParamState]]:
-        """Bundles with what stands for their members, and the slots in none."""
-        joined: list[ParamState] = []
+        """The groups, each with the state that stands for it, and the parameters in none."""
+        groupable: list[ParamState] = []
         alone: list[ParamState] = []
         for param in self._states.values():
-            wanted = param.parameter.device.type != "cpu" if asked is None else asked
-            free = self.pages is None and self.can_group(param)
-            (joined if wanted and free else alone).append(param)
-        groups, rest = grouped(joined, stacks=self.whole)  # pyright: ignore[reportArgumentType]
-        return [(group, group_state(group)) for group in groups], alone + rest
+            off_cpu = param.parameter.device.type != "cpu"
+            wanted = off_cpu if group_small is None else group_small
+            possible = self.pages is None and self.can_group(param)
+            (groupable if wanted and possible else alone).append(param)
+        groups, others = grouped(groupable, stacks=self.whole)
+        return [(group, group_state(group)) for group in groups], alone + others
 
     def _group_rule(
         self, param: ParamState, master: Tensor, grad: Tensor, *, lr: float, counter: Tensor
@@ -263,12 +264,16 @@ class Optimizer:
         self.rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
 
     def _update(self, param: ParamState, *, lr: float, grad_scale: float, counter: Tensor) -> None:
+        """Update one parameter, chunk by chunk, through float32 scratch buffers."""
         grad = param.parameter.grad
         flat_grad = None if grad is None else grad.detach().reshape(-1)
         parameter = param.flat
         whole = self.whole(param)
         for span in [slice(0, parameter.numel())] if whole else _spans(parameter):
             master, scratch_grad = self._buffers(parameter.device, span.stop - span.start)
+            # The three forms of gradient and master meet here; where one is float32 already, the
+            # rule
+            # works on it directly instead of on a copy.
             if flat_grad is None:
                 scratch_grad.zero_()
             elif grad_scale == 1.0 and flat_grad.dtype == torch.float32:
@@ -297,6 +302,7 @@ class Optimizer:
                 parameter[span].copy_(master)
 
     def _buffers(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        """Scratch memory [count] for a master and a gradient, allocated once per device."""
         if device not in self._scratch or self._scratch[device].shape[1] < count:
             longest = max(p.numel() for p in self.parameters if p.device == device)
             size = max(count, min(longest, _chunk(device)))

@@ -1,5 +1,9 @@
-"""The state of one parameter: the optimizer's tensors and the float32 master in one of three
-forms.
+"""The state of one parameter: the optimizer's tensors, and its float32 master weights.
+
+A bfloat16 parameter is one half of its master (a split master, as in "lo-hi" mixed precision): the
+parameter holds the upper 16 bits, rounded to nearest with halves away from zero, and an int16
+tensor holds what the rounding took away. Together they are the master to the last bit, in 2 + 2
+bytes per element instead of 2 + 4.
 """
 
 from __future__ import annotations
@@ -9,16 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunesmith.optim.master_weights import join_master, split_master_
-from tunesmith.optim.multi_tensor import TensorGroup
-
 
 @dataclass(slots=True)
 class ParamState:
     """A parameter and its state, flat [n]; the float32 master has one of three forms."""
 
     parameter: Tensor
-    # int16 remainder of a bfloat16 parameter; None for a float32 one; else the float32 master
+    # None for a float32 parameter, which is its own master; the int16 remainder for a bfloat16 one;
+    # else (float16) the float32 master itself
     low_bits: Tensor | None
     decay: bool
     lr_factor: float = 1.0
@@ -27,41 +29,53 @@ class ParamState:
 
     @property
     def flat(self) -> Tensor:
-        """The parameter's memory, without history."""
+        """The parameter's memory as a flat tensor [n] without autograd history."""
         return self.parameter.detach().view(-1)
 
 
 @torch.no_grad()
 def new_param_state(parameter: Tensor, *, decay: bool) -> ParamState:
-    """A slot without state; the parameter lies in one piece afterwards."""
+    """A parameter without optimizer tensors yet; the parameter is contiguous afterwards."""
     if not parameter.is_contiguous():
         parameter.data = parameter.data.contiguous()
     flat = parameter.detach().view(-1)
-    rest: Tensor | None = None
+    low_bits: Tensor | None = None
     if flat.dtype == torch.bfloat16:
-        rest = torch.zeros_like(flat, dtype=torch.int16)
+        low_bits = torch.zeros_like(flat, dtype=torch.int16)
     elif flat.dtype != torch.float32:
-        rest = flat.to(torch.float32)
-    return ParamState(parameter, rest, decay)
+        low_bits = flat.to(torch.float32)
+    return ParamState(parameter, low_bits, decay)
 
 
-def group_state(group: TensorGroup) -> ParamState:
-    """What a rule sees of a bundle; the parameter has a shape only."""
-    first = group.members[0]
-    shape = torch.empty(group.shape, dtype=first.parameter.dtype, device="meta")
-    return ParamState(
-        shape, group.low_bits, first.decay, first.lr_factor, group.state,
-        stack=len(group.members) if group.stacked else 1,
-    )  # fmt: skip
+def join_master(upper: Tensor, low: Tensor, *, out: Tensor) -> Tensor:
+    """Write the float32 master into `out` [n], from its bfloat16 half and the int16 remainder."""
+    bits = out.view(torch.int32)
+    bits.copy_(upper.view(torch.int16)).bitwise_left_shift_(16).add_(low)
+    return out
+
+
+def split_master_(master: Tensor, *, upper: Tensor, low: Tensor) -> None:
+    """Inverse of `join_master`: write `upper` bfloat16 and `low` int16; all [n].
+
+    It destroys `master`, whose memory serves as scratch. The remainder bits - (upper << 16) lies in
+    [-32768, 32767] because halves are rounded away from zero, and so it is the lower 16 bits of the
+    master read as a signed number.
+    """
+    bits = master.view(torch.int32)
+    low.copy_(bits)
+    upper.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
 def shaped(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What is kept of each element, in the parameter's shape; anything else as it is."""
+    """A state tensor with one element per parameter element, in the parameter's shape.
+
+    Any other tensor is returned as it is.
+    """
     return tensor.view(parameter.shape) if tensor.shape == (parameter.numel(),) else tensor
 
 
 def master_of(param: ParamState) -> Tensor:
-    """The float32 master [n]: the live tensor, or a copy where it is in two halves."""
+    """The float32 master [n]: the live tensor, or a copy where it is kept in two halves."""
     if param.low_bits is None:
         return param.flat
     if param.low_bits.dtype != torch.int16:
@@ -72,7 +86,7 @@ def master_of(param: ParamState) -> Tensor:
 
 
 def set_master(param: ParamState, master: Tensor) -> None:
-    """Take over a master [n], and with it the parameter's value."""
+    """Set the master [n], and with it the parameter's value."""
     flat = param.flat
     if param.low_bits is None:
         flat.copy_(master)

@@ -16,7 +16,7 @@ from tunesmith.optim.optimizer import Optimizer, ParamState
 
 
 class _OneMoment(Optimizer):
-    """A rule that keeps one tensor for a weight."""
+    """An optimizer with one state tensor per parameter, the momentum."""
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
         """The momentum."""
@@ -24,11 +24,11 @@ class _OneMoment(Optimizer):
 
 
 class SGD(_OneMoment):
-    """Gradient descent with momentum: m = momentum * m + g, w = w - lr * m, with decoupled decay.
+    """SGD with momentum and decoupled decay: m = momentum * m + g, w = w - lr * m.
 
     Args:
-        named_parameters: what is trained.
-        momentum: share of the running sum that each step keeps.
+        named_parameters: the trained parameters.
+        momentum: decay rate of the momentum, a running sum.
         shared: arguments of `Optimizer`.
     """
 
@@ -52,13 +52,14 @@ class SGD(_OneMoment):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of descent."""
+        """One SGD step on a chunk."""
         buffer = param.state["momentum"][span].mul_(self.momentum).add_(grad)
         master.mul_(1 - lr * self.decay(param)).add_(buffer, alpha=-lr)
 
 
 class Lion(_OneMoment):
-    """The sign of an interpolated momentum (Chen et al., arXiv 2302.06675, algorithm 2).
+    """Lion: the sign of an interpolated momentum (Chen et al., 2023, arXiv 2302.06675, algorithm
+    2).
 
     w = w - lr * (sign(b1 * m + (1 - b1) * g) + decay * w), then m = b2 * m + (1 - b2) * g.
     """
@@ -83,7 +84,7 @@ class Lion(_OneMoment):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of Lion."""
+        """One Lion step on a chunk."""
         momentum = param.state["momentum"][span]
         direction = (momentum * self.betas[0]).add_(grad, alpha=1 - self.betas[0]).sign_()
         master.mul_(1 - lr * self.decay(param)).add_(direction, alpha=-lr)
@@ -91,15 +92,16 @@ class Lion(_OneMoment):
 
 
 class Adafactor(Optimizer):
-    """Second moments as row and column means (Shazeer and Stern, arXiv 1804.04235), at a given
-    learning rate: no first moment, no scaling by the parameter's size.
+    """Adafactor: factored second moments, as row and column means (arXiv 1804.04235).
 
-    The second moment's decay at step t is 1 - t^-0.8; an update whose root mean square is above 1
-    is scaled down to 1. Vectors keep their whole second moment.
+    Source: Shazeer and Stern, 2018; without a first moment, and with a given learning rate that is
+    not scaled by the parameter's size. The decay rate of the second moment at step t is 1 - t^-0.8.
+    An update whose root mean square is above 1 is scaled down to 1. Vectors keep their whole second
+    moment.
     """
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
-        """Means over the last and the last but one dimension; of a vector the second moment."""
+        """Means over the last and the last but one dimension; for a vector the second moment."""
         shape = param.parameter.shape
         if len(shape) < 2:
             return {"exp_avg_sq": self.zeros(param)}
@@ -111,7 +113,7 @@ class Adafactor(Optimizer):
         }
 
     def whole(self, param: ParamState) -> bool:
-        """Always: the update's size is that of the whole parameter."""
+        """Always true: the update is scaled by its root mean square over the whole parameter."""
         return True
 
     def rule(
@@ -124,27 +126,27 @@ class Adafactor(Optimizer):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of Adafactor."""
-        kept = 1.0 - math.pow(self.steps, -0.8)
+        """One Adafactor step on a whole parameter, or on a stack of parameters of one shape."""
+        decay = 1.0 - math.pow(self.steps, -0.8)
         grad = grad.view(param.parameter.shape)
         square = grad.square().add_(1e-30)
         if "row" in param.state:
             row, column = param.state["row"], param.state["column"]
-            row.mul_(kept).add_(square.mean(dim=-1), alpha=1 - kept)
-            column.mul_(kept).add_(square.mean(dim=-2), alpha=1 - kept)
+            row.mul_(decay).add_(square.mean(dim=-1), alpha=1 - decay)
+            column.mul_(decay).add_(square.mean(dim=-2), alpha=1 - decay)
             row_root = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
             update = torch.mul(row_root, column.unsqueeze(-2).rsqrt()).mul_(grad)
         else:
             moment = param.state["exp_avg_sq"]
-            moment.mul_(kept).add_(square.view(-1), alpha=1 - kept)
+            moment.mul_(decay).add_(square.view(-1), alpha=1 - decay)
             update = moment.rsqrt().mul_(grad.reshape(-1))
         if param.stack == 1:
-            size = update.norm(2) / update.numel() ** 0.5
-            update.div_(size.clamp_(min=1.0)).mul_(lr)
-        else:  # each by its own size
+            rms = update.norm(2) / update.numel() ** 0.5
+            update.div_(rms.clamp_(min=1.0)).mul_(lr)
+        else:  # each parameter of the stack by its own root mean square
             each = update.view(param.stack, -1)
-            size = each.norm(2, dim=1, keepdim=True) / each.shape[1] ** 0.5
-            each.div_(size.clamp_(min=1.0)).mul_(lr)
+            rms = each.norm(2, dim=1, keepdim=True) / each.shape[1] ** 0.5
+            each.div_(rms.clamp_(min=1.0)).mul_(lr)
         master.mul_(1 - lr * self.decay(param)).sub_(update.view(-1))
 
 
@@ -153,10 +155,10 @@ MUON_STEPS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T of [..., rows, columns], in bfloat16.
+    """The orthogonal factor U V^T of each matrix U S V^T [..., rows, columns], approximately, bf16.
 
-    Five iterations X = a X + (b A + c A A) X, A = X X^T, of Jordan et al. (Muon, 2024), which
-    bring singular values to between about 0.7 and 1.2.
+    Five Newton-Schulz iterations X = a X + (b A + c A A) X with A = X X^T (Jordan et al., Muon,
+    2024), which bring all singular values to between about 0.7 and 1.2.
     """
     a, b, c = MUON_COEFFICIENTS
     x = matrices.to(torch.bfloat16)
@@ -176,17 +178,18 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(AdamW):
-    """Momentum made orthogonal, for matrices inside the decoder; AdamW for all others.
+    """Muon for the matrices inside the decoder, AdamW for all other parameters (arXiv
+    2502.16982).
 
-    m = momentum * m + (1 - momentum) * g, and the step is the orthogonal factor of
-    (1 - momentum) * g + momentum * m times lr * 0.2 * sqrt(max(rows, columns)), whose root mean
-    square is about that of AdamW's steps (Liu et al., arXiv 2502.16982), so that one learning rate
-    suits both. Each matrix of a stack of experts is its own.
+    m = momentum * m + (1 - momentum) * g. The step is the orthogonal factor of the Nesterov
+    momentum (1 - momentum) * g + momentum * m, times lr * 0.2 * sqrt(max(rows, columns)). Its root
+    mean square is about that of AdamW's steps (Liu et al., 2025), so that one learning rate suits
+    both. Each matrix of a stack of experts is orthogonalised on its own.
 
     Args:
-        named_parameters: what is trained.
-        matrices: names that get Muon; by default all of two or more dimensions that decay.
-        momentum: share of the running mean that each step keeps.
+        named_parameters: the trained parameters.
+        matrices: names that get Muon; None: all of two or more dimensions with weight decay.
+        momentum: decay rate of the momentum, a running mean.
         options: arguments of `AdamW`.
     """
 
@@ -203,14 +206,14 @@ class Muon(AdamW):
         super().__init__(named_parameters, **options)
 
     def new_state(self, name: str, param: ParamState) -> dict[str, Tensor]:
-        """The momentum of a matrix, two moments of others."""
+        """The momentum of a Muon matrix, the two moments of all others."""
         chosen = param.decay if self.matrices is None else name in self.matrices
         if chosen and param.parameter.ndim >= 2:
             return {"momentum": self.zeros(param)}
         return super().new_state(name, param)
 
     def whole(self, param: ParamState) -> bool:
-        """For matrices."""
+        """True for Muon matrices, which are orthogonalised as a whole."""
         return "momentum" in param.state
 
     def rule(
@@ -223,7 +226,7 @@ class Muon(AdamW):
         lr: float,
         counter: Tensor,
     ) -> None:
-        """One step of Muon or AdamW."""
+        """One Muon step on a matrix, or one AdamW step on a chunk."""
         if "momentum" not in param.state:
             super().rule(param, span, master=master, grad=grad, lr=lr, counter=counter)
             return

@@ -12,8 +12,8 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "exponential": lambda progress: 0.1**progress,
     "quarter_cosine": lambda progress: math.cos(0.5 * math.pi * progress),
 }
-"""Share of the peak learning rate at a progress from 0 (first step after the warm-up) to 1 (the
-end).
+"""Fraction of the peak learning rate by progress, from 0 (first step after the warm-up) to 1
+(end).
 """
 
 
@@ -28,14 +28,13 @@ def schedule(
 ) -> Callable[[int], float]:
     """The learning rate of each step, counted from 0.
 
-    With W warm-up and T total steps, step s < W has lr * (s + 1) / (W + 1), so that the first step
-    already learns and step W is the first and only one at the peak. From there on the rate is lr *
-    shape((s - W) / (T - W)):
+    With W warm-up steps and T steps in total, step s < W has the rate lr * (s + 1) / (W + 1), so
+    that the first step is not lost and step W is at the peak. From step W on the rate is
+    lr * (min_lr + (1 - min_lr) * shape(x)) with x = (s - W) / (T - W), where shape(x) is
 
-    cosine (1 + cos(pi x)) / 2, linear 1 - x, constant 1, exponential 0.1^x (a tenth at the end),
-    quarter_cosine cos(pi x / 2), wsd 1 until x = 1 - decay and then (1 - x) / decay. Steps beyond
-    T keep the value at x = 1. `min_lr` is the share of lr that a shape of 0 stands for: the rate is
-    lr * (min_lr + (1 - min_lr) * shape).
+    cosine (1 + cos(pi x)) / 2, linear 1 - x, constant 1, exponential 0.1^x, quarter_cosine
+    cos(pi x / 2), wsd (warm-up, stable, decay; arXiv 2404.06395) 1 until x = 1 - decay and then
+    (1 - x) / decay. Steps beyond T keep the value at x = 1.
 
     Raises:
         KeyError: the name is neither wsd nor one of `SHAPES`.
@@ -53,16 +52,14 @@ def schedule(
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Steps of a warm-up given as a share of all steps (below 1) or as a number of steps; a part
-    counts as a whole.
-    """
+    """Warm-up steps, given as a fraction of all steps (below 1) or as a number; rounded up."""
     steps = warmup * total_steps if warmup < 1 else warmup
     # 0.07 * 100 is 7.000000000000001, which must not become 8.
     return math.ceil(round(steps, 9))
 
 
 def auto_lr(adapter_kind: str, parameters: int) -> float:
-    """The peak learning rate for a way of training and a model of so many parameters.
+    """The default peak learning rate for an adapter kind and a model of this many parameters.
 
     2e-4 for adapters; for full fine-tuning 1e-4 below 0.5 billion parameters, 5e-5 below 3 billion,
     else 2e-5.

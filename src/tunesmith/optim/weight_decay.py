@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 _FACTORS = (".ia3_l.", ".boft_s.")
-"""Adapters' factors, kept as matrices of one column; they change nothing at 1, not at 0."""
+"""Scale factors of adapters, stored as matrices of one column; their neutral value is 1, not 0."""
 
 
 def no_decay(name: str, parameter: Tensor, module: nn.Module | None = None) -> bool:
-    """True for norms, biases, embeddings, and whatever else is not a matrix or a stack of matrices.
+    """True for norms, biases, embeddings and all else that is not a matrix or a stack of matrices.
 
     Args:
-        name: full name of the parameter; a bias of stacked experts is a matrix and known by it.
+        name: full name of the parameter; a bias of stacked experts is a matrix, known by its name.
         parameter: the parameter itself.
-        module: the module that owns it, where known.
+        module: the module that owns the parameter, if known.
     """
     if parameter.ndim < 2 or name.endswith("bias"):
         return True
@@ -22,15 +22,15 @@ def no_decay(name: str, parameter: Tensor, module: nn.Module | None = None) -> b
         return True
     if module is None:
         return False
-    if "trainable_tokens" in name:  # rows of an embedding that peft keeps apart
+    if "trainable_tokens" in name:  # rows of an embedding that peft trains on their own
         return True
     return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
 
 
 def undecayed(model: nn.Module) -> frozenset[str]:
-    """Names, as in `model.named_parameters()`, of the parameters that weight decay leaves alone.
+    """Names, as in `model.named_parameters()`, of the parameters without weight decay.
 
-    A head tied to the embedding is the embedding.
+    A head that is tied to the embedding counts as the embedding.
     """
     excluded = {
         id(parameter)

@@ -1,4 +1,4 @@
-"""The recipe's section `objective`."""
+"""The recipe's section `objective`: the loss, its regularizers, and which keys each loss reads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunesmith.config.fields import Number
-from tunesmith.config.sections.base import Count, Section
+from tunesmith.config.sections.base import Count, Number, Section
 
 NAMES = ("nll", "dft", "psft", "eaft", "asft")
 OWN = r"^.+\.py:[A-Za-z_]\w*$"
@@ -24,14 +23,14 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "outer_steps": ("psft",),
     "warmup_epochs": ("psft",),
 }
-"""Which objectives a key is for; keys that are not here go with all."""
+"""The objectives that read each key; a key that is not here is read with all of them."""
 
 DEFAULTS: dict[str, dict[str, float]] = {
     "eaft": {"alpha": 1.0},
     "psft": {"eps_low": 0.2, "eps_high": 0.28, "outer_steps": 8, "warmup_epochs": 0.0},
     "asft": {"kl": 0.05},
 }
-"""What an objective takes where its keys are not given."""
+"""Default values of the keys that only some objectives read."""
 
 
 def _known(value: Any) -> Any:
@@ -40,17 +39,18 @@ def _known(value: Any) -> Any:
     close = get_close_matches(value, NAMES, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(
-        f"{value!r} is no objective: {', '.join(NAMES)}, or path/to/file.py:my_loss{guess}"
+        f"{value!r} is no objective; known are {', '.join(NAMES)} and "
+        f"path/to/file.py:my_loss{guess}"
     )
 
 
 def unfit(key: str, name: str) -> bool:
-    """True where the key has no meaning for the objective."""
+    """True if the objective does not read the key."""
     return key in BELONGS and name not in BELONGS[key]
 
 
 class ObjectiveSection(Section):
-    """The loss, and terms and noise on top of it."""
+    """The loss, and the regularizers and noise on top of it."""
 
     name: Annotated[
         str,
@@ -58,50 +58,61 @@ class ObjectiveSection(Section):
         WithJsonSchema({"anyOf": [{"enum": list(NAMES)}, {"type": "string", "pattern": OWN}]}),
     ] = Field(
         default="nll",
-        description="nll: -log p(target); dft, eaft: weighted by the model's own certainty; psft: "
-        "clipped steps; asft: dft held near the base; path/to/file.py:my_loss: your own",
+        description="loss of each target. nll: negative log-likelihood; dft, eaft: nll weighted by "
+        "the model's probability or entropy; psft: PPO's clipped ratio; asft: dft with a KL term "
+        "to the base model; path/to/file.py:my_loss: a function of your own",
     )
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
         default=None,
-        description="nll, dft, eaft, asft: share of the target spread over the vocabulary",
+        description="nll, dft, eaft, asft: label smoothing, the probability that is spread over "
+        "the vocabulary",
     )
-    z_loss: Number = Field(default=0.0, ge=0, description="weight of (log sum of exp(logits))^2")
-    entropy: Number = Field(default=0.0, ge=0, description="weight of the entropy, as a bonus")
+    z_loss: Number = Field(
+        default=0.0, ge=0, description="weight of the z-loss, the squared log-sum-exp of the logits"
+    )
+    entropy: Number = Field(
+        default=0.0, ge=0, description="weight of the entropy bonus, which is subtracted"
+    )
     kl: Annotated[Number, Field(ge=0)] | None = Field(
         default=None,
         description="weight of the divergence from the base model, KL(base || model); asft: 0.05 "
-        "where not given",
+        "if not given",
     )
     alpha: Annotated[Number, Field(gt=0)] | None = Field(
-        default=None, description="eaft: power of the entropy; 1 where not given"
+        default=None, description="eaft: exponent of the entropy; 1 if not given"
     )
     eps_low: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
         default=None,
-        description="psft: fall of the ratio from which a target counts as fallen; 0.2 where not "
-        "given",
+        description="psft: targets whose ratio is below 1 - eps_low are counted as `fallen`; 0.2 "
+        "if not given",
     )
     eps_high: Annotated[Number, Field(ge=0)] | None = Field(
-        default=None, description="psft: how far the ratio may rise; 0.28 where not given"
+        default=None,
+        description="psft: the ratio is clipped at 1 + eps_high; 0.28 if not given",
     )
     outer_steps: Annotated[Count, Field(ge=1)] | None = Field(
         default=None,
-        description="psft: optimizer steps for which the old policy stands; 8 where not given",
+        description="psft: optimizer steps between updates of the old policy; 8 if not given",
     )
     warmup_epochs: Annotated[Number, Field(ge=0)] | None = Field(
-        default=None, description="psft: epochs of nll before it begins; 0 where not given"
+        default=None, description="psft: epochs trained with nll before psft; 0 if not given"
     )
     neftune: Number = Field(
-        default=0.0, ge=0, description="NEFTune's alpha: noise on the embeddings in training"
+        default=0.0,
+        ge=0,
+        description="NEFTune: alpha of the noise on the embeddings during training; 0: none",
     )
     router_aux: Number = Field(
-        default=0.0, ge=0, description="weight of the load balancing loss of expert routers"
+        default=0.0,
+        ge=0,
+        description="mixture-of-experts models: weight of the router's load-balancing loss",
     )
     scheduled_sampling: Number = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="share of target tokens that the model reads as its own guesses, reached "
-        "linearly at the last step",
+        description="scheduled sampling: fraction of target tokens whose input is replaced by the "
+        "model's own prediction; it grows linearly to this value at the last step",
     )
 
     @model_validator(mode="before")

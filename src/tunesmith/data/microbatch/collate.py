@@ -1,4 +1,4 @@
-"""The collator: a planned micro-batch as tensors on its device."""
+"""The collator: a planned micro-batch as torch tensors on its device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tunesmith.types import Batch
 
 
 def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
-    """The plan's arrays as tensors; ids and positions as int64, weights as float32."""
+    """The plan's arrays as tensors on the device; ids and positions as int64, weights as
+    float32.
+    """
 
     def tensor(array: NDArray[np.int32]) -> torch.Tensor:
         return to_device(array.astype(np.int64), device)

@@ -1,9 +1,9 @@
-"""The micro-batch planner: a step's prefix tree, cut into the fewest balanced micro-batches
-(best-fit decreasing) and laid out depth first.
+"""The micro-batch planner: a step's prefix tree is cut into few balanced micro-batches (bin
+packing, best-fit decreasing) and each is laid out depth first (tree attention).
 
-Invariant: over the micro-batches of a step every target of every document is there exactly once,
-and each of its ancestors is visible to it and nothing else is. How a step is cut changes speed and
-memory only: a cut prefix is computed again.
+Invariant: over the micro-batches of a step, every target of every document appears exactly once,
+and a token sees its ancestors in its document and nothing else. How a step is cut changes only
+speed and memory: a prefix that is cut apart is computed in each micro-batch that needs it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from tunesmith.types import Chain, Document, FloatArray, IntArray, Layout, Targe
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a rank's slice of a micro-batch is a slice of."""
+    """The whole micro-batch of which this rank has a shard (context parallelism)."""
 
     whole: MicrobatchPlan
-    targets: IntArray  # numbers of its targets among those of the whole
-    tokens: int  # that count as this rank's, so that those of all ranks are the whole's
+    targets: IntArray  # places of this rank's targets among those of the whole
+    tokens: int  # counted for this rank; over all ranks they sum to the tokens of the whole
 
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchPlan:
-    """What goes through the device at once; the arrays of a `Batch`, still on the data side.
+    """One micro-batch: the arrays of a `Batch` in numpy, before they are moved to the device.
 
-    Shapes: T packed tokens, N distinct (source, target) pairs, M shares of documents in them. Where
-    ranks share a micro-batch, T and N are this rank's and `layout` is of all tokens.
+    Shapes: T packed tokens, N distinct (source, target) pairs, M (target, document) pairs. Under
+    context parallelism T and N are this rank's, and `layout` covers the tokens of all ranks.
     """
 
     ids: IntArray  # [T]
     layout: Layout  # over T
-    packed: bool  # false: a single path that must run without a layout
+    packed: bool  # false: a single sequence, run without a layout
     source: IntArray  # [N]
     target: IntArray  # [N]
     weight: FloatArray  # [N]
@@ -53,14 +53,14 @@ class MicrobatchPlan:
 
     @property
     def counted(self) -> int:
-        """The same, each once where several ranks have them."""
+        """Tokens in which each is counted on one rank only, so that ranks can be summed."""
         return self.tokens if self.part is None else self.part.tokens
 
 
 @dataclass(slots=True)
 class _Bin:
-    """Subtrees that share a micro-batch. `cost`: tokens below the node where the bin is being
-    packed.
+    """Subtrees that go into the same micro-batch. `cost` is the number of tokens below the node at
+    which the bins are packed.
     """
 
     cost: int
@@ -76,9 +76,9 @@ def plan_step(
 ) -> list[MicrobatchPlan]:
     """The micro-batches of a step, largest first.
 
-    A micro-batch holds at most `micro_tokens` tokens, or the longest single path where that is
-    longer. `share` merges equal prefixes; `unpacked` gives every path a micro-batch of its own, to
-    be run without a layout.
+    A micro-batch holds at most `micro_tokens` tokens, or the longest single sequence where that is
+    longer. `share_prefixes` merges equal prefixes of documents. `unpacked` gives every root-to-leaf
+    path a micro-batch of its own, which is run without a layout.
     """
     if unpacked:
         roots = build_forest(documents, share_prefixes=False)
@@ -88,10 +88,12 @@ def plan_step(
     tops = [child for root in roots for child in root.children.values()]
     if not tops:
         return []
-    capacity = max(micro_tokens, max(node.end for top in tops for node in _below(top)))
+    # No path can be cut, so the longest one is the least capacity that works.
+    capacity = max(micro_tokens, max(node.end for top in tops for node in _subtree(top)))
     bins: list[_Bin] = []
     for top in tops:
         bins.extend(_cut(top, capacity))
+    # A node that several micro-batches compute learns its targets in the first of them only.
     owned: set[int] = set()
     plans: list[MicrobatchPlan] = []
     for packed in sorted(_pack(bins, capacity), key=lambda b: -b.cost):
@@ -99,7 +101,7 @@ def plan_step(
     return sorted(plans, key=lambda plan: -plan.tokens)
 
 
-def _below(node: Node) -> list[Node]:
+def _subtree(node: Node) -> list[Node]:
     order = [node]
     for item in order:
         order.extend(item.children.values())
@@ -107,25 +109,32 @@ def _below(node: Node) -> list[Node]:
 
 
 def _cut(top: Node, capacity: int) -> list[_Bin]:
-    """Subtree `top` in pieces that fit with the path to them; costs count from `top`'s own first
-    token.
+    """Cut the subtree `top` into pieces of at most `capacity` tokens, each with the path down to
+    it.
+
+    Costs count from the first token of `top`, so that a parent can pack the pieces of its children.
     """
     pieces: dict[Node, list[_Bin]] = {}
-    for node in reversed(_below(top)):
+    # Children come before parents: a node either fits whole, or packs what its children gave.
+    for node in reversed(_subtree(top)):
         if node.start + node.size <= capacity:
             pieces[node] = [_Bin(node.size, [node])]
             for child in node.children.values():
                 del pieces[child]
             continue
         parts = [part for child in node.children.values() for part in pieces.pop(child)]
+        # Every piece repeats the path down to here, so that much of the capacity is taken.
         packed = _pack(parts, capacity - node.end)
         pieces[node] = [_Bin(part.cost + len(node.ids), part.subtrees) for part in packed]
     return pieces[top]
 
 
 def _pack(items: list[_Bin], capacity: int) -> list[_Bin]:
-    """Items in few bins of like cost: as many bins as best-fit decreasing takes, then longest
-    processing time first.
+    """Pack items into few bins of similar cost.
+
+    The number of bins is that of best-fit decreasing. The items are then assigned longest first to
+    the bin with the least cost (LPT scheduling, Graham 1969), which balances the bins; if that
+    exceeds the capacity, the bins of best-fit decreasing are used.
     """
     count = _best_fit_count([item.cost for item in items], capacity)
     if count == len(items):
@@ -148,8 +157,8 @@ def _best_fit_count(costs: list[int], capacity: int) -> int:
 
 
 def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
-    """Each item into the fullest bin that still takes it. `free` holds (room left, bin) sorted by
-    room.
+    """Best-fit decreasing: each item goes into the fullest bin that has room for it. `free` holds
+    (free capacity, bin), sorted.
     """
     bins: list[_Bin] = []
     free: list[tuple[int, int]] = []
@@ -167,10 +176,11 @@ def _best_fit(decreasing: list[_Bin], capacity: int) -> list[_Bin]:
 
 
 def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> MicrobatchPlan:
-    """Depth-first order of the subtrees with their ancestors; targets of nodes not in `owned` yet
-    become owned here.
+    """Lay out subtrees and the paths to them depth first, as one micro-batch.
+
+    Targets of nodes that are not in `owned` yet belong to this micro-batch, and are added to it.
     """
-    weights = _chosen(subtrees)
+    weights = _nodes_of(subtrees)
     builder = _Builder()
     for root in sorted(
         (n for n in weights if n.parent is None or n.parent not in weights),
@@ -182,13 +192,15 @@ def _lay_out(subtrees: Sequence[Node], owned: set[int], *, packed: bool) -> Micr
     return builder.finish(mine, packed=packed)
 
 
-def _chosen(subtrees: Sequence[Node]) -> dict[Node, int]:
-    """Nodes of a micro-batch (subtrees and the paths to them), each with the tokens at and below it
-    that are in it.
+def _nodes_of(subtrees: Sequence[Node]) -> dict[Node, int]:
+    """The nodes of a micro-batch, each with the number of tokens at and below it in this
+    micro-batch.
+
+    They are all nodes of the subtrees and the nodes on the paths to them.
     """
     chosen: dict[Node, int] = {}
     for subtree in subtrees:
-        for node in _below(subtree):
+        for node in _subtree(subtree):
             chosen[node] = node.size
     for subtree in subtrees:
         added, node = subtree.size, subtree.parent
@@ -204,18 +216,20 @@ def _chosen(subtrees: Sequence[Node]) -> dict[Node, int]:
 
 
 class _Builder:
-    """Lays nodes out one after another and keeps where each went."""
+    """Lays out nodes one after the other and records the place of each."""
 
     def __init__(self) -> None:
         self.order: list[Node] = []
         self.offset: dict[Node, int] = {}
         self.chains: list[Chain] = []
-        self.visible: list[tuple[int, int, int]] = []  # node's span and where its subtree ends
+        self.visible: list[tuple[int, int, int]] = []  # span of a node, and where its subtree ends
         self.total = 0
 
     def add_tree(self, root: Node, weights: dict[Node, int]) -> None:
-        """Heaviest child first, so that the longest chain of each tree is one contiguous causal
-        run.
+        """Add a tree in depth-first order, the child with the most tokens first.
+
+        A node's first child follows it without a gap, so the longest chain of each tree is one
+        contiguous causal run, which attention kernels handle fastest.
         """
         stack: list[tuple[Node, bool]] = [(root, False)]
         while stack:
@@ -238,6 +252,7 @@ class _Builder:
         if start == end:
             return
         spans = self._ancestor_spans(node)
+        # The node continues the run before it: the chain grows instead of a new one.
         if spans and spans[-1][1] == start and self.chains[-1].end == start:
             last = self.chains.pop()
             self.chains.append(Chain(last.start, end, last.prefix))
@@ -277,6 +292,8 @@ class _Builder:
         targets = np.concatenate([t.ids for _, t in parts]).astype(np.int64)
         weight = np.concatenate([t.weight for _, t in parts])
         document = np.concatenate([np.full(len(t.ids), t.document, np.int32) for _, t in parts])
+        # The same source may predict the same token for several documents, which then share one
+        # target whose weight is the sum.
         pairs, which = _unique_pairs(sources, targets)
         summed = np.bincount(which, weights=weight, minlength=len(pairs)).astype(np.float32)
         source, target = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
@@ -286,5 +303,7 @@ class _Builder:
 def _unique_pairs(
     sources: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct (source, target) pairs in order of source, and which of them each pair is."""
+    """The distinct (source, target) pairs, sorted by source, and for each pair the index of its
+    distinct one.
+    """
     return np.unique((sources << 32) | targets, return_inverse=True)

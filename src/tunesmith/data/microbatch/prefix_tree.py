@@ -1,8 +1,9 @@
-"""The prefix tree (trie) of a step: tokens that documents share from their start are computed once.
+"""The prefix tree (a radix tree) of a step: a prefix that several documents begin with is stored
+once.
 
-Invariant: the paths of the tree that carry targets are exactly the paths of the documents, and
-every target of every document hangs at the position that must predict it. Tokens that no target
-needs (an answer's last token, say) are left out.
+Invariant: the root-to-target paths of the tree are exactly those of the documents, and every target
+of every document is attached to the position that must predict it. Tokens that no target needs,
+such as the last token of an answer, are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tunesmith.types import Document, IntArray, Segment
 
 @dataclass(slots=True)
 class Targets:
-    """Targets of one document at one node; `position` is that of the token which predicts."""
+    """The targets of one document at one node; `position` is that of the token that predicts
+    each.
+    """
 
     position: NDArray[np.int64]  # [k] counted from the root of the tree
     ids: IntArray  # [k]
@@ -26,7 +29,7 @@ class Targets:
     document: int
 
     def between(self, low: int, high: int) -> Targets | None:
-        """The targets predicted from positions low <= p < high, None if there are none."""
+        """The targets that are predicted from positions low <= p < high; None if there are none."""
         inside = (self.position >= low) & (self.position < high)
         if not inside.any():
             return None
@@ -35,27 +38,27 @@ class Targets:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A run of tokens without a branch inside."""
+    """A node of the radix tree: a run of tokens without a branch inside."""
 
     ids: IntArray
     start: int  # position of ids[0]
     parent: Node | None
     children: dict[int, Node] = field(default_factory=dict[int, "Node"])  # by first id
     targets: list[Targets] = field(default_factory=list[Targets])
-    size: int = 0  # tokens of this node and everything below it; set by `measure`
+    size: int = 0  # tokens of the subtree, this node included; set by `measure`
 
     @property
     def end(self) -> int:
-        """Position after the last token; also the length of the path down to here."""
+        """The position after the last token, which is the length of the path down to here."""
         return self.start + len(self.ids)
 
 
 def build_forest(documents: Sequence[Document], *, share_prefixes: bool) -> list[Node]:
-    """Roots of the documents' trees: one virtual (empty) root for all if `share`, else one for each
-    single path.
+    """Build the trees of a step's documents and return their roots, which are empty nodes.
 
-    Without sharing, a segment that several paths of a document run through keeps its targets on the
-    first of them.
+    With `share_prefixes` there is one root for all documents, else one for each root-to-leaf path.
+    In the second case a segment on several paths of a document keeps its targets on the first of
+    them.
     """
     if share_prefixes:
         root = new_root()
@@ -79,7 +82,7 @@ def new_root() -> Node:
 
 
 def single_paths(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Each root-to-leaf path as a document of its own, every target on exactly one of them."""
+    """Yield each root-to-leaf path as segments of its own, every target on exactly one of them."""
     inner = {segment.parent for segment in segments}
     emitted: set[int] = set()
     for leaf in range(len(segments)):
@@ -107,7 +110,9 @@ def single_paths(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 
 
 def measure(root: Node) -> int:
-    """Fill in `size` below `root`; without recursion, since chats can be deep."""
+    """Set `size` of every node below `root`. It uses no recursion, since long chats make deep
+    trees.
+    """
     order: list[Node] = [root]
     for node in order:
         order.extend(node.children.values())
@@ -117,8 +122,10 @@ def measure(root: Node) -> int:
 
 
 def _needed_lengths(segments: Sequence[Segment]) -> list[int]:
-    """How many tokens of each segment must be run: up to the last one that predicts a target or has
-    a follower that must.
+    """The number of tokens of each segment that must be computed.
+
+    It is up to the last token that predicts a target, or all if a segment that continues it is
+    needed.
     """
     needed = [0] * len(segments)
     for number in range(len(segments) - 1, -1, -1):
@@ -132,21 +139,23 @@ def _needed_lengths(segments: Sequence[Segment]) -> list[int]:
 
 
 def _insert(root: Node, segments: Sequence[Segment], document: int) -> None:
-    ends: list[Node] = []  # the node in which each segment's last token stands
+    ends: list[Node] = []  # the node that holds each segment's last token
     for segment, needed in zip(segments, _needed_lengths(segments), strict=True):
         above = ends[segment.parent] if segment.parent >= 0 else root
-        above = _holder(above, segment.start)
+        # An earlier insert may have split the parent's node, so the parent's last token may be
+        # higher up.
+        above = _node_holding(above, segment.start)
         last = _insert_ids(above, segment.ids[:needed], segment.start)
         ends.append(last)
         if len(segment.index):
             sources = segment.start + segment.index.astype(np.int64) - 1
             targets = Targets(sources, segment.ids[segment.index], segment.weight, document)
-            _hang(last, targets)
+            _attach(last, targets)
 
 
-def _holder(node: Node, end: int) -> Node:
-    """The ancestor-or-self of `node` that holds position end - 1 (a later split may have moved it
-    up).
+def _node_holding(node: Node, end: int) -> Node:
+    """The node or ancestor that holds position end - 1, which a later split may have moved
+    upwards.
     """
     while node.parent is not None and node.start >= end:
         node = node.parent
@@ -154,19 +163,19 @@ def _holder(node: Node, end: int) -> Node:
 
 
 def _insert_ids(node: Node, ids: IntArray, start: int) -> Node:
-    """Walk or grow from position `start` (inside or at the end of `node`) along `ids`; the node of
-    the last one.
+    """Follow `ids` from position `start`, inside or at the end of `node`, and add what is missing.
+    Returns the node that holds the last id.
     """
     done = 0
     while done < len(ids):
         inside = start + done - node.start
         if inside < len(node.ids):
-            rest = node.ids[inside:]
-            same = _common_length(rest, ids[done:])
+            below = node.ids[inside:]
+            same = _common_length(below, ids[done:])
             done += same
             if done == len(ids):
                 return node
-            if same < len(rest):
+            if same < len(below):
                 node = _split(node, start + done)
             continue
         child = node.children.get(int(ids[done]))
@@ -179,7 +188,7 @@ def _insert_ids(node: Node, ids: IntArray, start: int) -> Node:
 
 
 def _split(node: Node, position: int) -> Node:
-    """Cut `node` before `position` and return the new upper part; `node` itself stays the lower
+    """Split `node` before `position` and return the new upper part; `node` itself becomes the lower
     part.
     """
     assert node.parent is not None
@@ -188,23 +197,26 @@ def _split(node: Node, position: int) -> Node:
     node.parent.children[int(upper.ids[0])] = upper
     node.ids = node.ids[position - node.start :]
     upper.children[int(node.ids[0])] = node
+    # Each target stays with the token that predicts it.
     upper.targets = [part for t in node.targets if (part := t.between(0, position))]
     node.targets = [part for t in node.targets if (part := t.between(position, node.start + 2**62))]
     node.parent, node.start = upper, position
     return upper
 
 
-def _hang(node: Node, targets: Targets) -> None:
-    """Give each target to the node, here or above, that holds the token which predicts it."""
+def _attach(node: Node, targets: Targets) -> None:
+    """Attach each target to the node, this one or an ancestor, that holds the token which predicts
+    it.
+    """
     while True:
         here = targets.between(node.start, node.end)
         if here is not None:
             node.targets.append(here)
-        rest = targets.between(0, node.start)
-        if rest is None:
+        above = targets.between(0, node.start)
+        if above is None:
             return
         assert node.parent is not None
-        targets, node = rest, node.parent
+        targets, node = above, node.parent
 
 
 def _common_length(a: IntArray, b: IntArray) -> int:

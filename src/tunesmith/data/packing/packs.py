@@ -1,4 +1,7 @@
-"""Sequence packing of prepared documents; what is cut is entered in the ledger."""
+"""Sequence packing of prepared documents (bin packing by best-fit decreasing, arXiv 2404.10830).
+
+Documents that packing cuts are replaced in place, and the ledger is amended by what the cut lost.
+"""
 
 from __future__ import annotations
 
@@ -27,27 +30,27 @@ WRAPPED = "wrapped"
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How documents become packs, and what that did to them. Counts of rows, tokens and targets."""
+    """How documents were packed, and what that cut. Counts are of rows, tokens and targets."""
 
     kind: str  # bfd, bfd_split or wrapped
-    capacity: int  # tokens of a pack
-    given: Sequence[Document]  # the documents as they were
-    first: Numbers  # for each document as it was the number of its first piece, -1 if none is left
-    cut: int  # rows that are in several pieces, or not whole
-    lost: int  # tokens that are in no piece
-    unlearned: int  # targets that are none any more
-    learned: int  # first tokens of texts that are targets now
+    capacity: int  # largest number of tokens of a pack
+    given: Sequence[Document]  # the documents before packing
+    first: Numbers  # for each of them the index of its first piece, -1 if none is left
+    cut: int  # rows in several pieces, or with tokens lost
+    lost: int  # tokens in no piece
+    unlearned: int  # targets that are no longer targets
+    learned: int  # first tokens of texts that became targets
 
 
 def make_packs(prepared: Prepared, *, kind: str, capacity: int) -> Packing:
-    """Cut (or with `wrapped` join) the prepared documents, in place, and amend their ledger.
+    """Cut (or with `wrapped` join) the prepared documents in place, and amend their ledger.
 
-    `bfd` leaves out what a document has beyond a pack, `bfd_split` makes pieces of it, `wrapped`
-    cuts the stream of all documents after every `capacity` tokens. Pieces without a target are left
-    out, since nothing is learned from them.
+    `bfd` truncates documents to the length of a pack, `bfd_split` splits them, `wrapped` cuts the
+    stream of all documents after every `capacity` tokens. Pieces without a target are left out,
+    since nothing is learned from them.
 
     Raises:
-        DataError: a document that branches is to be cut.
+        DataError: a document that branches would be cut, or no piece has a target.
     """
     documents = prepared.documents
     lengths = token_counts(documents).astype(np.int64)
@@ -76,7 +79,9 @@ def make_packs(prepared: Prepared, *, kind: str, capacity: int) -> Packing:
 def _refuse_branches(
     documents: Sequence[Document], lengths: Numbers, *, kind: str, capacity: int
 ) -> None:
-    """A branch has no place in a stream, and a tree that is cut is another conversation."""
+    """Refuse documents that branch and would be cut: a stream has no branches, and a tree that is
+    cut is another conversation.
+    """
     branched = longest_paths(documents) != lengths
     if kind != WRAPPED:
         branched &= lengths > capacity
@@ -105,7 +110,7 @@ def _shortened(lengths: Numbers, capacity: int) -> Spans:
 def _with_targets(
     pieces: Pieces, documents: Sequence[Document], spans: Spans, bounds: Numbers
 ) -> Pieces:
-    """The pieces that something is learned from."""
+    """The pieces that have at least one target."""
     keep = pieces.target_tokens > 0
     if keep.all():
         return pieces
@@ -118,12 +123,13 @@ def _with_targets(
 def _enter(
     ledger: Ledger, documents: Sequence[Document], pieces: Pieces, *, kind: str, capacity: int
 ) -> Packing:
-    """Amend the ledger by what the pieces hold of each document."""
+    """Enter in the ledger what the pieces hold of each document."""
     whole, targets = (count(documents).astype(np.int64) for count in (token_counts, target_counts))
     item, piece = pieces.owners()
     tokens = np.bincount(item, weights=pieces.span_tokens, minlength=len(whole)).astype(np.int64)
     learned = np.bincount(item, weights=pieces.span_targets, minlength=len(whole)).astype(np.int64)
     first = np.full(len(whole), -1, np.int64)
+    # Assigned in reverse order, so that the first piece of each document is written last.
     first[item[::-1]] = piece[::-1]
     lost, changed = whole - tokens, learned - targets
     gone = learned == 0
@@ -154,7 +160,9 @@ def _enter(
 def _move(
     ledger: Ledger, documents: Sequence[Document], whole: NDArray[np.bool_], changed: Numbers
 ) -> None:
-    """Targets that became context, or the other way round, in documents that are all there."""
+    """Enter targets that became context, or the other way round, in documents that lost no
+    token.
+    """
     names, numbers = source_numbers(documents)
     moved = np.where(whole, changed, 0)
     for number, name in enumerate(names):
@@ -162,7 +170,9 @@ def _move(
 
 
 def _truncated_rows(ledger: Ledger) -> set[tuple[str, int]]:
-    """Rows that were not learned from in full before."""
+    """Rows that were truncated before packing; held-out rows and unused tokens are no
+    truncation.
+    """
     return {
         (source, row)
         for source, reasons in ledger.reasons.items()

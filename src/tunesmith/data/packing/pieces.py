@@ -1,8 +1,8 @@
-"""Documents that packing cut or joined, built lazily one by one.
+"""Documents that packing cut or joined, built lazily on access.
 
-Packs of `bfd` and `bfd_split` keep their documents apart, so a pack is only a group of documents
-that one step learns from, and what is cut off a document is a document of its own. A pack of
-`wrapped` is one document: text after text, each seeing all that stands before it in the pack.
+Packs of `bfd` and `bfd_split` keep their documents apart: a pack is only a group of documents of
+one step, and each piece of a document is a document of its own. A pack of `wrapped` is one
+document: text after text, where each token sees all that is before it in the pack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tunesmith.types import Document, FloatArray, IntArray, Segment
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A document of one path as one run of tokens; the places of its targets in it."""
+    """A document without branches as one run of tokens, with the places of its targets in it."""
 
     ids: IntArray  # [n]
     place: Numbers  # [k]
@@ -35,13 +35,8 @@ class Line:
     message: IntArray  # [k]
 
 
-def is_line(document: Document) -> bool:
-    """True if each segment continues the one before it: one path, no branch."""
-    return all(segment.parent == number - 1 for number, segment in enumerate(document.segments))
-
-
 def line_of(document: Document) -> Line:
-    """The one path of a document that is a line."""
+    """The single path of a document without branches."""
     segments = document.segments
     return Line(
         np.concatenate([one.ids for one in segments]),
@@ -52,12 +47,13 @@ def line_of(document: Document) -> Line:
 
 
 class Pieces(Counted):
-    """Documents made of spans of others: number k joins `spans[bounds[k]:bounds[k + 1]]`.
+    """A sequence of documents made of spans of others: number k joins `spans[bounds[k]:bounds[k +
+    1]]`.
 
-    Positions count from 0 in each. The first token of a piece has nothing before it to be predicted
-    from, so it is no target there; where a text that is learned whole (every token but its first a
-    target) follows another, that first token is a target too. A span that is cut, or joined to
-    others, is of a line.
+    Positions count from 0 in each piece. The first token of a piece has no token before it, so it
+    is not a target there. Where a text in which every token but the first is a target follows
+    another text, its first token becomes a target too. Spans that are cut or joined are of
+    documents without branches.
     """
 
     def __init__(self, documents: Sequence[Document], spans: Spans, bounds: Numbers) -> None:
@@ -81,7 +77,7 @@ class Pieces(Counted):
         ).astype(np.int32)
 
     def owners(self) -> tuple[Numbers, Numbers]:
-        """For each span its document, and the piece that it is in."""
+        """For each span the number of its document, and of the piece that contains it."""
         piece = np.repeat(np.arange(len(self)), np.diff(self._bounds))
         return self._spans.item, piece
 
@@ -133,7 +129,7 @@ class Pieces(Counted):
         return self._targets[items] == self._whole[items] - 1
 
     def _count_targets(self) -> Numbers:
-        """Targets in each span; only documents that are cut are looked into."""
+        """The number of targets in each span; only documents that are cut are built for it."""
         item, start, end = self._spans.item, self._spans.start, self._spans.end
         first = np.zeros(len(item), bool)
         first[self._bounds[:-1]] = True

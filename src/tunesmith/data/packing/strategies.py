@@ -1,9 +1,8 @@
-"""Bin packing of lengths: best-fit decreasing (arXiv 2404.10830), split, and wrapped, as pure
-functions.
+"""Bin packing of lengths as pure functions: best-fit decreasing (arXiv 2404.10830), split, wrapped.
 
-Documents of one length are interchangeable, so work is done a length at a time: whatever takes one
-document of a length takes as many as fit, and whole groups of packs move on together. The time is
-that of sorting the lengths, plus a step for each distinct length and each distinct space left.
+Documents of one length are interchangeable, so the work is done per length and not per document: a
+group of packs with the same free space takes as many documents of a length as fit at once. The time
+is that of sorting the lengths, plus a step for each distinct length and each distinct free space.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packs:
-    """Items side by side in packs; pack k holds `items[bounds[k]:bounds[k + 1]]`, in that order."""
+    """Packed items: pack k holds `items[bounds[k]:bounds[k + 1]]`, in that order."""
 
     items: Numbers  # [n] every item once
     bounds: Numbers  # [packs + 1]
@@ -32,7 +31,7 @@ class Packs:
 
     @property
     def fill(self) -> float:
-        """The part of the packs' room that tokens take."""
+        """The fraction of the packs' capacity that is filled with tokens."""
         return float(self.tokens.sum()) / max(1, len(self) * self.capacity)
 
     def pack(self, number: int) -> Numbers:
@@ -55,13 +54,14 @@ class Spans:
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> Packs:
-    """Best-fit decreasing: the longest first, each into the pack with the least room that takes it.
+    """Best-fit decreasing: longest item first, each into the fullest pack that still has room for
+    it.
 
-    Of packs with the same room the one that has had it longest is taken, and of items of one
-    length the first. `lengths` are from 1 to `capacity`.
+    Among packs with the same free space the one that has had it longest is taken, among items of
+    one length the first.
 
     Raises:
-        ValueError: a length is outside of that.
+        ValueError: a length is not from 1 to `capacity`.
     """
     sizes = _checked(lengths, capacity)
     order = _longest_first(sizes, capacity)
@@ -77,23 +77,24 @@ def best_fit(lengths: ArrayLike, capacity: int) -> Packs:
 
 
 class _Shelf:
-    """Packs by the room they have left, for each room those that have had it longest first."""
+    """Packs by free space; for each free space in the order in which packs came to have it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.packs = 0
-        self._rooms: list[int] = []  # ascending, without 0 and without that of an empty pack
+        self._rooms: list[int] = []  # ascending, without full packs and without new ones
         self._with: dict[int, deque[Numbers]] = {}
 
     def place(self, length: int, pack_of: Numbers) -> None:
-        """Give each of len(pack_of) items of one length its pack.
+        """Assign a pack to each of len(pack_of) items of one length, into `pack_of`.
 
-        A pack that has taken one has less room than any other that could, so it is filled up with
-        items of this length before the next is opened.
+        A pack that has taken one item has less free space than any other candidate, so best fit
+        fills it with items of this length before it takes the next pack.
         """
         done, count = 0, len(pack_of)
         while done < count:
             at = bisect_left(self._rooms, length)
+            # No open pack has room: open as many new ones as the items need.
             if at == len(self._rooms):
                 room = self.capacity
                 needed = -(-(count - done) // (room // length))
@@ -112,7 +113,7 @@ class _Shelf:
                 self._put(room - rest * length, packs[full:])
 
     def _take(self, at: int, most: int) -> Numbers:
-        """Packs of a room, at most so many; the first group of them, or a part of it."""
+        """At most `most` packs of one free space: the first group of them, or a part of it."""
         groups = self._with[self._rooms[at]]
         group = groups.popleft()
         if len(group) > most:
@@ -131,7 +132,7 @@ class _Shelf:
 
 
 def split(lengths: ArrayLike, capacity: int) -> Spans:
-    """Items longer than `capacity` in pieces of `capacity` tokens, the last as long as is left."""
+    """Split items into pieces of `capacity` tokens; the last piece of each is what is left."""
     sizes = np.asarray(lengths, np.int64)
     pieces = -(-sizes // capacity)
     item = np.repeat(np.arange(len(sizes)), pieces)
@@ -141,12 +142,11 @@ def split(lengths: ArrayLike, capacity: int) -> Spans:
 
 
 def wrap(lengths: ArrayLike, capacity: int) -> tuple[Spans, Packs]:
-    """One item after the other, cut after every `capacity` tokens wherever that is; the last pack
-    may be shorter.
-    """
+    """Concatenate all items and cut after every `capacity` tokens; the last pack may be shorter."""
     sizes = np.asarray(lengths, np.int64)
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
+    # A span ends where an item ends and where a pack ends.
     edges = np.union1d(ends[sizes > 0], np.append(np.arange(capacity, total, capacity), total))
     edges = edges[edges > 0]
     starts = np.concatenate([np.zeros(min(1, len(edges)), np.int64), edges[:-1]])
@@ -169,13 +169,14 @@ def _checked(lengths: ArrayLike, capacity: int) -> Numbers:
 
 
 def _longest_first(sizes: Numbers, capacity: int) -> Numbers:
-    """Stable; short integers are sorted in linear time."""
+    """The order of items, longest first; a stable sort, so ties keep their order."""
+    # numpy sorts 16-bit integers by radix sort, in linear time.
     kind = np.uint16 if capacity < 2**16 else np.int64
     return np.argsort((capacity - sizes).astype(kind), kind="stable")
 
 
 def _gathered(order: Numbers, pack_of: Numbers, sizes: Numbers, packs: int, capacity: int) -> Packs:
-    """Packs from the pack of each item, given in the order in which items were placed."""
+    """The packs, from the pack of each item in the order in which items were placed."""
     kind = np.uint16 if packs < 2**16 else np.int64
     items = order[np.argsort(pack_of.astype(kind), kind="stable")]
     bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=packs))])

@@ -14,7 +14,7 @@ from tunesmith.data.rendering.result import Limit, Rendering
 from tunesmith.data.rendering.token_paths import TokenPath, fit_paths, fit_stream
 from tunesmith.data.row_errors import refuse
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_pattern import TurnPattern, answer_end, turn_form
+from tunesmith.data.templates.turn_pattern import TurnPattern, answer_end, turn_pattern
 from tunesmith.types import NO_MESSAGE, Origin
 
 _SHOWN = 40
@@ -62,21 +62,21 @@ def find_answers(
     Raises:
         RowError: as `render_templated`.
     """
-    form = turn_form(template)
+    pattern = turn_pattern(template)
     text = example.text
-    if not text.startswith(form.begins):
-        text = form.begins + text  # left to the tokenizer by whoever wrote it
-    starts = _openings(text, form)
+    if not text.startswith(pattern.begins):
+        text = pattern.begins + text  # left to the tokenizer by whoever wrote it
+    starts = _openings(text, pattern)
     if not starts:
         refuse(
             "no-turn-marker",
-            f"the text never opens an answer with {form.opening!r}, as the chat template does",
+            f"the text never opens an answer with {pattern.opening!r}, as the chat template does",
             _OTHER_TEMPLATE,
         )
-    _check_pieces(text, form)
+    _check_pieces(text, pattern)
     ends = [answer_end(text, start, template) for start in starts]
     at_end = ends[-1] is None or not text[ends[-1] :].strip()
-    if form.rewrites and not (at_end and (last_only or len(starts) == 1)):
+    if pattern.rewrites and not (at_end and (last_only or len(starts) == 1)):
         refuse(
             "rewritten-history",
             f"the text holds {len(starts)} answers, and the chat template rewrites all but one at "
@@ -87,7 +87,7 @@ def find_answers(
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         limit = starts[number + 1] if number + 1 < len(starts) else len(text)
         if end is None or end > limit:
-            if last_only and form.rewrites and number + 1 < len(starts):
+            if last_only and pattern.rewrites and number + 1 < len(starts):
                 continue  # as history it has another end, and it is not learned
             shown = text[start:limit][-_SHOWN:]
             refuse(
@@ -97,7 +97,7 @@ def find_answers(
             )
         spans.append((start, end))
     spans = spans[-1:] if last_only else spans
-    _check_answers(text, spans, form, opened=len(starts), last_only=last_only)
+    _check_answers(text, spans, pattern, opened=len(starts), last_only=last_only)
     return text, spans
 
 

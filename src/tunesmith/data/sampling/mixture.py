@@ -1,11 +1,11 @@
-"""Mixtures of data sources by weight: the source and the document of every place in closed form,
-without state.
+"""Weighted mixtures of data sources: the source and document at every place of the stream, computed
+in closed form and without state.
 
-Places are dealt down a Huffman tree of the weights. Of the first n places that reach a node, the
-one child gets n * (its part of the node's weight), rounded, and the other the rest. The share of a
-source is so within half a document of its weight at the first level, and `deviation_bound` of it
-below: less than 1.68 documents for any number of sources, 1 for three and 0.5 for two, after any
-number of documents.
+Places are assigned down a Huffman tree (Huffman, 1952) of the weights. Of the first n places that
+reach a node, one child gets n times its part of the node's weight, rounded, and the other child the
+rest. So after any number of documents a source is off its share by at most half a document per
+level of the tree, weighted as in `deviation_bound`: 0.5 documents with two sources, 1 with three,
+and less than 1.68 with any number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunesmith.errors import DataError
 from tunesmith.types import IntArray
 
 _FINEST = 2**30
-"""Sum of the whole numbers that stand for weights without a small common denominator."""
+"""Weights without a small common denominator are rounded to whole numbers with this sum."""
 _LONGEST_PASS = 2**31 - 1
 
 Places = NDArray[np.int64]
@@ -32,10 +32,11 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """What a mixture takes of one source.
+    """One source of a mixture.
 
-    `documents` are numbers of documents, `tokens` the sum of their tokens. With weights, `epochs`
-    passes exhaust the source; without, a pass of the mixture holds it so many times.
+    `documents` are the numbers of its documents, `tokens` the sum of their tokens. With weights,
+    the source counts as exhausted after `epochs` passes. Without weights, a pass of the mixture
+    contains the source `epochs` times.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Portion:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A source (`source` >= 0) or two nodes."""
+    """A node of the Huffman tree: a source (`source` >= 0), or two nodes."""
 
     weight: int
     source: int = -1
@@ -56,11 +57,12 @@ class _Node:
 
 
 class Mixture:
-    """An endless stream of documents, cut into passes of `length`.
+    """An endless stream of documents, cut into passes of `length` documents.
 
-    A source's own passes run on from one pass of the mixture to the next: each visits all of its
-    documents once before any is repeated. There is no state: a place of the stream is a function
-    of its number, the seed and the sources.
+    The passes over a source continue from one pass of the mixture to the next: each visits all of
+    its documents once before any is repeated. There is no state: what stands at a place is a
+    function of the place's number, the seed and the sources, so a resume needs no more than the
+    step number.
     """
 
     def __init__(
@@ -73,8 +75,8 @@ class Mixture:
         shuffle: bool,
         in_turn: bool = False,
     ) -> None:
-        """`weights` are whole numbers; with `in_turn` each source has `weights[k]` places in a
-        row, and `length` is their sum.
+        """`weights` are whole numbers. With `in_turn` each source has `weights[k]` consecutive
+        places, and `length` is their sum.
         """
         self.portions = list(portions)
         self.length = length
@@ -85,11 +87,11 @@ class Mixture:
         self._tree = _huffman(self._weights)
 
     def shares(self) -> list[float]:
-        """The part of all documents that each source has in the long run."""
+        """The fraction of all documents that comes from each source in the long run."""
         return [weight / sum(self._weights) for weight in self._weights]
 
     def counts(self, places: int) -> list[int]:
-        """How many of the first `places` places each source has."""
+        """The number of places of each source among the first `places`."""
         total = sum(self._weights)
         whole, rest = divmod(places, total)
         counts = [whole * weight for weight in self._weights]
@@ -102,7 +104,7 @@ class Mixture:
         return counts
 
     def order(self, number: int) -> IntArray:
-        """The documents of a pass of the mixture, from 0, in order. [length] int32."""
+        """The documents of a pass of the mixture (counted from 0), in order. [length] int32."""
         places = np.arange(number * self.length, (number + 1) * self.length, dtype=np.int64)
         whole, rest = np.divmod(places, sum(self._weights))
         order = np.empty(self.length, dtype=np.int32)
@@ -113,7 +115,7 @@ class Mixture:
         return order
 
     def visits(self, passes: int) -> dict[int, int]:
-        """How often each document has been visited after so many passes of the mixture."""
+        """How often each document has been visited in the first `passes` passes of the mixture."""
         found: dict[int, int] = {}
         for source, count in enumerate(self.counts(passes * self.length)):
             documents = self.portions[source].documents
@@ -124,13 +126,17 @@ class Mixture:
         return found
 
     def deviation_bound(self, source: int) -> float:
-        """Documents by which a source's count can differ from its share, at any place."""
+        """The largest difference between a source's count and its exact share, in documents, at any
+        place.
+        """
         path = _path(self._tree, source)
-        own = self._weights[source]
-        return 0.5 * sum(own / node.weight for node in path[1:]) if len(path) > 1 else 0.0
+        weight = self._weights[source]
+        return 0.5 * sum(weight / node.weight for node in path[1:]) if len(path) > 1 else 0.0
 
     def _assigned(self, rest: Places) -> list[tuple[int, Places, Places]]:
-        """For each source where in `rest` its places are, and its number of each, from 0."""
+        """For each source its places as indices into `rest`, and the running number of each, from
+        0.
+        """
         if not self._in_turn:
             return _assign(self._tree, np.arange(len(rest)), rest)
         ends = np.cumsum(self._weights)
@@ -142,15 +148,16 @@ class Mixture:
         return assigned
 
     def _documents(self, source: int, visits: Places) -> IntArray:
-        """The documents of a source's visits, which are consecutive numbers."""
+        """The documents of a source's visits, given as consecutive visit numbers."""
         documents = self.portions[source].documents
-        own, within = np.divmod(visits, len(documents))
+        passes, within = np.divmod(visits, len(documents))
         if not self._shuffle or len(documents) == 1:
             return documents[within]
         chosen = np.empty(len(visits), dtype=np.int32)
         start = 0
-        for number in range(int(own[0]), int(own[-1]) + 1):
-            end = int(np.searchsorted(own, number, side="right"))
+        # Each pass over the source has a permutation of its own.
+        for number in range(int(passes[0]), int(passes[-1]) + 1):
+            end = int(np.searchsorted(passes, number, side="right"))
             chosen[start:end] = documents[self._source_pass(source, number)[within[start:end]]]
             start = end
         return chosen
@@ -171,27 +178,26 @@ def mix(
     seed: int,
     shuffle: bool,
 ) -> Mixture:
-    """The mixture of some sources.
+    """Make the mixture of some sources.
 
-    With weights, documents (`by="rows"`) or their tokens (`by="tokens"`) are shared out by weight,
-    and a pass ends before any source has been seen more than its `epochs`
-    (`stop="first_exhausted"`) or once all have been seen as often (`"all_exhausted"`). Without
-    weights a pass is each source `epochs` times: evenly mixed, or one source after the other where
-    nothing is shuffled.
+    With weights, documents (`by="rows"`) or their tokens (`by="tokens"`) are distributed by weight.
+    A pass ends before any source has been seen more than its `epochs` (`stop="first_exhausted"`),
+    or once all sources have been seen that often (`"all_exhausted"`). Without weights a pass
+    contains each source `epochs` times, evenly mixed; without shuffling, one source after the
+    other.
 
-    A share of tokens becomes one of documents by the source's mean length, w / (tokens /
-    documents), so it is exact over each whole pass of a source and, inside of one, as even as its
-    lengths are.
+    A weight by tokens w becomes one by documents, w / (tokens / documents). So the share of tokens
+    is exact over whole passes of a source, and as even as its document lengths within a pass.
 
     Raises:
-        DataError: a source has nothing left to learn from, or no place in a pass.
+        DataError: a source has no documents, or no place in a pass.
     """
     for portion in portions:
         if not len(portion.documents):
             raise DataError(
-                "nothing of it is left to learn from, so it can't be mixed in",
+                "it has no documents left, so it can't be part of the mixture",
                 where=portion.name,
-                hint="take it out of data.train, or see why its rows were dropped",
+                hint="remove it from data.train, or look in ledger.json why its rows were dropped",
             )
     exhausted = [portion.epochs * len(portion.documents) for portion in portions]
     options: dict[str, Any] = {"seed": seed, "shuffle": shuffle}
@@ -206,7 +212,7 @@ def mix(
     for portion, count in zip(portions, found.counts(length), strict=True):
         if count == 0:
             raise DataError(
-                f"no document of it is in a pass of {length} documents over the mixture",
+                f"it has no place in a pass of {length} documents over the mixture",
                 where=portion.name,
                 hint="give it a larger weight, or data.mix_stop=all_exhausted",
             )
@@ -219,7 +225,9 @@ def _share(portion: Portion, by: str) -> Fraction:
 
 
 def _whole_numbers(shares: Sequence[Fraction]) -> list[int]:
-    """The shares as whole numbers: exactly where these are small, else to a part in 2**30."""
+    """The shares as whole numbers in the same ratio: exact if they are small, else to a part in
+    2**30.
+    """
     denominator = math.lcm(*(share.denominator for share in shares))
     exact = [int(share * denominator) for share in shares]
     divisor = math.gcd(*exact)
@@ -229,7 +237,9 @@ def _whole_numbers(shares: Sequence[Fraction]) -> list[int]:
 
 
 def _length(tree: _Node, weights: Sequence[int], exhausted: Sequence[float], *, stop: str) -> int:
-    """The most places at which no source is past its end, or the fewest at which all are there."""
+    """The length of a pass: the most places with no source beyond its end, or the fewest with all
+    at it.
+    """
     total = sum(weights)
 
     def reached(places: int) -> list[float]:
@@ -242,6 +252,7 @@ def _length(tree: _Node, weights: Sequence[int], exhausted: Sequence[float], *, 
         over = reached(places)
         return max(over) > 0 if stop == "first_exhausted" else min(over) >= 0
 
+    # Counts never fall as places are added, so the length is found by doubling and bisection.
     low, high = 0, 1
     while not done(high):
         low, high = high, high * 2
@@ -254,7 +265,7 @@ def _length(tree: _Node, weights: Sequence[int], exhausted: Sequence[float], *, 
 def _checked(length: int) -> int:
     if length > _LONGEST_PASS:
         raise DataError(
-            f"a pass over the mixture would be {length:,} documents",
+            f"a pass over the mixture would have {length:,} documents",
             where="data.train",
             hint="give small sources a smaller weight, or data.mix_stop=first_exhausted",
         )
@@ -262,7 +273,7 @@ def _checked(length: int) -> int:
 
 
 def _huffman(weights: Sequence[int]) -> _Node:
-    """The tree in which the two lightest nodes are joined until one is left."""
+    """The Huffman tree: the two lightest nodes are joined until one is left."""
     heap = [(weight, number, _Node(weight, number)) for number, weight in enumerate(weights)]
     heapq.heapify(heap)
     number = len(heap)
@@ -275,7 +286,7 @@ def _huffman(weights: Sequence[int]) -> _Node:
 
 
 def _count(node: _Node, places: int, counts: list[int]) -> None:
-    """Add each source's part of a node's first `places` places."""
+    """Add to `counts` how many of a node's first `places` places each source below it has."""
     if node.left is None or node.right is None:
         counts[node.source] += places
         return
@@ -285,10 +296,10 @@ def _count(node: _Node, places: int, counts: list[int]) -> None:
 
 
 def _assign(node: _Node, at: Places, index: Places) -> list[tuple[int, Places, Places]]:
-    """Split places `at`, which are the node's numbers `index`, among its sources."""
+    """Split the places `at`, whose running numbers in this node are `index`, among its sources."""
     if node.left is None or node.right is None:
         return [(node.source, at, index)]
-    # Below 2**31 times 2**31, so whole numbers of 64 bits hold it.
+    # index and weight are below 2**31, so the products fit in int64.
     before = (index * node.left.weight + node.weight // 2) // node.weight
     after = ((index + 1) * node.left.weight + node.weight // 2) // node.weight
     goes_left = after > before
@@ -298,7 +309,7 @@ def _assign(node: _Node, at: Places, index: Places) -> list[tuple[int, Places, P
 
 
 def _path(node: _Node, source: int) -> list[_Node]:
-    """The nodes from the top to a source; empty where it is not below."""
+    """The nodes from the root to a source; empty if the source is not below `node`."""
     if node.source == source:
         return [node]
     for child in (node.left, node.right):

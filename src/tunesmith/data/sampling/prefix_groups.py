@@ -1,10 +1,10 @@
-"""Grouping of documents by shared prefix (rolling hashes of token blocks), so that a step shares
-more.
+"""Grouping of documents by shared prefix (rolling hashes of token blocks, as prefix caches do), so
+that documents of one step share more tokens.
 
-Prefixes are compared in blocks of `BLOCK` tokens: shorter ones save next to nothing, and a step of
-nothing but answers that begin with the same word would be no fair sample. Of a document the path
-to its first leaf is looked at. Blocks are compared by hashes of 64 bits; should two meet, unlike
-documents come together, which is harmless.
+Prefixes are compared in blocks of `BLOCK` tokens. Shorter prefixes save next to nothing, and steps
+grouped by the first word of an answer would be biased samples. Of each document the path to its
+first leaf is hashed. Hashes have 64 bits; a collision would only put unrelated documents into one
+step, which is harmless.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tunesmith.types import Document, IntArray
 
 BLOCK = 16
-"""Tokens by which prefixes grow."""
+"""Tokens per block."""
 
 _Hashes = NDArray[np.uint64]
 _FACTORS = np.random.Generator(np.random.PCG64(0)).integers(1, 2**64, BLOCK, np.uint64) | np.uint64(
@@ -27,11 +27,15 @@ _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class PrefixGroups:
-    """Documents in groups that share a prefix, these in groups that share a longer one, ..."""
+    """Documents grouped by a shared prefix, the groups divided further by longer prefixes, and so
+    on.
+    """
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self._count = len(documents)
         self._levels: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        # At each level the documents with at least that many blocks are grouped by the hash of all
+        # tokens up to the block's end.
         hashes = [prefix_hashes(documents[number]) for number in range(self._count)]
         depth = np.array([len(one) for one in hashes], np.int64)
         begin = np.cumsum(depth) - depth
@@ -44,7 +48,7 @@ class PrefixGroups:
             shared = count[which] > 1
             members = alive[shared]
             found = int((count > 1).sum())
-            # A level that divides nobody from anybody adds nothing.
+            # A level with the same groups as the one before it adds nothing.
             if len(members) and (found != groups or len(members) < len(alive)):
                 self._levels.append((members, which[shared]))
             level, groups = level + 1, found
@@ -52,18 +56,20 @@ class PrefixGroups:
 
     @property
     def grouped(self) -> int:
-        """Documents that share a prefix with another."""
+        """The number of documents that share a prefix with another one."""
         return len(self._levels[0][0]) if self._levels else 0
 
     def order(self, seed: Sequence[int]) -> IntArray:
-        """All documents once, groups in random order, each with its members in random order.
+        """A random order of all documents in which groups stay together. [documents] int32
 
-        A pure function of `seed`, which is not used elsewhere with a 1 behind it. [documents] int32
+        Groups are in random order, and so are the members of each. It is a pure function of `seed`;
+        no other random stream uses this seed followed by a 1.
         """
         random = np.random.Generator(np.random.PCG64((*seed, 1)))
         keys = [random.random(self._count)]
         for members, group in reversed(self._levels):
-            # Who is in no group at this depth stands where its own number falls.
+            # Every member of a group draws the same key, so a sort by it keeps the group together;
+            # a document in no group draws its own.
             key = random.random(self._count)
             key[members] = random.random(int(group.max()) + 1)[group]
             keys.append(key)
@@ -71,7 +77,9 @@ class PrefixGroups:
 
 
 def prefix_hashes(document: Document) -> _Hashes:
-    """A number for each whole block of the path to the first leaf: that of all tokens up to it."""
+    """For each whole block on the path to the first leaf the hash of all tokens up to its end.
+    [blocks]
+    """
     parts: list[IntArray] = []
     at = 0
     while at >= 0:

@@ -1,4 +1,6 @@
-"""The batch sampler: the documents of each optimizer step, a pure function of the step number."""
+"""The batch sampler: which documents each optimizer step learns from, as a pure function of the
+step's number (a stateless torch `BatchSampler`).
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,22 @@ from tunesmith.data.sampling.prefix_groups import PrefixGroups
 from tunesmith.types import IntArray
 
 _PLANS_KEPT = 2
-"""Epochs whose order is kept in memory: the current one, and the one before or after it."""
+"""Epochs whose order is kept in memory: the current one and a neighbour."""
 
 
 class BatchSampler:
-    """The order of documents over all epochs; it has no state, so a resume needs the step only.
+    """The order of documents over all epochs. It has no state, so a resume needs only the step
+    number.
 
-    A step has `documents` documents, or as many as it takes to reach `tokens` tokens, repeats
-    counted. No step spans two epochs, so the last of an epoch may be smaller. An epoch is every
-    document once, or with a `mixture` a pass over that, in which some may be missing or repeated;
-    the mixture's own seed and shuffling then decide.
+    A step has `documents` documents, or as many as it takes to reach `tokens` tokens, where shared
+    prefixes count in each document. No step spans two epochs, so the last step of an epoch may be
+    smaller. An epoch contains every document once, or, with a `mixture`, is a pass over the
+    mixture, in which documents may be missing or repeated; the mixture has its own seed and
+    shuffling.
 
-    With `pack_tokens`, the documents of an epoch are first put into packs of at most so many tokens
-    (best-fit decreasing), and a step has `documents` packs, or packs up to `tokens`. With `groups`
-    documents that begin alike follow each other, and the steps are shuffled.
+    With `pack_tokens` the documents of an epoch are packed first (best-fit decreasing), and a step
+    has `documents` packs, or packs up to `tokens` tokens. With `groups`, documents that share a
+    prefix follow each other, and the order of the steps is shuffled.
     """
 
     def __init__(
@@ -57,31 +61,34 @@ class BatchSampler:
         self._mixture = mixture
         self._pack_tokens = pack_tokens
         self._groups = groups
-        # Passes over a mixture differ, and so may the number of packs that hold them.
-        self._alike = documents is not None and (pack_tokens is None or mixture is None)
+        # Only where this holds do all epochs have equally many steps: passes over a mixture differ,
+        # and so may the number of their packs.
+        self._equal_epochs = documents is not None and (pack_tokens is None or mixture is None)
         self._packed: dict[int, Packs] = {}
         self._first_steps = [0]  # number of the first step of each epoch seen so far
         self._plans: dict[int, tuple[IntArray, NDArray[np.int64]]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; with `tokens`, later epochs may have a few more or fewer."""
+        """The steps of the first epoch; with `tokens`, later epochs may have a few more or
+        fewer.
+        """
         return len(self._plan(0)[1]) - 1
 
     def step_indices(self, step: int) -> IntArray:
-        """Numbers of the documents of a step, which is counted from 0. [documents] int32."""
+        """The indices of the documents of a step, which is counted from 0. [documents] int32."""
         epoch, within = self._locate(step)
         order, bounds = self._plan(epoch)
         return order[bounds[within] : bounds[within + 1]]
 
     def epoch_after(self, step: int) -> float:
-        """How often the data has been seen after this step (from 0), in documents: 1.0 = once."""
+        """The epochs completed after this step (counted from 0), by documents: 1.0 is one pass."""
         epoch, within = self._locate(step)
         order, bounds = self._plan(epoch)
         return epoch + int(bounds[within + 1]) / len(order)
 
     def visits(self, steps: int) -> NDArray[np.int64]:
-        """How often each document is learned from in the first `steps` steps. [documents]"""
+        """How often each document is in the first `steps` steps. [documents]"""
         visits = np.zeros(len(self._lengths), dtype=np.int64)
         if steps == 0:
             return visits
@@ -96,26 +103,26 @@ class BatchSampler:
         return visits
 
     def epoch_of(self, step: int) -> int:
-        """The pass over the data, from 0, that a step (from 0) belongs to."""
+        """The epoch (counted from 0) of a step (counted from 0)."""
         return self._locate(step)[0]
 
     def total_steps(self, epochs: float) -> int:
-        """Steps until `epochs` passes are reached; a step that is begun counts in full."""
+        """The number of steps for `epochs` epochs; a step that is begun counts in full."""
         whole = math.floor(epochs)
         share = epochs - whole
         steps = self._first_step(whole)
         if share > 0:
             order, bounds = self._plan(whole)
-            # 0.1 * 30 is a little over 3: rounding must not add a step.
+            # 0.1 * 30 is slightly above 3; without rounding that would add a step.
             wanted = math.ceil(round(share * len(order), 6))
             steps += int(np.searchsorted(bounds, wanted, side="left"))
         return max(steps, 1)
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """Epoch of a step, and its number inside that epoch."""
+        """The epoch of a step, and its number inside that epoch."""
         if step < 0:
             raise ValueError("steps are counted from 0")
-        if self._alike:
+        if self._equal_epochs:
             return divmod(step, self.steps_per_epoch)
         while self._first_steps[-1] <= step:
             self._first_step(len(self._first_steps))
@@ -123,7 +130,7 @@ class BatchSampler:
         return epoch, step - self._first_steps[epoch]
 
     def _first_step(self, epoch: int) -> int:
-        if self._alike:
+        if self._equal_epochs:
             return epoch * self.steps_per_epoch
         while len(self._first_steps) <= epoch:
             steps = len(self._plan(len(self._first_steps) - 1)[1]) - 1
@@ -131,7 +138,9 @@ class BatchSampler:
         return self._first_steps[epoch]
 
     def _plan(self, epoch: int) -> tuple[IntArray, NDArray[np.int64]]:
-        """Order of an epoch, and the place in it where each step begins, with its end at last."""
+        """The order of an epoch, and the place where each step begins, with the end of the last
+        step.
+        """
         if epoch not in self._plans:
             while len(self._plans) >= _PLANS_KEPT:
                 del self._plans[next(iter(self._plans))]
@@ -142,20 +151,23 @@ class BatchSampler:
         if self._pack_tokens is not None:
             packs = self.packs(epoch)
             assert packs is not None
+            # Packs stay as they are; the order in which steps take them is shuffled anew in each
+            # epoch.
             chosen = self._shuffled(len(packs), epoch)
             items, ends = _regrouped(packs.items, packs.bounds, chosen)
             return self._taken(epoch)[items], ends[self._bounds(packs.tokens[chosen])]
         if self._groups is not None:
             order = self._groups.order((self._seed, epoch))
+            # Steps are cut from the grouped order first and shuffled as wholes after, so that
+            # groups stay in one step.
             bounds = self._bounds(self._lengths[order])
             return _regrouped(order, bounds, self._shuffled(len(bounds) - 1, epoch))
         order = self._order(epoch)
         return order, self._bounds(self._lengths[order])
 
     def packs(self, epoch: int) -> Packs | None:
-        """The packs of an epoch, of documents by their places in it; None where nothing is packed.
-
-        Without a mixture they are those of the documents, the same in each epoch.
+        """The packs of an epoch, made of places in its order; None without packing. Without a
+        mixture all epochs have the same packs.
         """
         if self._pack_tokens is None:
             return None
@@ -166,7 +178,7 @@ class BatchSampler:
         return self._packed[number]
 
     def _taken(self, epoch: int) -> IntArray:
-        """The documents that an epoch packs."""
+        """The documents that are packed in an epoch."""
         if self._mixture is not None:
             return self._mixture.order(epoch)
         return np.arange(len(self._lengths), dtype=np.int32)
@@ -183,7 +195,9 @@ class BatchSampler:
         return generator.permutation(count).astype(np.int32)
 
     def _bounds(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where steps begin among documents or packs of these lengths, with the end at last."""
+        """Where steps begin among documents or packs of these lengths, with the end of the last
+        step.
+        """
         count = len(lengths)
         if self._documents is not None:
             starts = np.arange(0, count, self._documents, dtype=np.int64)
@@ -200,7 +214,9 @@ class BatchSampler:
 def _regrouped(
     order: NDArray[Any], bounds: NDArray[np.int64], chosen: IntArray
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Groups of an order in another sequence, and where each then begins, with the end at last."""
+    """The groups of an order in another sequence, and where each then begins, with the end of the
+    last.
+    """
     sizes = np.diff(bounds)[chosen]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     starts = np.repeat(bounds[chosen] - ends[:-1], sizes)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
-from tunesmith.data.cache_folder import default_cache_folder
 from tunesmith.data.sources.splits import card_of, holds_rows, pick_files
 from tunesmith.errors import DataError, first_line
 
@@ -197,3 +196,11 @@ def _keep(path: Path, listing: _Listing) -> None:
 
 def _first_line(error: BaseException) -> str:
     return first_line(error)
+
+
+def default_cache_folder() -> Path:
+    """TUNESMITH_CACHE, else `tunesmith` in the user's cache folder."""
+    if named := os.environ.get("TUNESMITH_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tunesmith"

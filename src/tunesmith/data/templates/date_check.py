@@ -1,4 +1,7 @@
-"""Detection of chat templates that write today's date, with which a row has other ids tomorrow."""
+"""Detection of chat templates that write today's date, which would give a row other ids each day.
+
+The template is rendered at two mocked moments; a difference means that it writes the date.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,11 @@ if TYPE_CHECKING:
 _CLOCK = "strftime_now"
 _FORM = "%d %b %Y"
 _DAYS = (datetime(2001, 2, 3, 4, 5), datetime(2019, 11, 27, 18, 46))
-"""Two moments that differ in every part a format can ask for."""
+"""Two moments that differ in every part that a date format can contain."""
 
 
 def check_dates(template: Template) -> None:
-    """Refuse a template that asks for today's date, unless its arguments say which one to write.
-
-    Raises:
-        DataError: what it writes on two days differs.
-    """
+    """Refuse a template that writes today's date, unless its arguments fix the date."""
     if not template.has_chat_template:
         return
     texts = template.jinja or template.tokenizer.chat_template
@@ -58,7 +57,7 @@ def _check(jinja: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _dated(jinja: str, arguments: Mapping[str, Any]) -> str | None:
-    """The format in which the date is asked for, None where no text depends on it."""
+    """The date format that the template uses; None if no text depends on the date."""
     asked: list[str] = []
 
     def clock(day: datetime) -> Callable[[str], str]:
@@ -71,7 +70,7 @@ def _dated(jinja: str, arguments: Mapping[str, Any]) -> str | None:
     try:
         compiled = compile_template(jinja)
     except TemplateSyntaxError:
-        return None  # its rows are refused, with the reason
+        return None  # each row is refused later, with the reason
     for probe in _probes():
         texts: set[str] = set()
         for day in _DAYS:
@@ -80,7 +79,8 @@ def _dated(jinja: str, arguments: Mapping[str, Any]) -> str | None:
             except TooSlow:
                 raise
             except Exception:
-                # Foreign code: a template that refuses a conversation writes no date in it.
+                # A template is untrusted code. One that refuses a conversation writes no date in
+                # it.
                 texts.add("")
         if len(texts) > 1:
             return asked[0] if asked else _FORM
@@ -88,7 +88,7 @@ def _dated(jinja: str, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _names(jinja: str) -> list[str]:
-    """Arguments that may be a date, those that are named so first."""
+    """Template variables whose names contain `date`, the shortest names first."""
     from jinja2 import meta
 
     environment = compile_template(jinja).environment
@@ -97,7 +97,7 @@ def _names(jinja: str) -> list[str]:
 
 
 def _probes() -> Iterator[dict[str, Any]]:
-    """Conversations whose texts take a template's different ways to open."""
+    """Conversations that cover a template's different ways to begin."""
     system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
     answer = {"role": "assistant", "content": "A"}
     tool = {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}

@@ -1,5 +1,7 @@
-"""Fast rendering of a compiled Jinja chat template: what a row decides once is not redone for each
-text.
+"""Fast rendering of a compiled Jinja chat template: transformers' `apply_chat_template` without the
+copies that it makes at each call.
+
+It is used only where probe conversations give the same text as `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from tunesmith.data.templates.sandbox import compile_bounded
 from tunesmith.data.templates.timeout import TooSlow
 
 CAPTURE = "{{ tunesmith_take(messages, tools) }}"
-"""A template that hands over what transformers makes of messages and tools before rendering."""
+"""A template that captures messages and tools as transformers passes them to a template."""
 
 _REASONING = {"reasoning_content", "reasoning", "thinking"}
 _SCALARS = (str, bool, int, float)
@@ -28,20 +30,22 @@ Apply = Callable[..., str]
 
 
 class Memo:
-    """What a template found out once; a copy in another process finds it out again."""
+    """Cached facts about a template; they are not pickled, so a worker process computes them
+    anew.
+    """
 
     def __init__(self) -> None:
         self.texts: dict[tuple[int, ...], str] = {}
         self.direct: DirectTemplate | None = None
         self.tried = False
-        self.form: Any = None
+        self.turn_pattern: Any = None
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()
 
 
 def find_direct(tokenizer: Any, jinja: str | None, *, apply: Apply) -> DirectTemplate | None:
-    """The template called directly; None where its texts are not those of transformers."""
+    """The template as a direct call; None where its texts differ from those of transformers."""
     from transformers import PreTrainedTokenizerBase
 
     kind = cast("Any", type(tokenizer))
@@ -56,21 +60,24 @@ def find_direct(tokenizer: Any, jinja: str | None, *, apply: Apply) -> DirectTem
     except TooSlow:
         raise
     except Exception:
-        # Not all versions of transformers compile alike; the public way works with all of them.
+        # Versions of transformers compile differently; `apply_chat_template` works with all of
+        # them.
         return None
 
 
 def compile_template(text: str) -> Any:
-    """The template as transformers compiles it, within limits. Raises TemplateSyntaxError."""
+    """Compile a template as transformers does, in the bounded sandbox. Raises
+    TemplateSyntaxError.
+    """
     return compile_bounded(text)
 
 
 class DirectTemplate:
-    """Renders the text of a chat template as `apply`, which is transformers, renders it.
+    """Renders a chat template with the same text as `apply`, which calls transformers.
 
     transformers copies and normalises messages, tools and arguments at each call. Here messages of
-    plain strings go in as they are; others, and tools, are taken from transformers once, in the
-    form that it gives to templates, and kept as long as their row is being rendered.
+    plain strings are passed as they are. Other messages, and tools, are normalised by transformers
+    once (captured by `CAPTURE`) and kept while their row is being rendered.
     """
 
     def __init__(self, text: str, *, apply: Apply, tokens: Mapping[str, str]) -> None:
@@ -89,7 +96,7 @@ class DirectTemplate:
         add_generation_prompt: bool,
         kwargs: Mapping[str, Any],
     ) -> str | None:
-        """The text; None where the arguments are of a kind that only transformers should read.
+        """The rendered text; None if the arguments are of a kind that transformers must normalise.
 
         Raises whatever the template raises.
         """
@@ -104,7 +111,9 @@ class DirectTemplate:
         )
 
     def agrees(self) -> bool:
-        """True if some conversations give the same text, or are refused, here and by `apply`."""
+        """True if the probe conversations give the same text, or the same refusal, here and by
+        `apply`.
+        """
         return all(
             self._outcome(self._render_probe, probe) == self._outcome(self._apply_probe, probe)
             for probe in _probes()
@@ -112,7 +121,7 @@ class DirectTemplate:
 
     def _normal(self, messages: Messages) -> list[Mapping[str, Any]]:
         if len(self._plain) > _KEPT:
-            self._plain.clear()  # before looking: what is found must stay until the end
+            self._plain.clear()  # before the look-up, since what it finds must stay until the end
         plain = [m if _is_plain(m) else self._known(m) for m in messages]
         if any(one is None for one in plain):
             missing = [m for m, one in zip(messages, plain, strict=True) if one is None]
@@ -133,7 +142,8 @@ class DirectTemplate:
 
     def _capture(self, messages: Messages, tools: Any) -> tuple[Any, Any]:
         self._taken.clear()
-        # All templates of a process share this one, which transformers may also compile anew.
+        # transformers caches compiled templates by text, so this global must be set again each
+        # time.
         compile_template(CAPTURE).globals["tunesmith_take"] = self._take
         self._apply(messages, tools=tools, chat_template=CAPTURE)
         return self._taken.pop()
@@ -155,15 +165,17 @@ class DirectTemplate:
         except TooSlow:
             raise
         except Exception as error:
-            # A template is foreign code: any exception is a refusal, to be the same both ways.
+            # A template is untrusted code: any exception is a refusal, which must be the same in
+            # both ways.
             return f"{type(error).__name__}: {error}"
 
 
 def _quickened(text: str) -> Any:
-    """The template with a shorter way to attributes that the sandbox always allows.
+    """The template with a fast path for attributes that the sandbox always allows.
 
-    A template asks for hundreds of attributes a text; nearly all are items of dicts, its own
-    variables or methods that read a string. All others still go through the sandbox's checks.
+    A template reads hundreds of attributes per text. Nearly all are items of dicts, its own
+    variables or methods that read a string. All other attributes still go through the sandbox's
+    checks.
     """
     environment = compile_template(text).environment.overlay()
     checked = environment.getattr
@@ -171,6 +183,8 @@ def _quickened(text: str) -> Any:
     def read(obj: Any, attribute: str) -> Any:
         kind = cast("Any", type(obj))
         if kind is dict:
+            # Jinja prefers the attribute to the item, so a key that is also a method of dict is
+            # left to it.
             if attribute in obj and attribute not in _OF_DICTS:
                 return obj[attribute]
         elif kind is str:
@@ -184,13 +198,13 @@ def _quickened(text: str) -> Any:
 
     environment.getattr = read
     made = environment.from_string(text)
-    # A chain of dicts, which is slow to copy for each text.
+    # Jinja keeps a chain of dicts, which is slow to copy for each text.
     made.globals = dict(made.globals)
     return made
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
-    """True if transformers hands the message to a template as it is."""
+    """True if transformers passes the message to a template unchanged."""
     return all(type(value) is str for value in message.values()) and _REASONING.isdisjoint(message)
 
 

@@ -1,4 +1,6 @@
-"""Load a tokenizer and its chat template, from a folder or the hub, with AutoTokenizer."""
+"""Loads a tokenizer and its chat template from a folder or the hub (transformers'
+`AutoTokenizer`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError, ModelError, first_line
 
 _UNBOUNDED = 10**9
-"""Tokenizers without a limit name a number far above this one."""
+"""Tokenizers without a length limit give a `model_max_length` far above this number."""
 
 
 def load_template(
@@ -26,11 +28,11 @@ def load_template(
     trust_remote_code: bool = False,
     dated: bool = False,
 ) -> Template:
-    """The template of a model's folder; reads tokenizer, config and generation config, no weights.
+    """Load the tokenizer and template of a model folder; it reads configs, but no weights.
 
     `template`: None for the model's own, "none" for raw text, "chatml" for the built-in one, the
-    path of a Jinja file, or the folder or hub id of another model, whose template is taken.
-    `dated` allows one that writes today's date, where nothing is learned from its texts.
+    path of a Jinja file, or the folder or hub id of another model, whose template is taken. `dated`
+    allows a template that writes today's date, for texts that are not trained on.
 
     Raises:
         ModelError: the folder has no tokenizer that can be read.
@@ -63,7 +65,7 @@ def wrap_tokenizer(
     kwargs: Mapping[str, Any] | None = None,
     dated: bool = False,
 ) -> Template:
-    """The template of a tokenizer that is already loaded and stays as it is.
+    """The template of a tokenizer that is loaded already; the tokenizer is not changed.
 
     Raises:
         DataError: as `load_template`.
@@ -81,11 +83,11 @@ def _load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     try:
         return load(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Tokenizer readers raise whatever their format's parser does.
+        # Tokenizer files have many formats, and each parser raises exceptions of its own.
         reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ModelError(
-                "its tokenizer needs Python code of its own folder",
+                "its tokenizer needs Python code from the model folder",
                 where=name,
                 hint="read it, then set model.trust_remote_code=true",
             ) from error

@@ -1,10 +1,11 @@
-"""The Jinja sandbox of chat templates: transformers' sandbox with limits of size and time.
+"""The Jinja sandbox of chat templates: transformers' `ImmutableSandboxedEnvironment` with limits on
+the size of results and on time.
 
-A template comes with a model, so it is foreign code. The sandbox of transformers keeps it from
-files and from Python's insides; it does not keep it from making a text of a terabyte or from going
-on for ever. Here every operation by which a template could make much out of little looks at its
-size first, and a thread ends a text that takes too much processor time. What no template of a chat
-does costs nothing: sums that are written out at once, loops and attributes are as they were.
+A template comes with a model, so it is untrusted code. The sandbox of transformers keeps it from
+files and from Python's internals, but not from making a text of a terabyte or from running for
+ever. Here every operation that can make much out of little checks the size of its result first, and
+a watchdog thread stops a rendering that takes too much CPU time. What ordinary templates do costs
+nothing extra: sums that are written out at once, loops and attributes are not checked.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from tunesmith.data.templates.sandbox_limits import (
 )
 
 LONGEST_TEMPLATE = 1 << 18
-"""Characters of a template's own text; the longest published ones have a tenth."""
+"""The largest number of characters of a template itself; the longest published ones have a
+tenth.
+"""
 _CHAIN = 16
-"""Sums of more parts are looked at before their end."""
+"""Sums with more parts than this are checked before their end."""
 _MARK = "tunesmith_watched"
 _TEXT_FILTERS = (
     *("upper", "lower", "capitalize", "title", "trim", "striptags", "escape", "e", "forceescape"),
@@ -56,9 +59,10 @@ def _watched_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 class _Watched(NodeTransformer):
-    """Puts `bounded` around what can grow: sums that are kept, lists of variables, parts of texts.
+    """Rewrites a template's syntax tree: wraps in `bounded` all that can grow.
 
-    A sum that is written out at once is counted with the whole text.
+    These are sums that are kept, lists of variables, and slices of texts. A sum that is written out
+    at once needs no check, since the whole text is checked.
     """
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
@@ -92,7 +96,9 @@ class _Watched(NodeTransformer):
         return found if variable is None else _wrap(found)
 
     def _inside(self, node: nodes.Node) -> nodes.Node:
-        """A sum whose first parts, up to `_CHAIN` of them, are taken together with it."""
+        """Visit a sum as one expression, up to `_CHAIN` parts, so that it is checked once and not
+        per part.
+        """
         at: Any = node
         for _ in range(_CHAIN):
             at.right = self.visit(at.right)
@@ -121,6 +127,7 @@ class BoundedTemplate(JinjaTemplate):
     @classmethod
     def from_code(cls, environment: Any, code: Any, globals: Any, uptodate: Any = None) -> Any:
         made: Any = super().from_code(environment, code, globals, uptodate)
+        # Compiled templates join values by these two functions of their own module.
         names = made.root_render_func.__globals__
         names["str_join"] = bounded_str_join
         names["markup_join"] = bounded_str_join
@@ -146,12 +153,12 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(bounded_join)  # type: ignore[assignment]
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The operation's value, if neither it nor the work for it is too large."""
+        """The value of an operation, unless it or the work for it would be too large."""
         check_operation(operator, left, right)
         return bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call a function, method or macro."""
+        """Call a function, method or macro with checked arguments."""
         kind: Any = cast(Any, type(__obj))
         if kind is BuiltinMethodType or kind is MethodType or kind is FunctionType:
             name = __obj.__name__
@@ -176,10 +183,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
 
 def compile_bounded(text: str) -> Any:
-    """The template as transformers compiles it, within the limits.
+    """Compile a template as transformers does, within the limits.
 
     Raises:
-        TemplateSyntaxError: it is none, or too large to be read.
+        TemplateSyntaxError: it is no template, or too large to be parsed.
     """
     from transformers.utils import chat_template_utils
 
@@ -189,14 +196,15 @@ def compile_bounded(text: str) -> Any:
         with bounded_sandbox():
             compiled = owner._compile_jinja_template(text)
             if not isinstance(compiled.environment, BoundedSandbox):
-                # Kept from before, when somebody else in this process used the same template.
+                # transformers caches compiled templates. This one was compiled outside of these
+                # limits, by another user of transformers in this process.
                 for function in ("_compile_jinja_template", "_cached_compile_jinja_template"):
                     getattr(getattr(owner, function, None), "cache_clear", int)()
                 compiled = owner._compile_jinja_template(text)
     except TemplateSyntaxError:
         raise
     except (SyntaxError, RecursionError, MemoryError, ValueError, ArithmeticError) as error:
-        # What Python says of code that is nested too deep, or of a number too long to read.
+        # Python's errors for code that is nested too deeply, or for a number that is too long.
         raise TemplateSyntaxError(f"it can't be read: {type(error).__name__}", 1) from error
     except SecurityError as error:
         raise TemplateSyntaxError(str(error), 1) from error
@@ -207,7 +215,7 @@ def compile_bounded(text: str) -> Any:
 
 @contextlib.contextmanager
 def bounded_sandbox() -> Generator[None, None, None]:
-    """Inside, what transformers compiles is compiled within the limits."""
+    """Inside, transformers compiles templates with the bounded sandbox."""
     from transformers.utils import chat_template_utils
 
     owner = cast(Any, chat_template_utils)

@@ -1,4 +1,8 @@
-"""Size limits of the Jinja sandbox: the size of a result is computed before it is made."""
+"""Size limits of the Jinja sandbox: the size of a result is computed before the result is made.
+
+Each check knows how large the result of one operation, method or filter can become from the sizes
+of its arguments; what it can't bound cheaply it refuses.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,14 @@ from jinja2.exceptions import SecurityError
 from tunesmith.data.templates.timeout import TimeLimit
 
 LONGEST_TEXT = 1 << 24
-"""Characters of a text, or of all texts in a list, that a template may make."""
+"""The largest number of characters of one text, or of all texts in a list, that a template may
+make.
+"""
 _ALL_TEXTS = 1 << 28
-"""Characters of all long texts that it may make in one call."""
+"""The largest number of characters of all long texts of one rendering."""
 _LONG = 1 << 16
 _WIDEST = 10_000
-"""Columns to which it may pad a text."""
+"""The largest width to which a text may be padded."""
 _LARGEST_BITS = 1 << 14
 _DEEPEST = 200
 
@@ -28,27 +34,28 @@ _WIDE_FILTERS = {
 }
 _PERCENT_FIELD = re.compile(r"%(?:\([^)]*\))?[-+ #0-9.]*(?:\*|\d{5})")
 _BRACE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(?:\d{5}|\{)")
-"""In a format: a width of five digits, or one that an argument gives."""
+"""Fields of a format string with a width of five digits, or with a width given by an argument."""
 
 clock = TimeLimit(seconds=5.0)
 
 
 class TooLarge(SecurityError):
-    """A template asked for more than it may have."""
+    """A template would make more than the limits allow."""
 
 
 def _refuse(what: str) -> None:
-    raise TooLarge(f"it makes {what}, more than a template may")
+    raise TooLarge(f"it makes {what}, which is more than a template may make")
 
 
 def bounded(value: Any) -> Any:
-    """The value, if its text is not too long.
+    """The value, unless it is too large.
 
     Raises:
-        TooLarge: it is, or the long texts of this call are together.
+        TooLarge: its text is too long, or all long texts of this rendering together are.
     """
     kind = cast("Any", type(value))
     if kind is str:
+        # Short strings are by far the most frequent values, so they are handled first.
         if len(value) <= _LONG:
             return value
     elif not isinstance(value, (str, bytes, list, tuple, dict)):
@@ -69,8 +76,8 @@ def bounded_size(size: int, *, most: int = LONGEST_TEXT) -> None:
 
 
 def weight(value: Any, known: dict[int, int] | None = None, depth: int = 0) -> int:
-    """Characters that the value takes when it is written out, about; what it holds twice counts
-    twice.
+    """About the number of characters of the value when it is written out; what it contains twice
+    counts twice.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -78,6 +85,7 @@ def weight(value: Any, known: dict[int, int] | None = None, depth: int = 0) -> i
         return 8
     if depth > _DEEPEST:
         _refuse("a list deep in other lists")
+    # A list may contain another many times; each is measured once, so the time is linear.
     known = {} if known is None else known
     key = id(cast(Any, value))
     if key not in known:
@@ -88,7 +96,7 @@ def weight(value: Any, known: dict[int, int] | None = None, depth: int = 0) -> i
 
 
 def bounded_join(pieces: Any) -> str:
-    """The texts as one. Raises TooLarge if that is too long."""
+    """Join texts into one. Raises TooLarge if it is too long."""
     parts = list(pieces)
     size = sum(map(len, parts))
     if size > _LONG:
@@ -98,7 +106,7 @@ def bounded_join(pieces: Any) -> str:
 
 
 def bounded_str_join(pieces: Any) -> str:
-    """The values as one text. Raises TooLarge if that is too long."""
+    """Join values into one text. Raises TooLarge if it is too long."""
     return bounded_join(map(str, pieces))
 
 
@@ -150,7 +158,9 @@ def _check_join(between: Any, items: Any) -> list[Any]:
 def check_method(
     owner: Any, name: str, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of a method that can make much out of little, if it does not."""
+    """Check the arguments of a method that can make much out of little; returns the arguments to
+    use.
+    """
     given = (*arguments, *named.values())
     if name in _PADDED:
         if any(isinstance(one, int) and one > _WIDEST for one in given):
@@ -173,7 +183,9 @@ def check_method(
 
 
 def check_filter(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a filter, looked at in the same way. Some filters have the context first."""
+    """Check the arguments of a filter in the same way. Some filters get the context as first
+    argument.
+    """
     at = 1 if arguments and hasattr(arguments[0], "autoescape") else 0
     value, given = arguments[at], (*arguments[at + 1 :], *named.values())
     wide = max((one for one in given if isinstance(one, int)), default=0)

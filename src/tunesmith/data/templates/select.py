@@ -1,4 +1,6 @@
-"""Selection of the chat template, and the special tokens it needs that the tokenizer lacks."""
+"""Selection of the chat template (Jinja, as transformers' `apply_chat_template`), and the special
+tokens that it needs and the tokenizer lacks; with ChatML, the built-in template for base models.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.templates import chatml
 from tunesmith.data.templates.sandbox import bounded_sandbox
 from tunesmith.data.templates.timeout import TooSlow
 from tunesmith.errors import DataError, InputError
 
-NONE = "none"
-BUILT_IN = (NONE, chatml.NAME)
-"""Names that mean no file, whatever files there are."""
+NONE, CHATML = "none", "chatml"
+BUILT_IN = (NONE, CHATML)
+"""Names that are never read as a file, whatever files there are."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
 _HINT = "give a .jinja file, a folder or hub id of a model with a chat template, chatml or none"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 Load = Callable[[str], Any]
-"""Reads a tokenizer by folder or hub id."""
+"""Loads a tokenizer by folder or hub id."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token that the tokenizer got for its template, with how it is found in a text."""
+    """A token that was added to the tokenizer for its template, with the settings of an
+    `AddedToken`.
+    """
 
     id: int
     text: str
@@ -41,10 +44,11 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chat template's text where it is one text, its name, and whether there is one.
+    """The chosen chat template: its text (None if there are several or none), its name, and if
+    there is one.
 
-    `needs` are tokens (objects with the fields of `NewToken` but its id) the text can't do without;
-    `named` gives bos_token and the like where the template asks for one that may be missing.
+    `needs` are tokens that the text can't do without (objects with the fields of `NewToken` but its
+    id). `named` gives bos_token and the like where the template reads one that may be missing.
     """
 
     jinja: str | None
@@ -55,11 +59,11 @@ class Choice:
 
 
 def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[..., None]) -> Choice:
-    """The template that `asked` means for this tokenizer.
+    """Choose the template for a tokenizer.
 
-    None is the tokenizer's own, `none` raw text, `chatml` the built-in one; a file is a template's
-    text, a folder or hub id another model, whose template is taken. `check` refuses a text that is
-    no template.
+    `asked` is None for the tokenizer's own template, `none` for raw text, `chatml` for the built-in
+    one, the path of a Jinja file, or the folder or hub id of another model, whose template is
+    taken. `check` refuses a text that is no template.
 
     Raises:
         DataError: there is no such file or model, or it has no chat template.
@@ -70,8 +74,8 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
         own = tokenizer.chat_template
         _check_names(own)
         return Choice(own if isinstance(own, str) else None, "own" if own else NONE, bool(own))
-    if asked == chatml.NAME:
-        return Choice(chatml.TEMPLATE, chatml.NAME, True, tuple(map(_plain, chatml.TOKENS)))
+    if asked == CHATML:
+        return Choice(CHATML_TEMPLATE, CHATML, True, tuple(map(_plain, CHATML_TOKENS)))
     path = Path(asked).expanduser()
     if path.is_dir() or (not path.exists() and _is_hub_id(asked)):
         return _another(asked, path, load)
@@ -89,21 +93,25 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
 
 
 def _check_names(templates: Any) -> None:
-    """Each of several templates is written to a file of its name."""
+    """Refuse names of templates that are no file names, since each template is saved to a file of
+    its name.
+    """
     if isinstance(templates, Mapping):
         for name in cast("Mapping[str, Any]", templates):
             if not _FILE_NAME.fullmatch(name):
                 raise DataError(
-                    f"the model has a chat template named {name!r}, which is no name of a file",
+                    f"the model has a chat template named {name!r}, which can't be a file name",
                     where="data.template",
                     hint=_HINT,
                 )
 
 
 def with_tokens(tokenizer: Any, choice: Choice) -> tuple[Any, tuple[NewToken, ...], dict[str, str]]:
-    """(tokenizer, tokens it lacked, names it lacked): a copy where something had to be added.
+    """Add the tokens that the template needs; returns (tokenizer, tokens it lacked, names it
+    lacked).
 
-    A token that the vocabulary holds already keeps its id; the others follow the last id.
+    Where something is added, the tokenizer is a copy. A token that is in the vocabulary keeps its
+    id; the others follow the last id.
     """
     named = {
         name: text for name, text in choice.named.items() if getattr(tokenizer, name, None) is None
@@ -117,7 +125,7 @@ def with_tokens(tokenizer: Any, choice: Choice) -> tuple[Any, tuple[NewToken, ..
     missing = [token for token in needs if str(token.content) not in known]
     if not missing and not named:
         return tokenizer, (), {}
-    # The caller's own tokenizer stays as it is.
+    # The caller's tokenizer must not change.
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(missing, special_tokens=True)
     for name, text in named.items():
@@ -150,7 +158,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _another(asked: str, path: Path, load: Load) -> Choice:
-    """The template of another model's tokenizer, and the special tokens it writes."""
+    """The template of another model's tokenizer, and the special tokens that it writes."""
     where = f"data.template={asked}"
     try:
         tokenizer = load(str(_model_folder(path)) if path.is_dir() else asked)
@@ -181,14 +189,14 @@ def _another(asked: str, path: Path, load: Load) -> Choice:
 
 
 def _model_folder(path: Path) -> Path:
-    """A run stands for its model."""
+    """The model folder of a run folder; any other path as it is."""
     inside = path / "model"
     return inside if (path / "recipe.yaml").is_file() and inside.is_dir() else path
 
 
 def _written(tokenizer: Any, jinja: str) -> set[str]:
-    """Special tokens in some conversations' texts; templates put their names together from parts,
-    so that not all stand in the template itself.
+    """The special tokens in the texts of some conversations; templates may assemble their names
+    from parts, so the template's text does not show all.
     """
     found: set[str] = set()
     added = tokenizer.added_tokens_decoder
@@ -207,7 +215,8 @@ def _written(tokenizer: Any, jinja: str) -> set[str]:
             except TooSlow:
                 raise
             except Exception:
-                # Foreign code: a template that refuses a conversation needs no token for it.
+                # A template is untrusted code. One that refuses a conversation needs no token for
+                # it.
                 continue
             found.update(str(added[number].content) for number in set(ids) & set(added))
     return found
@@ -225,3 +234,48 @@ def _conversations() -> Iterable[tuple[list[dict[str, Any]], list[dict[str, Any]
     yield [system, user, answer], None
     yield [user, {**answer, "reasoning_content": "T"}], None
     yield [user, calling, result, answer], tools
+
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_TEMPLATE = r"""
+{%- set first = namespace(at=0) %}
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages and messages[0].role == 'system' %}
+        {%- set first.at = 1 %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- 'These functions can be called:\n<tools>\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+        {{- '\n' }}
+    {%- endfor %}
+    {{- '</tools>\nA call is written as\n<tool_call>\n' }}
+    {{- '{"name": NAME, "arguments": {...}}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages[first.at:] %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.reasoning_content %}
+        {{- '<think>\n' + message.reasoning_content.strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content or '' }}
+    {%- for call in message.tool_calls or [] %}
+        {%- set function = call.function or call %}
+        {{- '\n' if message.content or not loop.first else '' }}
+        {{- '<tool_call>\n{"name": ' + function.name | tojson + ', "arguments": ' }}
+        {%- if function.arguments is string %}
+            {{- function.arguments }}
+        {%- else %}
+            {{- function.arguments | tojson }}
+        {%- endif %}
+        {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+""".strip()
+"""It renders every earlier turn unchanged, so the documents of a chat never branch. Tool calls and
+reasoning are written in Qwen's format.
+"""

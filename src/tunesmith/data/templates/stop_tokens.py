@@ -1,4 +1,8 @@
-"""Stop tokens of a chat template, found by rendering answers and looking at what closes them."""
+"""Stop tokens of a chat template, found by rendering answers and looking at what closes them.
+
+Many base models name another end token than the one that their chat template writes after an
+answer. A model that is trained with such a template must stop at the template's token.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,9 @@ _TOOL = {
 
 
 def closing_tokens(template: Template, added: set[int]) -> set[int]:
-    """The added tokens that close an answer, or one that calls a tool, and are no known stop."""
+    """The added tokens that close an answer, or an answer with a tool call, and are not known as
+    stop tokens.
+    """
     found: set[int] = set()
     plain = _turn_end(template, added)
     if plain is not None:
@@ -36,9 +42,10 @@ def closing_tokens(template: Template, added: set[int]) -> set[int]:
 
 
 def _turn_end(template: Template, added: set[int]) -> int | None:
-    """The added token that closes an answer, or None where none does or it is a known stop.
+    """The added token that closes an answer; None if there is none, or it is a known stop token.
 
-    Of several in a row the last: some families close the content first and then the turn.
+    Of several in a row it is the last: some model families close the content first and then the
+    turn.
     """
     text = _rendered(template, {"content": _PROBE})
     _, found, rest = (text or "").rpartition(_PROBE)
@@ -49,7 +56,8 @@ def _turn_end(template: Template, added: set[int]) -> int | None:
         if token in added:
             run.append(token)
         elif run:
-            # One that a word follows at once opens the next turn, which some always write.
+            # A token with a word right after it opens the next turn, which some templates always
+            # write.
             if len(run) > 1 and template.token_text(token)[:1].isalpha():
                 run.pop()
             break
@@ -57,9 +65,9 @@ def _turn_end(template: Template, added: set[int]) -> int | None:
 
 
 def _call_end(template: Template, stops: frozenset[int] | set[int]) -> int | None:
-    """The special token that a template ends with after tool calls, where no known stop does.
+    """The special token that ends an answer with tool calls; None if a known stop token does.
 
-    One that also stands between two calls closes a call, not the turn.
+    A token that also stands between two calls closes a call and not the turn.
     """
     text = _rendered(template, {"content": "", "tool_calls": _calls(1)}, tools=[_TOOL])
     _, found, rest = (text or "").rpartition(_PROBE)

@@ -1,4 +1,8 @@
-"""A tokenizer with its chat template and stop tokens, as the renderer uses it."""
+"""A tokenizer with its chat template and stop tokens (transformers' `apply_chat_template` and
+call).
+
+Renders messages to text, encodes text to ids and decodes ids; all else in `data/` uses it for that.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ from tunesmith.data.templates.timeout import TooSlow
 from tunesmith.errors import first_line
 
 _SHORT = 8
-"""Runs of ids up to this long are decoded once: ends of turns, single tokens."""
+"""Id sequences up to this length are decoded once and cached: turn ends, single tokens."""
 _TEXTS_KEPT = 4096
 _REASON = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What turns messages into text, text into ids, and says which ids end an answer.
+    """A tokenizer, its chat template, and the ids that end an answer.
 
     `jinja` is the chat template's text where one was chosen or the tokenizer has exactly one; None
-    without a chat template. `kwargs` are given to every rendering. `added` are tokens that the
-    model's own tokenizer lacks, `named` its names (bos_token, ...) that it lacked.
+    without a chat template. `kwargs` are passed to every rendering. `added` are tokens that the
+    model's own tokenizer lacked, `named` the names (bos_token, ...) that it lacked.
     """
 
     tokenizer: Any
@@ -48,7 +52,7 @@ class Template:
 
     @property
     def sha256(self) -> str:
-        """Hash in hex of the chat template's text and arguments, which all ids depend on."""
+        """The SHA-256 in hex of the chat template's text and arguments, on which all ids depend."""
         text = (self.jinja or self.tokenizer.chat_template) if self.has_chat_template else None
         key = json.dumps([text, dict(self.kwargs)], sort_keys=True, default=str)
         return hashlib.sha256(key.encode()).hexdigest()
@@ -61,7 +65,7 @@ class Template:
         add_generation_prompt: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of the messages.
+        """Render messages to text.
 
         Raises:
             RowError: there is no chat template, or it refuses these messages.
@@ -88,7 +92,7 @@ class Template:
         except TooSlow:
             raise
         except Exception as error:
-            # A template is foreign code: whatever it raises means that it can't take this row.
+            # A template is untrusted code: any exception means that it can't render this row.
             raise RowError(_refusal(error)) from error
 
     def _apply(
@@ -100,7 +104,8 @@ class Template:
         add_generation_prompt: bool = False,
         **arguments: Any,
     ) -> str:
-        # As a batch of one, since an empty conversation is read only there.
+        # Called with a batch of one, since transformers accepts an empty conversation only in a
+        # batch.
         with bounded_sandbox():
             texts = self.tokenizer.apply_chat_template(
                 [list(messages)],
@@ -113,7 +118,7 @@ class Template:
         return str(texts[0])
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of each text, in one call; special tokens are added if asked, BOS never twice."""
+        """Encode texts in one call; with `add_special_tokens` BOS is never added twice."""
         if not texts:
             return []
         rows = self.tokenizer(
@@ -128,7 +133,7 @@ class Template:
         return cast("list[list[int]]", rows)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens written out."""
+        """Decode ids to text, special tokens included."""
         key = tuple(int(token) for token in ids)
         text = self.memo.texts.get(key)
         if text is None:
@@ -146,7 +151,7 @@ class Template:
         return self.decode([token])
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer and the chat template in use to a folder."""
+        """Save the tokenizer and the chat template in use to a folder."""
         self.tokenizer.save_pretrained(folder)
         if self.jinja is not None:
             (folder / "chat_template.jinja").write_text(self.jinja, encoding="utf-8")

@@ -1,4 +1,6 @@
-"""A time limit for untrusted template code: a watching thread raises an exception in it."""
+"""A CPU time limit for untrusted template code: a watchdog thread raises an exception in the thread
+that renders (`PyThreadState_SetAsyncExc`). Signals would work in the main thread only.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,19 @@ import time
 from tunesmith.errors import DataError
 
 _LOOKS = 0.25
-"""Seconds between two looks at what is running."""
+"""Seconds between two checks of the watchdog thread."""
 _IDLE = 40
-"""Looks without anything running after which the watching thread ends."""
+"""The watchdog thread ends after this many checks with nothing to watch."""
 
 
 class TooSlow(DataError):
-    """A chat template was stopped, since it took too much time."""
+    """A chat template was stopped because it used too much CPU time."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the chat template goes on for too long with one row, and was stopped",
+            "the chat template ran too long on one row, and was stopped",
             where="data.template",
-            hint="a loop in it may have no end; choose another: data.template=FILE.jinja",
+            hint="it may have an endless loop; use another template: data.template=FILE.jinja",
         )
 
     def __reduce__(self) -> tuple[type[TooSlow], tuple[()]]:
@@ -30,11 +32,12 @@ class TooSlow(DataError):
 
 
 class TimeLimit:
-    """Ends what takes more than so many seconds of processor time, with TooSlow in its thread.
+    """Raises TooSlow in a thread that uses more CPU time than `seconds` between `enter` and
+    `leave`.
 
-    Between `enter` and `leave` a thread may use that much; time for which it is stopped, or waits
-    for a processor, does not count. A thread of our own looks at those inside: to be inside is no
-    more than to stand in a table, so that a thousand short texts cost nothing.
+    Time in which the thread is stopped or waits for a CPU does not count. A watchdog thread checks
+    the threads inside. `enter` and `leave` only write to a dict, so thousands of short texts cost
+    nothing.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -46,7 +49,9 @@ class TimeLimit:
             os.register_at_fork(after_in_child=self._forget)
 
     def enter(self) -> list[int]:
-        """Begin; the one number in the list is the caller's own, 0 at the beginning."""
+        """Begin a limited section; returns a list with one number for the caller's use, 0 at
+        first.
+        """
         entry = [0]
         self._inside[threading.get_ident()] = entry
         if not self._watched:
@@ -54,16 +59,16 @@ class TimeLimit:
         return entry
 
     def leave(self) -> None:
-        """End. Raises TooSlow if that is on its way to this thread."""
+        """End the section. Raises TooSlow here if it is on its way to this thread."""
         entry = self._inside.pop(threading.get_ident(), ())
         if len(entry) > 1:
-            # It must come here, not to whoever is next; after `enter` it may have come already.
+            # The exception must arrive here and not in later code, so wait for it.
             for _ in range(100):
                 time.sleep(0.001)
 
     @property
     def entry(self) -> list[int]:
-        """What `enter` returned to this thread; a new list outside."""
+        """The list that `enter` returned to this thread; a new list outside of a section."""
         return self._inside.get(threading.get_ident()) or [0]
 
     def _forget(self) -> None:
@@ -86,7 +91,7 @@ class TimeLimit:
             if idle > _IDLE:
                 with self._lock:
                     self._watched = False
-                # Whoever came in before that was said is still to be watched.
+                # A thread that entered before the flag was cleared must still be watched.
                 if not self._inside:
                     return
                 self._watched, idle = True, 0
@@ -101,17 +106,18 @@ class TimeLimit:
         if first is None or first[0] is not entry:
             begun[thread] = (entry, now)
         elif now - first[1] > self.seconds:
-            # Marked before it is raised: who leaves between the two waits for it.
+            # Marked before the exception is raised, so that a thread that leaves in between waits
+            # for it.
             entry.append(1)
             if self._inside.get(thread) is entry:
                 _raise_in(thread)
 
 
 def _used(thread: int) -> float:
-    """Seconds of processor time that a living thread has used."""
+    """The seconds of CPU time that a living thread has used."""
     try:
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
-    except (AttributeError, OSError):  # not every system tells of another thread
+    except (AttributeError, OSError):  # some systems have no CPU clock of another thread
         return time.monotonic()
 
 

@@ -1,15 +1,16 @@
 """The turn pattern of a chat template: headers and turn ends, found by rendering conversations of
 known words.
 
-A text that holds control tokens is the template's own where each stretch between two of them is one
-that the template writes. A content that quotes a control token puts one where there can't be any.
+It serves rows of text to which the template was applied already. Such a text is the template's own
+if each stretch between two control tokens is one that the template writes there. A content that
+quotes a control token puts it in a place where the template never writes it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.data.row_errors import Fault, RowError, refuse
@@ -18,11 +19,11 @@ from tunesmith.data.templates.template import Template
 _WORD = re.compile(r"quern\d+")
 _FIRST_LINE = re.compile(r"\s*[^\n]*\n?")
 _EDGE = ""
-"""Stands for a text's beginning, where no token is."""
+"""Stands for the beginning of a text, where there is no token."""
 _AS_MESSAGES = "give the rows as messages"
 
 Piece = tuple[str, str, str]
-"""A control token's text (or `_EDGE`), what follows it, and the next control token's text."""
+"""A control token's text (or `_EDGE`), the stretch after it, and the next control token's text."""
 
 _Chat = tuple["list[dict[str, Any]]", "list[dict[str, Any]] | None"]
 """Messages and tools."""
@@ -30,7 +31,9 @@ _Chat = tuple["list[dict[str, Any]]", "list[dict[str, Any]] | None"]
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """What may stand between two control tokens: one of `fixed`, or anything after a header."""
+    """What may be between two control tokens: one of `fixed`, or any text that begins with a
+    header.
+    """
 
     fixed: frozenset[str]
     headers: frozenset[str]  # empty where only the fixed texts may stand here
@@ -41,11 +44,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class TurnPattern:
-    """`opening` asks for an answer; `header` opens one in a finished text too.
+    """How a template opens answers, and what it writes between control tokens.
 
-    Both count only after `anchor`, which is empty where they begin with a control token.
-    `rewrites`: earlier answers are not written as they were asked for. `begins` is the BOS token's
-    text where every text begins with it.
+    `opening` is the generation prompt; `header` is what begins an answer in a finished text too.
+    Both count only after `anchor`, which is empty if they begin with a control token. `rewrites`:
+    earlier answers are rendered in another way than as the last one. `begins` is the BOS token's
+    text if every text begins with it.
     """
 
     opening: str
@@ -57,18 +61,18 @@ class TurnPattern:
     tokens: re.Pattern[str]
 
     def answers(self, text: str) -> int:
-        """How many answers the text holds, opened as they are asked for or not."""
+        """The number of answers in the text, with the generation prompt or without."""
         return text.count(self.anchor + (self.header if self.header.strip() else self.opening))
 
     def pieces(self, text: str) -> Iterator[Piece]:
-        """The stretches before each control token of the text."""
+        """Yield the stretch before each control token of the text."""
         before, start = _EDGE, 0
         for found in self.tokens.finditer(text):
             yield before, text[start : found.start()], found.group()
             before, start = found.group(), found.end()
 
     def odd_piece(self, text: str) -> Piece | None:
-        """The first stretch that the template does not write."""
+        """The first stretch that the template does not write; None if there is none."""
         for before, between, after in self.pieces(text):
             gap = self.gaps.get((before, after))
             if gap is None or not gap.allows(between):
@@ -76,27 +80,27 @@ class TurnPattern:
         return None
 
 
-def turn_form(template: Template) -> TurnPattern:
-    """The form of a template's texts, found once for each template.
+def turn_pattern(template: Template) -> TurnPattern:
+    """The turn pattern of a template, found once for each template.
 
     Raises:
-        RowError: there is no chat template, or nothing that tells its answers from other text.
+        RowError: there is no chat template, or nothing distinguishes its answers from other text.
     """
     memo = template.memo
-    if memo.form is None:
+    if memo.turn_pattern is None:
         try:
-            memo.form = _find(template)
+            memo.turn_pattern = _find(template)
         except RowError as error:
-            memo.form = error.fault
-    if isinstance(memo.form, Fault):
-        raise RowError(memo.form)
-    return memo.form
+            memo.turn_pattern = error.fault
+    if isinstance(memo.turn_pattern, Fault):
+        raise RowError(memo.turn_pattern)
+    return memo.turn_pattern
 
 
 def _find(template: Template) -> TurnPattern:
     tokens = _pattern(template)
-    given = template.render([_said("user", 1)])
-    opened = template.render([_said("user", 1)], add_generation_prompt=True)
+    given = template.render([_message("user", 1)])
+    opened = template.render([_message("user", 1)], add_generation_prompt=True)
     asked = _question(given, opened, tokens)
     opening = opened[len(asked) :]
     if not opening.strip():
@@ -107,7 +111,7 @@ def _find(template: Template) -> TurnPattern:
         )
     plain, calling = list(_texts(template, _chats())), list(_texts(template, _calling_chats()))
     bos = "" if template.bos_id is None else template.token_text(template.bos_id)
-    form = TurnPattern(
+    pattern = TurnPattern(
         opening=opening,
         header=_header(template, asked, opening),
         anchor=_anchor(tokens, asked, opening),
@@ -117,21 +121,22 @@ def _find(template: Template) -> TurnPattern:
         tokens=tokens,
     )
     found: dict[tuple[str, str], set[str]] = {}
-    known = [text for text, answers in plain if form.answers(text) == answers]
-    # Where the answers of one call's conversation can't be told apart, those of none are trusted.
-    if all(form.answers(text) == answers for text, answers in calling):
+    known = [text for text, answers in plain if pattern.answers(text) == answers]
+    # Where answers can't be told apart in one conversation with tool calls, no such conversation is
+    # used.
+    if all(pattern.answers(text) == answers for text, answers in calling):
         known += [text for text, _ in calling]
     for text in known:
-        for before, between, after in form.pieces(text):
+        for before, between, after in pattern.pieces(text):
             found.setdefault((before, after), set()).add(between)
     gaps = {ends: _gap(between) for ends, between in found.items()}
-    return TurnPattern(
-        form.opening, form.header, form.anchor, form.begins, form.rewrites, gaps, tokens
-    )
+    return replace(pattern, gaps=gaps)
 
 
 def _question(given: str, opened: str, tokens: re.Pattern[str]) -> str:
-    """What a text that asks for an answer shares with one that does not, in whole tokens."""
+    """The common beginning of the texts with and without generation prompt, cut at a whole
+    token.
+    """
     same = len(_common_start(given, opened))
     cut = next((t.start() for t in tokens.finditer(opened) if t.start() < same < t.end()), same)
     return opened[:cut]
@@ -145,7 +150,7 @@ def _pattern(template: Template) -> re.Pattern[str]:
 
 
 def _anchor(tokens: re.Pattern[str], asked: str, opening: str) -> str:
-    """What must stand before an opening that does not begin with a control token."""
+    """What must come before an opening that does not begin with a control token."""
     if tokens.match(opening):
         return ""
     last = next((found for found in reversed(list(tokens.finditer(asked)))), None)
@@ -163,10 +168,10 @@ def _anchor(tokens: re.Pattern[str], asked: str, opening: str) -> str:
 
 
 def _header(template: Template, asked: str, opening: str) -> str:
-    """What an answer begins with, be it asked for or given."""
+    """What an answer begins with, in a generation prompt and in a finished text alike."""
     header = opening
     for turns in (["user", "assistant"], ["user", "assistant", "user", "assistant"]):
-        text = _rendered(template, [_said(role, n) for n, role in enumerate(turns, start=1)])
+        text = _rendered(template, [_message(role, n) for n, role in enumerate(turns, start=1)])
         if text is not None and text.startswith(asked):
             header = _common_start(header, text[len(asked) : text.find("quern2")])
     return header
@@ -178,9 +183,11 @@ def _common_start(one: str, other: str) -> str:
 
 
 def _rewrites(template: Template) -> bool:
-    """True if an answer that is history is written otherwise than the one that was asked for."""
+    """True if an earlier answer is rendered in another way than the last one (its reasoning
+    dropped, say).
+    """
     for more in ({}, {"reasoning_content": "quern8"}, {"thinking": "quern8"}):
-        turns = [_said("user", 1), {**_said("assistant", 2), **more}, _said("user", 3)]
+        turns = [_message("user", 1), {**_message("assistant", 2), **more}, _message("user", 3)]
         given = _rendered(template, turns[:2])
         later = _rendered(template, turns)
         if given is None or later is None:
@@ -197,7 +204,7 @@ def _end_of_answer(text: str, start: int, template: Template) -> int | None:
 
 
 def answer_end(text: str, start: int, template: Template) -> int | None:
-    """Where the first stop token from `start` on ends, None without one."""
+    """The place after the first stop token from `start` on; None without one."""
     ends = [
         at + len(stop)
         for stop in (template.token_text(token) for token in template.stop_ids)
@@ -224,7 +231,9 @@ def _first_line(text: str) -> str:
 
 
 def _texts(template: Template, conversations: Iterable[_Chat]) -> Iterator[tuple[str, int]]:
-    """Texts of the conversations that the template takes, and how many answers each holds."""
+    """The texts of the conversations that the template accepts, and the number of answers in
+    each.
+    """
     for turns, tools in conversations:
         for asked in (False, True):
             text = _rendered(template, turns, tools=tools, asked=asked)
@@ -233,15 +242,18 @@ def _texts(template: Template, conversations: Iterable[_Chat]) -> Iterator[tuple
 
 
 def _chats() -> Iterator[_Chat]:
-    """Conversations of every shape without a tool call."""
-    user, answer, system = _said("user", 1), _said("assistant", 2), _said("system", 3)
+    """Conversations of many shapes without tool calls."""
+    user, answer, system = _message("user", 1), _message("assistant", 2), _message("system", 3)
     chats = [
         [user],
         [user, answer, user, answer],
         [system, user, answer, user, answer],
         [user, user, answer, answer, user],
         [answer, user, answer],
-        *([_said(role, 4), user, answer] for role in ("developer", "tool", "function", "ipython")),
+        *(
+            [_message(role, 4), user, answer]
+            for role in ("developer", "tool", "function", "ipython")
+        ),
     ]
     for key in ("reasoning_content", "thinking"):
         thought = {**answer, key: "quern5"}
@@ -252,12 +264,12 @@ def _chats() -> Iterator[_Chat]:
 
 
 def _calling_chats() -> Iterator[_Chat]:
-    """Conversations with one and two calls, their results, and what follows them."""
-    user, answer, system = _said("user", 1), _said("assistant", 2), _said("system", 3)
+    """Conversations with one and two tool calls, their results, and what follows them."""
+    user, answer, system = _message("user", 1), _message("assistant", 2), _message("system", 3)
     tools = [_tool(6), _tool(7)]
     for content in ("", "quern8"):
         for count in (1, 2):
-            called = _called(content, count)
+            called = _tool_turns(content, count)
             for turns in ([user, *called], [system, user, *called]):
                 yield turns[:-count], tools
                 yield turns, tools
@@ -266,11 +278,11 @@ def _calling_chats() -> Iterator[_Chat]:
                 yield [*turns, *called, answer, user, answer], tools
 
 
-def _said(role: str, number: int) -> dict[str, Any]:
+def _message(role: str, number: int) -> dict[str, Any]:
     return {"role": role, "content": f"quern{number}"}
 
 
-def _called(content: str, count: int) -> list[dict[str, Any]]:
+def _tool_turns(content: str, count: int) -> list[dict[str, Any]]:
     calls = [
         {
             "id": f"quern0000{number}",

@@ -9,8 +9,7 @@ from typing import Any, cast
 
 from tunesmith.data.sources.readers.columnar import arrow_rows, parquet_rows
 from tunesmith.data.sources.readers.delimited import delimited_rows
-from tunesmith.data.sources.readers.json import json_rows
-from tunesmith.data.sources.readers.jsonl import jsonl_rows
+from tunesmith.data.sources.readers.json import json_rows, jsonl_rows
 from tunesmith.data.sources.readers.rows import TIMES, Raw, check_expansion, lines_of
 from tunesmith.errors import DataError
 
