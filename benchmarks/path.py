@@ -3,7 +3,8 @@
 python benchmarks/path.py [--checkout NAME=FOLDER ...] [--list] [--results FILE]
 
 A plain `tunesmith train` of a tiny model runs on a CPU in one process: six steps of four documents,
-no held-out data, a fresh cache. `sys.settrace` notes each code object of `src/tunesmith` that is
+no held-out data, a fresh cache. Data is prepared in that process too, since whether others are
+started depends on the clock. `sys.settrace` notes each code object of `src/tunesmith` that is
 entered, in all threads.
 
 - A file is entered when code of it runs that is not the module's own body: a function or the body
@@ -149,6 +150,7 @@ def measure(checkout: Path) -> dict[str, Entered]:
             "train", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"),
             "--out", str(folder / "run"), f"train.steps={STEPS}", "batch.documents=4",
             "model.dtype=float32", "device.kind=cpu", "device.threads=1",
+            f"device.{name_of_num_proc(checkout, common)}=1",
         ]  # fmt: skip
         found = folder / "entered.json"
         run(
@@ -161,10 +163,19 @@ def measure(checkout: Path) -> dict[str, Entered]:
     return {name: Entered.count(codes) for name, codes in record.items()}
 
 
-def run(command: Sequence[str], environment: dict[str, str]) -> None:
+def name_of_num_proc(checkout: Path, environment: dict[str, str]) -> str:
+    """The key for the processes that prepare data, which older checkouts name otherwise."""
+    path = {"PYTHONPATH": str(checkout.resolve() / "src")}
+    schema = run([sys.executable, "-m", "tunesmith", "schema"], {**environment, **path})
+    return "num_proc" if '"num_proc"' in schema else "prepare_processes"
+
+
+def run(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Run it, and return what it printed."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"error: {' '.join(command[:3])}\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 def table(measured: dict[str, dict[str, Entered]]) -> str:

@@ -51,7 +51,7 @@ def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
 
 def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
     where = str(getattr(causal_lm.config, "_name_or_path", "") or "model")
-    if math.isnan(difference):
+    if not math.isfinite(difference):  # `relative_difference` makes NaN infinite
         return ModelError(
             "what it computes is not a number (NaN); its weights hold NaN or infinity",
             where=where,
