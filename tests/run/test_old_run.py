@@ -105,7 +105,7 @@ def test_its_checkpoint_has_the_new_names() -> None:
     now = {"context_parallel": 1, "tensor_parallel": 1}
     meta = load_checkpoint(OLD / "run/checkpoints/step-3").meta
     assert meta.items() >= now.items()
-    assert differences(meta, {**meta, "context_parallel": 2}) == ["context_parallel was 1, is 2"]
+    assert differences(meta, {**meta, "context_parallel": 2}) == ["context parallel was 1, is 2"]
 
 
 def test_its_recipe_has_the_new_names(old: Path) -> None:
