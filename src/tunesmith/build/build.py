@@ -38,7 +38,7 @@ from tunesmith.optim import Optimizer, auto_lr, schedule, warmup_steps
 from tunesmith.train.job import MicroBatching, RunData, Training
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.microbatches import WorkModel, model_work
-from tunesmith.train.user_objective import COPY, UserObjective, is_own
+from tunesmith.train.user_objective import COPY, UserObjective, is_user_function
 
 SINGLE_WORLD = World()
 
@@ -269,7 +269,7 @@ def resolve(
 def _objective_name(recipe: Recipe) -> str:
     """A function of the user's is found in the run's copy of its file."""
     name = recipe.objective.name
-    return f"{COPY}:{name.rpartition(':')[2]}" if is_own(name) else name
+    return f"{COPY}:{name.rpartition(':')[2]}" if is_user_function(name) else name
 
 
 def _share_prefixes(recipe: Recipe, loaded: TestedModel) -> bool:

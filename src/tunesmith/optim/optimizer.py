@@ -39,7 +39,7 @@ buffers count.
 class ShardedParameters(Protocol):
     """What an optimizer needs where its parameters are parts of weights that several ranks hold."""
 
-    def grad_norm(self, own: Tensor) -> Tensor:
+    def grad_norm(self, local_norm: Tensor) -> Tensor:
         """The norm of the gradients of all ranks."""
         ...
 

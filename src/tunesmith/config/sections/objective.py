@@ -13,7 +13,7 @@ from tunesmith.config.fields import Number
 from tunesmith.config.sections.base import Count, Section
 
 NAMES = ("nll", "dft", "psft", "eaft", "asft")
-OWN = r"^.+\.py:[A-Za-z_]\w*$"
+USER_FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 """A function in a file of the user's: path/to/file.py:my_loss."""
 
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
 
 
 def _known(value: Any) -> Any:
-    if not isinstance(value, str) or value in NAMES or re.match(OWN, value):
+    if not isinstance(value, str) or value in NAMES or re.match(USER_FUNCTION, value):
         return value
     close = get_close_matches(value, NAMES, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
@@ -55,7 +55,9 @@ class ObjectiveSection(Section):
     name: Annotated[
         str,
         BeforeValidator(_known),
-        WithJsonSchema({"anyOf": [{"enum": list(NAMES)}, {"type": "string", "pattern": OWN}]}),
+        WithJsonSchema(
+            {"anyOf": [{"enum": list(NAMES)}, {"type": "string", "pattern": USER_FUNCTION}]}
+        ),
     ] = Field(
         default="nll",
         description="nll: -log p(target); dft, eaft: weighted by the model's own certainty; psft: "
@@ -106,7 +108,7 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_defaults(cls, values: Any) -> Any:
+    def _defaults_of_name(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
         filled = dict(cast("Mapping[str, Any]", values))

@@ -35,11 +35,6 @@ class Line:
     message: IntArray  # [k]
 
 
-def is_line(document: Document) -> bool:
-    """True if each segment continues the one before it: one path, no branch."""
-    return all(segment.parent == number - 1 for number, segment in enumerate(document.segments))
-
-
 def line_of(document: Document) -> Line:
     """The one path of a document that is a line."""
     segments = document.segments

@@ -126,8 +126,8 @@ class Mixture:
     def deviation_bound(self, source: int) -> float:
         """Documents by which a source's count can differ from its share, at any place."""
         path = _path(self._tree, source)
-        own = self._weights[source]
-        return 0.5 * sum(own / node.weight for node in path[1:]) if len(path) > 1 else 0.0
+        weight = self._weights[source]
+        return 0.5 * sum(weight / node.weight for node in path[1:]) if len(path) > 1 else 0.0
 
     def _assigned(self, rest: Places) -> list[tuple[int, Places, Places]]:
         """For each source where in `rest` its places are, and its number of each, from 0."""
@@ -144,13 +144,13 @@ class Mixture:
     def _documents(self, source: int, visits: Places) -> IntArray:
         """The documents of a source's visits, which are consecutive numbers."""
         documents = self.portions[source].documents
-        own, within = np.divmod(visits, len(documents))
+        passes, within = np.divmod(visits, len(documents))
         if not self._shuffle or len(documents) == 1:
             return documents[within]
         chosen = np.empty(len(visits), dtype=np.int32)
         start = 0
-        for number in range(int(own[0]), int(own[-1]) + 1):
-            end = int(np.searchsorted(own, number, side="right"))
+        for number in range(int(passes[0]), int(passes[-1]) + 1):
+            end = int(np.searchsorted(passes, number, side="right"))
             chosen[start:end] = documents[self._source_pass(source, number)[within[start:end]]]
             start = end
         return chosen

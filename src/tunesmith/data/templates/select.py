@@ -67,9 +67,11 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
     if asked == NONE:
         return Choice(None, NONE, False)
     if asked is None:
-        own = tokenizer.chat_template
-        _check_names(own)
-        return Choice(own if isinstance(own, str) else None, "own" if own else NONE, bool(own))
+        jinja = tokenizer.chat_template
+        _check_names(jinja)
+        return Choice(
+            jinja if isinstance(jinja, str) else None, "own" if jinja else NONE, bool(jinja)
+        )
     if asked == chatml.NAME:
         return Choice(chatml.TEMPLATE, chatml.NAME, True, tuple(map(_plain, chatml.TOKENS)))
     path = Path(asked).expanduser()

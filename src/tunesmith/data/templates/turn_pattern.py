@@ -76,7 +76,7 @@ class TurnPattern:
         return None
 
 
-def turn_form(template: Template) -> TurnPattern:
+def find_turn_pattern(template: Template) -> TurnPattern:
     """The form of a template's texts, found once for each template.
 
     Raises:
