@@ -151,7 +151,7 @@ def _replayed(
     norms: list[float] | None = None
     if gradients:
         trainer.advance_to(step - 1)
-        norms = _own_gradients(trainer, documents)
+        norms = _document_gradients(trainer, documents)
     trainer.advance_to(step)
     result = trainer.guard.last
     assert result is not None
@@ -176,7 +176,7 @@ def _replayed(
     return Replay(step, first, now, _recorded(run, step), rows, unlike, notes)
 
 
-def _own_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[float]:
+def _document_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[float]:
     """The norm of each document's gradient over the weight of the whole step; nothing is learned.
 
     Random numbers, where there are any, are others than in the step.

@@ -55,7 +55,7 @@ def test_own_times_are_the_whole_of_what_was_recorded() -> None:
               Event("aten::mm", 16e6, product), Event("aten::mul", 32e6), again,
               Event("aten::mm", 128e6, again)]  # fmt: skip
     sums: dict[str, float] = {}
-    for part, seconds in parts_module._own_seconds(events, on_host=True):
+    for part, seconds in parts_module._self_seconds(events, on_host=True):
         sums[part] = sums.get(part, 0) + seconds
     assert sums == {
         OPTIMIZER: 5.0,

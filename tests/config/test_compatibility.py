@@ -34,6 +34,8 @@ ROWS: list[tuple[list[str], Facts]] = [
     ([SHARD, "model.quantization=int8", "adapter=lora"], FOUR),
     ([SHARD, "device.shard_offload=true"], Facts(4, 4, "cpu")),
     ([SHARD, "eval.samples=2", "data.eval=2%"], FOUR),
+    (["model.quantization=nf4"], Facts(with_adapter=False)),
+    (NF4, Facts(in_memory=True)),
     ([COMPILE, "device.kernels=liger"], FOUR),
     ([COMPILE, "device.gradient_checkpointing=selective"], FOUR),
     ([COMPILE, SHARD], FOUR),
@@ -76,8 +78,23 @@ def test_without_its_cause_nothing_is_wrong(number: int) -> None:
     options, facts = ROWS[number]
     harmless = [one for one in options if one not in (CONTEXT, TENSOR, SHARD, COMPILE, FLOAT8)]
     harmless = [one for one in harmless if "shard" not in one]
+    if facts in (Facts(with_adapter=False), Facts(in_memory=True)):  # the model is the cause
+        harmless = [one for one in harmless if "quantization" not in one]
     recipe = read_recipe({"model": "M", "data": "D.jsonl"}, harmless)
     check_together(recipe, facts)
+
+
+def test_an_adapter_that_is_not_looked_up_yet_is_not_missed() -> None:
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, ["model.quantization=nf4"])
+    check_together(recipe, Facts())
+    check_together(recipe, Facts(with_adapter=True))
+    error = refused(["model.quantization=nf4", "adapter.top_layers=2"], Facts())
+    assert error.where == "model.quantization"
+
+
+def test_one_process_is_told_of_what_more_ranks_would_not_do_either() -> None:
+    error = refused([SHARD, "optim=muon", "adapter=dora"], Facts())
+    assert "3 errors in the recipe" in str(error)
 
 
 def test_all_misfits_are_told_at_once() -> None:

@@ -85,7 +85,7 @@ def test_a_file_that_changed_just_now_is_not_remembered(
     known.digest(large, "crc32", made)
     known.digest(large, "crc32", made)
     assert made.count == 2
-    known.digest(large, "crc32", made, own=True)
+    known.digest(large, "crc32", made, written_here=True)
     known.digest(large, "crc32", made)
     assert made.count == 3
 

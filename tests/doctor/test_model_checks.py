@@ -76,10 +76,10 @@ def test_generation_that_would_not_stop(clean: Corpus) -> None:
 
 
 def test_template_that_is_not_the_models_own(clean: Corpus) -> None:
-    setup = Setup(template_of(), own_jinja=TEMPLATE)
+    setup = Setup(template_of(), model_jinja=TEMPLATE)
     assert level("template-differs", clean, setup) == "ok"
-    assert level("template-differs", clean, replace(setup, own_jinja=TEMPLATE + "!")) == "warning"
-    assert level("template-differs", clean, replace(setup, own_jinja=None)) == "ok"
+    assert level("template-differs", clean, replace(setup, model_jinja=TEMPLATE + "!")) == "warning"
+    assert level("template-differs", clean, replace(setup, model_jinja=None)) == "ok"
     raw = replace(setup, template=template_of(None))
     assert level("template-differs", clean, raw) == "warning"
 

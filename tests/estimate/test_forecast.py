@@ -10,6 +10,7 @@ import pytest
 
 import tunesmith
 from tunesmith.cli.app import run as command
+from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
 from tunesmith.config.values import Duration
 from tunesmith.estimate import forecast
@@ -134,6 +135,40 @@ def test_a_run_that_does_not_fit_ends_with_1_and_what_would(
 )
 def test_evaluations_are_counted(every: Duration | None, count: int) -> None:
     assert evaluations(every, steps=10, epochs=2.0, seconds=60.0) == count
+
+
+def test_a_plan_names_all_that_its_ranks_would_refuse(
+    asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # this machine starts one rank, so the plan is for ranks of others
+    changes = ["device.shard=full", "optim=muon", "adapter=dora", "device.compile=layers"]
+    assert command(["plan", *asked, *changes]) == 2
+    said = capsys.readouterr().err
+    for key in ("optim.name", "adapter.kind", "device.compile=layers"):
+        assert key in said
+    assert "nobody" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "facts"),
+    [
+        ([], 1, Facts(1, 1, "cpu")),
+        (["device.context_parallel=2"], 1, Facts(2, 2, "cuda")),
+        (["device.tensor_parallel=3"], 1, Facts(3, 3, "cuda")),
+        (["device.kind=cpu", "device.context_parallel=2"], 1, Facts(2, 2, "cpu")),
+        (["device.shard=full", "device.shard_offload=true"], 1, Facts(2, 2, "cuda")),
+        (["device.shard=hybrid"], 1, Facts(4, 2, "cuda")),
+        (["device.shard=hybrid"], 3, Facts(6, 3, "cpu")),
+    ],
+)
+def test_a_plan_is_for_the_ranks_that_the_recipe_asks_for(
+    changes: list[str], ranks: int, facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("tunesmith.estimate.forecast")
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    recipe = read_recipe({"model": "M", "data": "D.jsonl"}, changes)
+    assert module._planned_facts(recipe, ranks) == facts
+    check_together(recipe, facts)
 
 
 def test_steps_are_spread_evenly() -> None:

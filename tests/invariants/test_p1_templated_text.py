@@ -16,7 +16,7 @@ from tunesmith.data.rendering.render import render_example
 from tunesmith.data.rendering.turns import render_all
 from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_pattern import turn_pattern
+from tunesmith.data.templates.turn_pattern import find_turn_pattern
 from tunesmith.types import Document, Origin
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="trl, whose templates these are, is missing")
@@ -98,9 +98,9 @@ def test_a_quoted_control_token_is_found(name):
     plain = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "No."}]
     if not isinstance(document({"text": written(template, plain)}, template, "auto"), Document):
         pytest.skip("no such text is read")
-    tokens = {token for ends in turn_pattern(template).gaps for token in ends if token}
+    tokens = {token for ends in find_turn_pattern(template).gaps for token in ends if token}
     bad = []
-    for quoted in (*sorted(tokens), turn_pattern(template).opening):
+    for quoted in (*sorted(tokens), find_turn_pattern(template).opening):
         for number in range(2):
             chat = [dict(turn) for turn in plain]
             chat[number]["content"] = f"Say {quoted} please."

@@ -97,8 +97,8 @@ def breakdown(job: Job, step: int) -> dict[str, float]:
         seconds = time.perf_counter() - started
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     parts[PLANNING] = planning
-    for part, own in _own_seconds(recorded.events() or (), on_host=on_host):
-        parts[part] += own
+    for part, self_time in _self_seconds(recorded.events() or (), on_host=on_host):
+        parts[part] += self_time
     parts[OTHER] += planning + seconds - sum(parts.values())
     return parts
 
@@ -109,13 +109,13 @@ def _inside(outer: str | None, name: str) -> str | None:
     Layers that recompute do so inside the backward of the first product that asks for what they
     kept; so a product's part is only for what has none of its own.
     """
-    own = part_of(name)
+    part = part_of(name)
     if outer in (None, LINEAR):
-        return own or outer
+        return part or outer
     return outer
 
 
-def _own_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str, float]]:
+def _self_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str, float]]:
     """For each operation its part and its own time; the time of a region itself is Python's."""
     known: dict[int, str | None] = {}
 
@@ -132,5 +132,5 @@ def _own_seconds(events: Iterable[Any], *, on_host: bool) -> Iterable[tuple[str,
     for event in events:
         if "CPU" not in str(event.device_type) or event.name.startswith("ProfilerStep"):
             continue
-        own = event.self_cpu_time_total if on_host else event.self_device_time_total
-        yield part(event) or LIGHT, own / 1e6
+        self_time = event.self_cpu_time_total if on_host else event.self_device_time_total
+        yield part(event) or LIGHT, self_time / 1e6

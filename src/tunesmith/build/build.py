@@ -38,7 +38,7 @@ from tunesmith.optim import Optimizer, auto_lr, schedule, warmup_steps
 from tunesmith.train.job import MicroBatching, RunData, Training
 from tunesmith.train.loss import StepLoss
 from tunesmith.train.microbatches import WorkModel, model_work
-from tunesmith.train.user_objective import COPY, UserObjective, is_own
+from tunesmith.train.user_objective import COPY, UserObjective, is_user_function
 
 SINGLE_WORLD = World()
 
@@ -60,7 +60,7 @@ def build(
         InputError: what the recipe, the data or the model has wrong; nothing was trained.
     """
     objects = objects or UserObjects()
-    device, world = open_world(recipe, world)
+    device, world = open_world(recipe, objects, world)
     found, custom = check_inputs(recipe, objects, world, device, folders)
     data = prepare_data(
         recipe, objects, found.source, world, folders=folders, faults_file=faults_file
@@ -84,14 +84,21 @@ def build(
     return Job(job.data, job.training, Choices(resolved, choices, custom, lines), job.microbatching)
 
 
-def open_world(recipe: Recipe, world: World) -> tuple[torch.device, World]:
+def open_world(recipe: Recipe, objects: UserObjects, world: World) -> tuple[torch.device, World]:
     """This rank's device, and the world with its model-parallel groups; seeds are set on the way.
 
     Raises:
         RecipeError: parts of the recipe that do not go together on this device.
     """
     device = world.device(choose_device(recipe))
-    check_together(recipe, Facts(world.size, world.local_size, device.type))
+    in_memory = objects.model is not None
+    check_together(
+        recipe,
+        Facts(
+            world.size, world.local_size, device.type,
+            with_adapter=False if in_memory else None, in_memory=in_memory,
+        ),
+    )  # fmt: skip
     world = make_groups(recipe, world, device.type)
     if device.type == "cpu":
         keep_freed_memory()
@@ -109,9 +116,12 @@ def check_inputs(
 ) -> tuple[FoundModel, UserObjective | None]:
     """The model's files and the user's objective, before anything slow begins."""
     source = resolve_source(recipe, objects)
-    if recipe.model.float8 != "none":
-        came = source is not None and source.adapter_folder is not None
+    if source is not None:
+        # The table is asked a second time with what only the model's files tell. It was asked
+        # before they were looked up, so that nothing is downloaded for a recipe that is refused.
+        came = source.adapter_folder is not None
         check_together(recipe, Facts(world.size, world.local_size, device.type, with_adapter=came))
+    if recipe.model.float8 != "none":
         float8.check_device(device)
     copies = ranks_per_copy(recipe, world)
     found = find_model(recipe, source, world, device, ranks_per_copy=copies)
@@ -261,7 +271,7 @@ def resolve(
 def _objective_name(recipe: Recipe) -> str:
     """A function of the user's is found in the run's copy of its file."""
     name = recipe.objective.name
-    return f"{COPY}:{name.rpartition(':')[2]}" if is_own(name) else name
+    return f"{COPY}:{name.rpartition(':')[2]}" if is_user_function(name) else name
 
 
 def _share_prefixes(recipe: Recipe, loaded: TestedModel) -> bool:

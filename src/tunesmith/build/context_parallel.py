@@ -79,8 +79,8 @@ def _difference(
         model.train(training)
     assert isinstance(whole, Tensor)
     assert isinstance(found, Tensor)
-    own = part.layout.local
-    wanted = whole[own.start : own.stop]  # without what was added at the end
+    local = part.layout.local
+    wanted = whole[local.start : local.stop]  # without what was added at the end
     if not len(wanted):
         return 0.0
     return relative_difference(found[: len(wanted)], wanted, rows=True, robust=narrow)

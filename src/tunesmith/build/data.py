@@ -121,8 +121,8 @@ def preparation(recipe: Recipe, world: World) -> Iterator[dict[str, Any]]:
     if folder or world.is_single:
         yield {**options, "cache": Path(folder).expanduser() if folder else None}
         return
-    own = tempfile.mkdtemp(prefix="tunesmith-") if world.is_main else None
-    shared = Path(world.broadcast_object(own))
+    made = tempfile.mkdtemp(prefix="tunesmith-") if world.is_main else None
+    shared = Path(world.broadcast_object(made))
     try:
         yield {**options, "cache": shared}
     finally:

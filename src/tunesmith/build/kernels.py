@@ -37,8 +37,8 @@ def choose_kernels(recipe: Recipe, model: CausalLM, device: torch.device) -> Rep
 
 
 def _found(recipe: Recipe, device: torch.device, *, insist: bool) -> Provider | None:
-    own = recipe.device.kernels == "torch" or recipe.device.compile != "none"
-    if not insist and (own or device.type != "cuda"):
+    plain = recipe.device.kernels == "torch" or recipe.device.compile != "none"
+    if not insist and (plain or device.type != "cuda"):
         return None
     try:
         return find_liger(insist=insist)

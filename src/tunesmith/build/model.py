@@ -10,7 +10,6 @@ from tunesmith.build.inputs import UserObjects
 from tunesmith.config.schema import Recipe
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
-from tunesmith.errors import RecipeError
 from tunesmith.model.load import (
     LoadedModel,
     choose_dtype,
@@ -68,7 +67,6 @@ def check_memory(
     recipe: Recipe, source: ModelSource | None, device: torch.device, *, free: int
 ) -> MemoryEstimate | None:
     """What training takes, if that is within `free` bytes."""
-    check_quantization(recipe, source)
     if source is None:
         return None
     return check_fits(
@@ -91,29 +89,6 @@ def chosen_quantization(recipe: Recipe) -> Quantization | None:
     if recipe.model.quantization == "none":
         return None
     return Quantization(recipe.model.quantization, double=recipe.model.double_quantization)
-
-
-def check_quantization(recipe: Recipe, source: ModelSource | None) -> None:
-    """Raises:
-    RecipeError: a quantised base would have to be trained itself, or is not ours to quantise.
-    """
-    kind, adapter = recipe.model.quantization, recipe.adapter
-    if kind == "none":
-        return
-    if source is None:
-        raise RecipeError(
-            f"{kind} is made while a model is read, and this one was given in memory",
-            where="model.quantization",
-            hint="name the model's folder",
-        )
-    frozen = adapter.parameters is not None or adapter.top_layers is not None
-    came = source.adapter_folder is not None or adapter.continue_from is not None
-    if adapter.kind == "none" and (frozen or not came):
-        raise RecipeError(
-            f"weights kept as {kind} can't be trained, only an adapter on them",
-            where="model.quantization",
-            hint="add adapter=lora, or model.quantization=none",
-        )
 
 
 def _rank(recipe: Recipe) -> int | None:

@@ -19,7 +19,7 @@ from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import Objective, named_objective, nll, with_terms
 from tunesmith.train.loss import ReferenceModel, RouterBalance, StepLoss
 from tunesmith.train.old_policy import OldPolicy
-from tunesmith.train.user_objective import UserObjective, is_own, load_objective
+from tunesmith.train.user_objective import UserObjective, is_user_function, load_objective
 
 NO_GROUP = ModelParallelGroup()
 OBJECTIVE_OPTIONS = ("alpha", "eps_low", "eps_high")
@@ -30,7 +30,7 @@ CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva_")
 def user_objective(recipe: Recipe, folders: Sequence[Path]) -> UserObjective | None:
     """The user's function, where the recipe names one."""
     name = recipe.objective.name
-    return load_objective(name, folders) if is_own(name) else None
+    return load_objective(name, folders) if is_user_function(name) else None
 
 
 def noisy_objective(recipe: Recipe) -> bool:

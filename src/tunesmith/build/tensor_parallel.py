@@ -58,9 +58,14 @@ def tp_plan_of(model: CausalLM, world: World) -> TPPlan:
     """
     plan = _plan_of(model, world)
     embedding = model.base.get_input_embeddings()
-    termed = [*plan.partial_grad, embedding, model.head]  # each rank has its own targets
+    partial_grad = [*plan.partial_grad, embedding, model.head]  # each rank has its own targets
     return TPPlan(
-        plan.colwise, plan.rowwise, plan.sharded, termed, embedding, before_head=model.before_head
+        plan.colwise,
+        plan.rowwise,
+        plan.sharded,
+        partial_grad,
+        embedding,
+        before_head=model.before_head,
     )
 
 
@@ -121,7 +126,7 @@ def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
     """What is trained of the decoder's whole parameters but the embedding, and of the divided ones
     the first of either kind: the backward pass to them goes through all trained layers.
     """
-    termed = {id(p) for module in plan.partial_grad for p in module.parameters()}
+    partial_grad = {id(p) for module in plan.partial_grad for p in module.parameters()}
     excluded = {id(p) for p in plan.embedding.parameters()}
     trained = [(p, n) for p, n in plan.sharded if p.requires_grad]
     first = {n: p for p, n in reversed(trained)}
@@ -130,7 +135,7 @@ def _probes(model: CausalLM, plan: TPPlan) -> list[_Probed]:
         for p in model.decoder.parameters()
         if p.requires_grad and id(p) not in excluded and plan.shard_dim(p) is None
     ]
-    return [_Probed(p, plan.shard_dim(p), id(p) in termed) for p in (*whole, *first.values())]
+    return [_Probed(p, plan.shard_dim(p), id(p) in partial_grad) for p in (*whole, *first.values())]
 
 
 def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
@@ -158,13 +163,13 @@ def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: W
     states, narrow = whole_model_bound(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
     worst = relative_difference(found.hidden, wanted.hidden, rows=True, robust=narrow) / states
-    for probe, one, own in zip(probes, wanted.gradients, found.gradients, strict=True):
+    for probe, one, local in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
             one = one.chunk(split.size, probe.dimension)[split.rank]
-        one, own = one.to(device).float(), own.float()
+        one, local = one.to(device).float(), local.float()
         if probe.partial_grad:
-            own = split.all_reduce(own.clone())
-        worst = max(worst, relative_difference(own, one) / gradients)
+            local = split.all_reduce(local.clone())
+        worst = max(worst, relative_difference(local, one) / gradients)
     return worst
 
 

@@ -236,11 +236,11 @@ class CheckpointManager:
 
     def _state(self, progress: Progress, stateful: Sequence[Stateful]) -> TrainState:
         others = ((name, tensor) for one in stateful for name, tensor in one.tensors().items())
-        own = self._saved.local_items()
+        local = self._saved.local_items()
         return TrainState(
             step=progress.step,
             model=self._other_copy.take(others) if self._beside else dict(others),
-            optimizer=self._optimizer_copy.take(own) if self._beside else dict(own),
+            optimizer=self._optimizer_copy.take(local) if self._beside else dict(local),
             rng=capture_rng(),
             meta=self.meta(progress),
         )

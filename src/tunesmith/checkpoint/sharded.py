@@ -47,8 +47,8 @@ class SavedPart:
         places = shards.to_dtensors(state, bare=True)
         self._planner.set_up_planner(places, self._writer.storage_meta(), first)
         self._writer.set_up_storage_writer(first, rank=self._world.rank, use_collectives=True)
-        own = self._writer.prepare_local_plan(self._planner.create_local_plan())
-        plans = self._gathered(own)
+        local_plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
+        plans = self._gathered(local_plan)
         if first:
             plans, self._metadata = self._planner.create_global_plan(plans)
             plans = self._writer.prepare_global_plan(plans)
@@ -79,13 +79,13 @@ class SavedPart:
         found = self._gathered(results)
         return partial(self._writer.finish, self._metadata, found) if self._world.is_main else None
 
-    def _gathered(self, own: Any) -> list[Any]:
+    def _gathered(self, local: Any) -> list[Any]:
         """What each rank has, on the first one."""
         import torch.distributed as dist
 
         found: list[Any] | None = [None] * self._world.size if self._world.is_main else None
         with self._world.naming_lost_rank():
-            dist.gather_object(own, found, dst=0)
+            dist.gather_object(local, found, dst=0)
         return found or []
 
     def _scattered(self, each: list[Any]) -> Any:
@@ -120,9 +120,9 @@ def load_parts(folder: Path, optimizer: StatefulOptimizer, shards: ShardedSync |
     given: dict[str, Any] = state if shards is None else shards.to_dtensors(state)
     load(given, storage_reader=FileSystemReader(folder), no_dist=shards is None)
     for key, tensor in given.items():
-        own = getattr(tensor, "_local_tensor", tensor)
-        if own.device != state[key].device:  # shards that rest in the host's memory
-            state[key].copy_(own)
+        local = getattr(tensor, "_local_tensor", tensor)
+        if local.device != state[key].device:  # shards that rest in the host's memory
+            state[key].copy_(local)
     optimizer.load_state_dict(state)
 
 

@@ -56,8 +56,8 @@ def verify(
     given = Path(source).expanduser() if source is not None else None
     folders = [given if given.is_dir() else given.parent] if given is not None else []
     # Another model, data or setting than the run's own: then it is not the run that is looked at.
-    own = model is None and not data and not changes
-    run = given if given is not None and own and is_run(given) else None
+    unchanged = model is None and not data and not changes
+    run = given if given is not None and unchanged and is_run(given) else None
     found = examine(
         recipe,
         bounds=Bounds(documents=documents, rows=rows),

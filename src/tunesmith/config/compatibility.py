@@ -1,4 +1,4 @@
-"""The table of what does not go together: parallelism, FSDP2, torch.compile, float8 products.
+"""The table of what does not go together: parallelism, FSDP2, QLoRA, torch.compile and float8.
 
 Each row names the key to change, why it does not fit, and what to write instead. `check_together`
 reports all misfits of a recipe at once. `checks.py` holds what is wrong within one section.
@@ -29,7 +29,8 @@ class Facts:
     world_size: int = 1
     local_size: int = 1  # ranks on this machine
     device: str = "cpu"
-    with_adapter: bool = False  # the model's folder holds an adapter
+    with_adapter: bool | None = None  # the model's folder holds an adapter; None: not looked up yet
+    in_memory: bool = False  # the caller passed a model object instead of a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _tensor(recipe: Recipe, facts: Facts) -> bool:
 
 
 def _shard(recipe: Recipe, facts: Facts) -> bool:
-    return recipe.device.shard != "none" and facts.world_size > 1
+    return recipe.device.shard != "none"
 
 
 def _compiled(recipe: Recipe, facts: Facts) -> bool:
@@ -151,6 +152,16 @@ def _no_hybrid(recipe: Recipe, facts: Facts) -> bool:
     return recipe.device.shard == "hybrid" and (nodes < 2 or bool(rest) or facts.local_size < 2)
 
 
+def _untrainable(recipe: Recipe, facts: Facts) -> bool:
+    """Whether weights that are kept in few bits would have to be trained themselves."""
+    adapter = recipe.adapter
+    if adapter.kind != "none":
+        return False
+    if adapter.parameters is not None or adapter.top_layers is not None:
+        return True
+    return adapter.continue_from is None and facts.with_adapter is False
+
+
 TABLE: tuple[Misfit, ...] = (
     # Context parallelism: each rank holds a shard of the sequence.
     _context_row("device.attention", lambda r: r.device.attention == "unpacked",
@@ -189,7 +200,7 @@ TABLE: tuple[Misfit, ...] = (
         lambda r, f: "device.ranks=2 or more, torchrun, or device.shard=none",
     ),
     Misfit(
-        "device.shard", _shard, _no_hybrid,
+        "device.shard", lambda r, f: f.world_size > 1, _no_hybrid,
         lambda r, f: "hybrid spreads over the ranks of a machine and copies across machines, and "
         f"these {f.world_size} ranks are {f.local_size} a machine",
         lambda r, f: "device.shard=full",
@@ -209,6 +220,20 @@ TABLE: tuple[Misfit, ...] = (
         lambda r, f: "answers can't be generated while the model is spread by "
         f"device.shard={r.device.shard}",
         lambda r, f: "eval.samples=0; `tunesmith generate RUN` answers afterwards",
+    ),
+    # A quantised base (QLoRA): only an adapter on it is trained.
+    Misfit(
+        "model.quantization", lambda r, f: r.model.quantization != "none", _untrainable,
+        lambda r, f: f"weights kept as {r.model.quantization} can't be trained, only an adapter on "
+        "them",
+        lambda r, f: "add adapter=lora, or model.quantization=none",
+    ),
+    Misfit(
+        "model.quantization", lambda r, f: r.model.quantization != "none",
+        lambda r, f: f.in_memory,
+        lambda r, f: f"{r.model.quantization} is made while a model is read, and this one was "
+        "given in memory",
+        lambda r, f: "name the model's folder, or model.quantization=none",
     ),
     # Regional torch.compile of the decoder's layers.
     _compile_row("device.kernels", lambda r: r.device.kernels == "liger", "auto",
@@ -232,7 +257,8 @@ TABLE: tuple[Misfit, ...] = (
     _float8_row("adapter.kind", lambda r, f: r.adapter.kind not in LOW_RANK, "lora",
                 "this kind changes the weight itself"),
     _float8_row("adapter.continue_from",
-                lambda r, f: r.adapter.continue_from is not None or f.with_adapter, "null",
+                lambda r, f: r.adapter.continue_from is not None or f.with_adapter is True,
+                "null",
                 "this model comes with an adapter"),
     _float8_row("objective.name", lambda r, f: r.objective.name in ("psft", "asft"), "dft",
                 "what it compares with is computed without them"),

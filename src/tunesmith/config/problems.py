@@ -88,9 +88,9 @@ def _describe(path: Path, group: list[Mapping[str, Any]]) -> tuple[str, str | No
         return "unknown key", _unknown(path)
     if kind == "missing":
         return "is needed", _missing(path)
-    own = [str(finding["ctx"]["error"]) for finding in group if finding["type"] == "value_error"]
-    if own and len(group) == 1:
-        return own[0], None
+    raised = [str(finding["ctx"]["error"]) for finding in group if finding["type"] == "value_error"]
+    if raised and len(group) == 1:
+        return raised[0], None
     if kind == "too_long":
         return f"must have {first['ctx']['max_length']} items", None
     if kind == "string_too_short":

@@ -231,11 +231,11 @@ class FSDPSync(ShardedSync):
         for name in self.parts:
             self._whole[name].grad = None
 
-    def grad_norm(self, local: Tensor) -> Tensor:
+    def grad_norm(self, local_norm: Tensor) -> Tensor:
         """The norm of all parts' gradients, from that of this rank's."""
         import torch.distributed as dist
 
-        square = local.double().square().to(self._mesh.device_type)
+        square = local_norm.double().square().to(self._mesh.device_type)
         with self._world.naming_lost_rank():
             dist.all_reduce(square, group=self._mesh.get_group())
         return square.sqrt().float()

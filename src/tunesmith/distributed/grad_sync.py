@@ -157,8 +157,8 @@ class ShardedSync(DataParallelSync):
         """The ranks that hold the shards."""
         return self._world
 
-    def grad_norm(self, local: Tensor) -> Tensor:
-        """The gradient norm over all shards, from the norm of the local shards."""
+    def grad_norm(self, local_norm: Tensor) -> Tensor:
+        """The gradient norm over all shards, from the norm `local_norm` of this rank's."""
         raise NotImplementedError
 
     def discard_gradients(self) -> None:

@@ -82,12 +82,12 @@ def _colwise(region: TPRegion) -> Callable[..., Tensor]:
 def _rowwise(region: TPRegion) -> Callable[..., Tensor]:
     def forward(module: Any, part: Tensor) -> Tensor:
         # the bias is added once, after the all-reduce, and not by each rank
-        own = getattr(module, "base_layer", module)._parameters
-        bias, own["bias"] = own["bias"], None
+        parameters = getattr(module, "base_layer", module)._parameters
+        bias, parameters["bias"] = parameters["bias"], None
         try:
             term = type(module).forward(module, part)
         finally:
-            own["bias"] = bias
+            parameters["bias"] = bias
         whole = region.reduce_from(term)
         return whole if bias is None else whole + bias
 
@@ -153,11 +153,11 @@ class TensorParallelSync(ShardedSync):
             self.all_reduce_gradients(self._trained(divided=True), group=split.dp_group)
 
     @torch.no_grad()
-    def grad_norm(self, local: Tensor) -> Tensor:
+    def grad_norm(self, local_norm: Tensor) -> Tensor:
         """The norm of the full gradient: squares of all shards, and those of replicated ones
         once.
         """
-        whole, parts = (_square(self._trained(divided=kind), local) for kind in (False, True))
+        whole, parts = (_square(self._trained(divided=kind), local_norm) for kind in (False, True))
         with self._world.naming_lost_rank():
             return (whole + self._world.tp.all_reduce(parts)).sqrt().float()
 

@@ -93,6 +93,6 @@ class _StopGradient(torch.autograd.Function):
         return torch.zeros_like(grads[0])
 
 
-def _all_reduce_copy(tp: TensorParallel, own: Tensor) -> Tensor:
+def _all_reduce_copy(tp: TensorParallel, local: Tensor) -> Tensor:
     """The sum over the group, in a new tensor, so that the caller keeps its argument."""
-    return tp.all_reduce(own.clone(memory_format=torch.contiguous_format))
+    return tp.all_reduce(local.clone(memory_format=torch.contiguous_format))

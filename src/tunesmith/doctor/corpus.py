@@ -138,8 +138,8 @@ class Setup:
     """What the data is trained with, as far as checks ask.
 
     `stops_named` are the ids at which generation ends by generation_config.json or, without one,
-    config.json; None where the model's folder has neither. `own_jinja` is the chat template in the
-    model's folder.
+    config.json; None where the model's folder has neither. `model_jinja` is the chat template of
+    the model's folder.
     """
 
     template: Template
@@ -148,7 +148,7 @@ class Setup:
     bad_rows: str = "error"
     vocabulary: int | None = None
     stops_named: frozenset[int] | None = None
-    own_jinja: str | None = None
+    model_jinja: str | None = None
     total_steps: int | None = None
 
 

@@ -198,10 +198,10 @@ def read_setup(recipe: Recipe, template: Template, sampler: BatchSampler | None)
     """
     folder = model_folder(recipe)
     data = recipe.data
-    own = template
+    model_template = template
     if data.template is not None:
         trust = recipe.model.trust_remote_code
-        own = load_template(folder, trust_remote_code=trust, dated=True)
+        model_template = load_template(folder, trust_remote_code=trust, dated=True)
     config = _object(folder / "config.json")
     inner = config.get("text_config") or config
     size = inner.get("vocab_size") or config.get("vocab_size")
@@ -215,7 +215,7 @@ def read_setup(recipe: Recipe, template: Template, sampler: BatchSampler | None)
         bad_rows=data.bad_rows,
         vocabulary=_with_added(size, template) if isinstance(size, int) else None,
         stops_named=_stops(_object(folder / "generation_config.json"), config),
-        own_jinja=own.jinja if own.has_chat_template else None,
+        model_jinja=model_template.jinja if model_template.has_chat_template else None,
         total_steps=steps,
     )
 

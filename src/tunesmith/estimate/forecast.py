@@ -126,15 +126,27 @@ def _one_of(recipe: Recipe, ranks: int, folders: Sequence[Path]) -> Job:
     """The job in one process: where ranks are to share sequences, with the work of one of them.
 
     Raises:
-        RecipeError: so many ranks on this machine can't share.
+        RecipeError: parts of the recipe that do not go together on so many ranks.
     """
-    context = recipe.device.context_parallel
-    # alone, it is for ranks of other machines
-    count = ranks if ranks > 1 else context * recipe.device.tensor_parallel
-    if count > 1:
-        check_together(recipe, Facts(count, count, "cuda" if _on_cuda(recipe) else "cpu"))
-    played = World(cp=ContextParallel(context))
+    check_together(recipe, _planned_facts(recipe, ranks))
+    played = World(cp=ContextParallel(recipe.device.context_parallel))
     return build(for_one_process(recipe), folders=folders, world=played)
+
+
+def _planned_facts(recipe: Recipe, ranks: int) -> Facts:
+    """The ranks that a plan is for: those of this machine, or of others where this one starts none.
+
+    What only other machines can tell is taken as fitting: how many there are for `hybrid`, and
+    that their device is no CPU.
+    """
+    device = recipe.device
+    count, kind = ranks, "cuda" if _on_cuda(recipe) else "cpu"
+    needed = device.context_parallel * device.tensor_parallel
+    needed = max(needed, 1 if device.shard == "none" else 2)
+    if ranks == 1 and needed > 1:
+        count, kind = needed, "cpu" if device.kind == "cpu" else "cuda"
+    machines = 2 if device.shard == "hybrid" else 1
+    return Facts(machines * count, count, kind)
 
 
 def copy_beside(job: Job, *, peak: int, free: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
-from tunesmith.model.source import OWN_FILE
+from tunesmith.model.source import CHOICE_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def read_choice(folder: Path) -> TemplateChoice | None:
     Raises:
         ModelError: the file is there and can't be understood.
     """
-    path = folder / OWN_FILE
+    path = folder / CHOICE_FILE
     if not path.is_file():
         return None
     try:

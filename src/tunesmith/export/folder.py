@@ -20,7 +20,7 @@ from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.source import OWN_FILE, ModelSource
+from tunesmith.model.source import CHOICE_FILE, ModelSource
 from tunesmith.version import __version__
 
 TOKENIZER_FILES = (
@@ -64,10 +64,10 @@ def write_model(
         _fill(aside, model, template, source, adapter=adapter, stop_ids=stop_ids, dtype=dtype)
         adapted = _is_adapter(model)
         _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapted))
-        own = _choice(card, adapted)
+        choice = _choice(card, adapted)
         if adapted and adapter.of_quantized:
-            own[OF_QUANTIZED] = True
-        _write_json(aside / OWN_FILE, own)
+            choice[OF_QUANTIZED] = True
+        _write_json(aside / CHOICE_FILE, choice)
         _publish(aside, out)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -80,11 +80,11 @@ def find_part(name: str, *, weight: float = 1.0, base: str | None = None) -> Par
     if given.adapter_folder is not None:
         raise ModelError("is an adapter; the base must be a whole model", where=base)
     try:
-        own: ModelSource | None = resolve_model(str(folder))
+        named: ModelSource | None = resolve_model(str(folder))
     except ModelError:
-        own = None  # its base is not where it was; the one given stands for it
-    if own is not None and own.folder != given.folder:
-        raise ModelError(f"is an adapter for {own.folder}, not for {base}", where=name)
+        named = None  # its base is not where it was; the one given stands for it
+    if named is not None and named.folder != given.folder:
+        raise ModelError(f"is an adapter for {named.folder}, not for {base}", where=name)
     return Part(replace(given, adapter_folder=folder), weight)
 
 

@@ -70,16 +70,16 @@ def _quietly(model: Any) -> Iterator[None]:
 
     transformers refuses or comments on one that it finds odd; it would not be used anyway.
     """
-    own = getattr(model, "generation_config", None)
+    before = getattr(model, "generation_config", None)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    if own is not None:
+    if before is not None:
         model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        if own is not None:
-            model.generation_config = own
+        if before is not None:
+            model.generation_config = before
         if shown:
             logging.enable_progress_bar()
 

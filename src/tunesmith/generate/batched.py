@@ -175,13 +175,13 @@ def plain_generation(
         use_cache=True,
     )
     base = model.base
-    own = base.generation_config
+    before = base.generation_config
     base.generation_config = GenerationConfig()
     try:
         with model.generation() as hf_model, torch.no_grad():
             yield hf_model, config
     finally:
-        base.generation_config = own
+        base.generation_config = before
 
 
 def pad_id(template: Template) -> int:

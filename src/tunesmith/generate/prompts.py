@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data.formats.examples import Chat, Completion, Example, TemplatedText, Text
 from tunesmith.data.rendering.content_checks import check_special_tokens, refuse_special_tokens
-from tunesmith.data.rendering.pretokenized import prompt_of_own_text
+from tunesmith.data.rendering.pretokenized import prompt_of_row_text
 from tunesmith.data.rendering.templated import find_answers
 from tunesmith.data.templates.template import Template
 from tunesmith.generate.batched import visible_text
@@ -48,7 +48,7 @@ def prompt_from(example: Example, template: Template, *, special_as_text: bool =
         start, end = spans[-1]
         asked, answer = template.encode([text[:start], text[start:end]])
         return Prompt(tuple(asked), text[:start], _until_stop(answer, template))
-    asked, answer = prompt_of_own_text(example, template)
+    asked, answer = prompt_of_row_text(example, template)
     reference = None if answer is None else _until_stop(answer, template)
     return Prompt(tuple(asked), template.decode(asked), reference)
 

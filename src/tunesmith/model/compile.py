@@ -37,7 +37,7 @@ def compile_layers(
     options: Any = {**OPTIONS, "deterministic": deterministic} if backend == "inductor" else None
     made: dict[Callable[..., Any], Callable[..., Any]] = {}
     for layer in layers:
-        plain, wrapped = _own_forward(type(layer))
+        plain, wrapped = _plain_forward(type(layer))
         if plain not in made:
             made[plain] = torch.compile(plain, dynamic=True, backend=backend, options=options)
         SWAP.set_forward(layer, _forward(made[plain], plain, wrapped))
@@ -62,7 +62,7 @@ def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> fl
     try:
         model.train()
         for layer, inputs, named in _inputs(model, layers, batch):
-            plain, _ = _own_forward(type(layer))
+            plain, _ = _plain_forward(type(layer))
             expected = _learned(functools.partial(plain, layer), layer, inputs, named)
             found = _learned(layer, layer, inputs, named)
             worst = max(worst, _apart(found, expected))
@@ -74,7 +74,7 @@ def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> fl
     return worst / rounding if rounding else math.inf
 
 
-def _own_forward(layer: type[nn.Module]) -> tuple[Callable[..., Any], bool]:
+def _plain_forward(layer: type[nn.Module]) -> tuple[Callable[..., Any], bool]:
     """A class's forward, and whether what recomputes it was around it."""
     forward: Any = layer.forward
     wrapped = False

@@ -67,7 +67,7 @@ def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
 def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     probe = Probe(causal_lm, max_length)
     differences: dict[str, float] = {}
-    with native(causal_lm), in_float32(causal_lm, probe.widened):
+    with native(causal_lm), in_float32(causal_lm, probe.upcast):
         probe.learn_references()
         for name, check in (("head", probe.head), ("causal", probe.causal)):
             differences[name] = check()
@@ -81,7 +81,7 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     ):
         if causal_lm.unpacked:
             break
-        with in_float32(causal_lm, probe.widened):
+        with in_float32(causal_lm, probe.upcast):
             found = _measure(check)
         if isinstance(found, float):
             differences[name] = found

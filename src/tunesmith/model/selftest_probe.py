@@ -39,7 +39,7 @@ def native(causal_lm: CausalLM) -> Iterator[None]:
 
 @contextmanager
 def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
-    """Compute in float32 with 16-bit weights: a module's own are widened while it runs, so that
+    """Compute in float32 with 16-bit weights: a module's own are upcast while it runs, so that
     only one is at a time.
 
     Rounding then cannot hide a small difference, nor flip an expert and look like a large one.
@@ -49,9 +49,9 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
         return
     narrow: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def widen(module: torch.nn.Module, _: Any) -> None:
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        narrow[module] = [(t, t.data) for t in own if t.dtype in NARROW]
+    def upcast(module: torch.nn.Module, _: Any) -> None:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        narrow[module] = [(t, t.data) for t in tensors if t.dtype in NARROW]
         for tensor, data in narrow[module]:
             tensor.data = data.float()
 
@@ -61,7 +61,7 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
 
     handles: list[Any] = []
     for module in causal_lm.model.modules():
-        handles.append(module.register_forward_pre_hook(widen))
+        handles.append(module.register_forward_pre_hook(upcast))
         handles.append(module.register_forward_hook(restore, always_call=True))
     try:
         yield
@@ -95,14 +95,14 @@ class Probe:
         self.branches = [draw(7), draw(max(15, window + _BEYOND)), draw(4)]
         self.twig = draw(6)  # continues the second branch
         self.reference: dict[str, Tensor] = {}
-        self.widened = self._can_widen()
+        self.upcast = self._can_upcast()
         narrow = any(p.dtype in NARROW for p in causal_lm.parameters())
-        self.exact = self.widened or not narrow
+        self.exact = self.upcast or not narrow
         computed = torch.float32 if self.exact else torch.bfloat16
         self.rounding = whole_model_bound(computed, self.device)
         self.tolerance = self.rounding
 
-    def _can_widen(self) -> bool:
+    def _can_upcast(self) -> bool:
         if all(p.dtype not in NARROW for p in self.causal_lm.parameters()):
             return False
         try:

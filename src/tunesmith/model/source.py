@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError, first_line
 
-OWN_FILE = "tunesmith.json"
+CHOICE_FILE = "tunesmith.json"
 """Beside each model and adapter that we write: what its other files have no place for."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = "*.safetensors"

@@ -33,8 +33,8 @@ class LayerPlan:
 
     def sharded_fraction(self, model: nn.Module) -> float:
         """Of the model's parameters those that are divided."""
-        divided = sum(parameter.numel() for parameter, _ in self.sharded)
-        return divided / sum(p.numel() for p in model.parameters())
+        sharded = sum(parameter.numel() for parameter, _ in self.sharded)
+        return sharded / sum(p.numel() for p in model.parameters())
 
 
 def layer_plan(model: CausalLM, count: int) -> LayerPlan:
@@ -67,17 +67,17 @@ def layer_plan(model: CausalLM, count: int) -> LayerPlan:
             where=KEY,
             hint=f"{KEY}=1; device.shard=full spares the weights' memory",
         )
-    columns, rows, termed = found.values()
+    columns, rows, partial_grad = found.values()
     _check_widths(config, columns, rows, count)
-    divided: list[tuple[Tensor, int]] = []
+    sharded: list[tuple[Tensor, int]] = []
     for module in columns:
-        divided += [(p, 0) for p in _linear(module).parameters(recurse=False)]
-        divided += [(up.weight, 0) for up in _low_rank(module, "lora_B")]
-        termed += _low_rank(module, "lora_A")
+        sharded += [(p, 0) for p in _linear(module).parameters(recurse=False)]
+        sharded += [(up.weight, 0) for up in _low_rank(module, "lora_B")]
+        partial_grad += _low_rank(module, "lora_A")
     for module in rows:
-        divided += [(p.weight, 1) for p in (_linear(module), *_low_rank(module, "lora_A"))]
-        termed += _low_rank(module, "lora_B")
-    return LayerPlan(columns, rows, termed, divided)
+        sharded += [(p.weight, 1) for p in (_linear(module), *_low_rank(module, "lora_A"))]
+        partial_grad += _low_rank(module, "lora_B")
+    return LayerPlan(columns, rows, partial_grad, sharded)
 
 
 def _linear(module: Any) -> nn.Linear:

@@ -32,9 +32,9 @@ def find_fault(objective: Objective) -> str | None:
     def logits() -> Tensor:
         return 2 * torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64)
 
-    own, base = logits(), logits()
+    scores, base = logits(), logits()
     target = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
-    old = own.log_softmax(-1).gather(1, target[:, None]).squeeze(1) - 0.05
+    old = scores.log_softmax(-1).gather(1, target[:, None]).squeeze(1) - 0.05
 
     def losses(leaf: Tensor, rows: slice, held: _Held | None = None) -> Tensor:
         chunk = make_chunk(
@@ -46,9 +46,9 @@ def find_fault(objective: Objective) -> str | None:
 
     with torch.enable_grad():
         return (
-            _shape_fault(losses(own, slice(None)))
-            or _mixing(losses, own)
-            or _wrong_gradient(losses, own)
+            _shape_fault(losses(scores, slice(None)))
+            or _mixing(losses, scores)
+            or _wrong_gradient(losses, scores)
         )
 
 

@@ -39,7 +39,7 @@ size of the scratch buffers matter.
 class ShardedParameters(Protocol):
     """What an optimizer calls where its parameters are shards of weights (`distributed/`)."""
 
-    def grad_norm(self, local: Tensor) -> Tensor:
+    def grad_norm(self, local_norm: Tensor) -> Tensor:
         """The global gradient norm, from the norm of this rank's shards."""
         ...
 

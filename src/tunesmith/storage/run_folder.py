@@ -105,8 +105,8 @@ def open_run(
 def launched_run(launch: str | None) -> Path | None:
     """The newest run under `runs` that this launch of torchrun began; None if it has begun none."""
     found = [path for path in Path("runs").glob("*") if is_run(path)]
-    own = [path for path in found if read_json(path / MARKERS[1]).get("launch", "") == launch]
-    return max(own, key=lambda path: path.name, default=None)
+    launched = [path for path in found if read_json(path / MARKERS[1]).get("launch", "") == launch]
+    return max(launched, key=lambda path: path.name, default=None)
 
 
 def is_run(path: Path) -> bool:

@@ -22,7 +22,7 @@ from tunesmith.train.microbatches import WorkModel, local_plans, step_plans
 from tunesmith.train.step import add_document_losses, read_figures
 from tunesmith.types import Document, LossOutput
 
-ALONE, COSTS = World(), WorkModel()
+SINGLE_WORLD, WORK_MODEL = World(), WorkModel()
 GROUP_TOKENS = 8
 """Documents are planned together until they hold this many times `micro_tokens`, so that shared
 prefixes meet.
@@ -53,8 +53,8 @@ def evaluate(
     *,
     micro_tokens: int,
     device: torch.device | str = "cpu",
-    world: World = ALONE,
-    work_model: WorkModel = COSTS,
+    world: World = SINGLE_WORLD,
+    work_model: WorkModel = WORK_MODEL,
     before_each: Callable[[], None] | None = None,
     together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> EvalResult:
@@ -78,12 +78,15 @@ def evaluate(
                     micro_tokens=micro_tokens,
                     unpacked=model.unpacked,
                 )
-                own, outputs = local_plans(plans, world, work_model=work_model), list[LossOutput]()
-                for plan in own:
+                local, outputs = (
+                    local_plans(plans, world, work_model=work_model),
+                    list[LossOutput](),
+                )
+                for plan in local:
                     if before_each is not None:
                         before_each()
                     outputs.append(model(collate(plan, device), head))
-                for plan, found in zip(own, read_figures(outputs)[0], strict=True):
+                for plan, found in zip(local, read_figures(outputs)[0], strict=True):
                     add_document_losses(
                         loss[numbers], weight[numbers], plan.owners, found.token_loss
                     )

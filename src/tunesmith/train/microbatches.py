@@ -164,12 +164,14 @@ def _local_shard(plan: MicrobatchPlan, cp: ContextParallel) -> MicrobatchPlan:
     A target's id goes with its source, so nothing is looked for beyond a slice's end.
     """
     layout = cp.shard(plan.layout)
-    own = layout.local
-    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")[own]
-    kept = np.flatnonzero((plan.source >= own.start) & (plan.source < own.stop)).astype(np.int32)
+    local = layout.local
+    ids = np.pad(plan.ids, (0, len(layout.position) - len(plan.ids)), mode="edge")[local]
+    kept = np.flatnonzero((plan.source >= local.start) & (plan.source < local.stop)).astype(
+        np.int32
+    )
     part = Part(plan, kept, tokens=len(ids))
     return replace(
-        plan, ids=ids, layout=layout, part=part, **_targets_of(plan, kept, start=own.start)
+        plan, ids=ids, layout=layout, part=part, **_targets_of(plan, kept, start=local.start)
     )
 
 

@@ -137,8 +137,8 @@ def _detached(output: LossOutput) -> LossOutput:
 
 def _total_weight(plans: Sequence[MicrobatchPlan], grad_sync: GradSync) -> float:
     """The weight of all targets of the step, on all ranks."""
-    own = sum(plan.weight.sum(dtype=np.float64) for plan in plans)
-    return float(grad_sync.all_reduce_sum(np.asarray([own], np.float64))[0])
+    local = sum(plan.weight.sum(dtype=np.float64) for plan in plans)
+    return float(grad_sync.all_reduce_sum(np.asarray([local], np.float64))[0])
 
 
 def _sum_up(
@@ -159,7 +159,7 @@ def _sum_up(
         for name, value in found.stats.items():
             stats[name] = stats.get(name, 0.0) + value
     names = list(stats)
-    own = [
+    local = [
         np.asarray(
             [
                 sum(found.loss_sum for found in figures),
@@ -175,8 +175,8 @@ def _sum_up(
         weight,
         _effective_weight(plans, figures).reshape(-1),
     ]
-    summed = grad_sync.all_reduce_sum(np.concatenate(own))
-    bounds = np.cumsum([len(part) for part in own])[:-1]
+    summed = grad_sync.all_reduce_sum(np.concatenate(local))
+    bounds = np.cumsum([len(part) for part in local])[:-1]
     sums, means, loss, weight, histogram = np.split(summed, bounds)
     weight_sum = float(weight.sum())
     shown = quantiles(histogram.reshape(2, -1)).items()

@@ -37,7 +37,7 @@ class UserObjective:
         (folder / COPY).write_bytes(self.contents)
 
 
-def is_own(name: str) -> bool:
+def is_user_function(name: str) -> bool:
     """True for `path/to/file.py:my_loss`."""
     return ":" in name
 
@@ -101,7 +101,7 @@ def _find(path: str, folders: Sequence[Path]) -> Path:
 
 
 def _module(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tunesmith_own_objective", file)
+    spec = importlib.util.spec_from_file_location("tunesmith_user_objective", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -107,12 +107,12 @@ def same_ids(
     job = subject.job
     trust = job.choices.recipe.model.trust_remote_code
     theirs = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=trust)
-    own = job.data.template.tokenizer
+    ours = job.data.template.tokenizer
     texts = [*PROBES, *(job.data.template.decode(d.segments[0].ids.tolist()) for d in documents)]
     wrong = [
         f"text {text[:30]!r}"
         for text in texts
-        if own(text)["input_ids"] != theirs(text)["input_ids"]
+        if ours(text)["input_ids"] != theirs(text)["input_ids"]
     ]
     chats = [example for example in examples if isinstance(example, Chat)][: len(documents)]
     for number, chat in enumerate(chats):
@@ -124,7 +124,7 @@ def same_ids(
                 **jinja, **options,
             )[0]
             for tokenizer, jinja in (
-                (own, {"chat_template": job.data.template.jinja}), (theirs, {})
+                (ours, {"chat_template": job.data.template.jinja}), (theirs, {})
             )
         ]  # fmt: skip
         if list(rendered[0]) != list(rendered[1]):

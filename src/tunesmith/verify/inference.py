@@ -191,8 +191,10 @@ def _expected(chat: Chat, train_on: str | list[str]) -> list[int]:
         wanted = [n for n in wanted if n >= chat.first_completion]
     if train_on == "last":
         wanted = wanted[-1:]
-    own = {n: message.train for n, message in enumerate(chat.messages) if message.train is not None}
-    wanted = [n for n in range(len(chat.messages)) if own.get(n, n in wanted)]
+    marked = {
+        n: message.train for n, message in enumerate(chat.messages) if message.train is not None
+    }
+    wanted = [n for n in range(len(chat.messages)) if marked.get(n, n in wanted)]
     return [n for n in wanted if chat.messages[n].weight != 0]
 
 

@@ -70,15 +70,15 @@ def build_precise(recipe: Recipe, bounds: Bounds, folders: Sequence[Path]) -> tu
 
     Its products are never in float8, which round too much for two ways to be held to each other.
     """
-    own = bounded(recipe, bounds, untrained=True)
-    own = own.model_copy(update={"model": own.model.model_copy(update={"float8": "none"})})
+    short = bounded(recipe, bounds, untrained=True)
+    short = short.model_copy(update={"model": short.model.model_copy(update={"float8": "none"})})
     if recipe.model.dtype != "float32":
-        wide = own.model.model_copy(update={"dtype": "float32"})
+        wide = short.model.model_copy(update={"dtype": "float32"})
         try:
-            return build(own.model_copy(update={"model": wide}), folders=folders), "float32"
+            return build(short.model_copy(update={"model": wide}), folders=folders), "float32"
         except InputError:
             pass  # too large, or not to be had so; the recipe's own may be
-    job = build(own, folders=folders)
+    job = build(short, folders=folders)
     return job, job.choices.recipe.model.dtype
 
 

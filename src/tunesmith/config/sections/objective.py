@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from tunesmith.config.sections.base import Count, Number, Section
 
 NAMES = ("nll", "dft", "psft", "eaft", "asft")
-OWN = r"^.+\.py:[A-Za-z_]\w*$"
+USER_FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 """A function in a file of the user's: path/to/file.py:my_loss."""
 
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
 
 
 def _known(value: Any) -> Any:
-    if not isinstance(value, str) or value in NAMES or re.match(OWN, value):
+    if not isinstance(value, str) or value in NAMES or re.match(USER_FUNCTION, value):
         return value
     close = get_close_matches(value, NAMES, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
@@ -55,7 +55,9 @@ class ObjectiveSection(Section):
     name: Annotated[
         str,
         BeforeValidator(_known),
-        WithJsonSchema({"anyOf": [{"enum": list(NAMES)}, {"type": "string", "pattern": OWN}]}),
+        WithJsonSchema(
+            {"anyOf": [{"enum": list(NAMES)}, {"type": "string", "pattern": USER_FUNCTION}]}
+        ),
     ] = Field(
         default="nll",
         description="loss of each target. nll: negative log-likelihood; dft, eaft: nll weighted by "
@@ -117,7 +119,7 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_defaults(cls, values: Any) -> Any:
+    def _defaults_of_name(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
         filled = dict(cast("Mapping[str, Any]", values))

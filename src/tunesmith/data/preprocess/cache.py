@@ -195,7 +195,7 @@ class CacheEntry:
         """Size and checksum of a file that is now on the disk."""
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        return path.stat().st_size, self._checksum(path, own=True)
+        return path.stat().st_size, self._checksum(path, written_here=True)
 
     def _check(self, path: Path, size: int, checksum: int) -> None:
         if path.stat().st_size != size:
@@ -203,8 +203,12 @@ class CacheEntry:
         if self._checksum(path) != checksum:
             raise DamagedEntry(f"{path.name} is not what was written")
 
-    def _checksum(self, path: Path, *, own: bool = False) -> int:
-        return int(self._known.digest(path, "crc32", lambda: str(_checksum(path)), own=own))
+    def _checksum(self, path: Path, *, written_here: bool = False) -> int:
+        return int(
+            self._known.digest(
+                path, "crc32", lambda: str(_checksum(path)), written_here=written_here
+            )
+        )
 
     def _prune(self) -> None:
         """Remove entries that nobody has used for long, and what killed runs left behind."""

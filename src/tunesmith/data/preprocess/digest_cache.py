@@ -28,10 +28,10 @@ class DigestCache:
         self.folder = folder
 
     def digest(
-        self, path: Path, kind: str, compute: Callable[[], str], *, own: bool = False
+        self, path: Path, kind: str, compute: Callable[[], str], *, written_here: bool = False
     ) -> str:
         """The digest of that kind: what `compute` returned for this state of the file, else what it
-        returns now. `own`: this process wrote the file, and nobody else does.
+        returns now. `written_here`: this process wrote the file, and nobody else does.
 
         Raises:
             OSError: the file can't be read; never because nothing can be remembered.
@@ -47,7 +47,7 @@ class DigestCache:
                 return known
         started = time.time()
         found = compute()
-        settled = own or started - max(before.st_mtime, before.st_ctime) > SETTLED
+        settled = written_here or started - max(before.st_mtime, before.st_ctime) > SETTLED
         if settled and _name(path.stat(), kind) == place.name:
             with contextlib.suppress(OSError):
                 self._remember(place, found)

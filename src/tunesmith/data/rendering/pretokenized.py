@@ -51,7 +51,7 @@ def render_parts(
     return _document(ids, _wanted(runs, train_on), limit, origin)
 
 
-def prompt_of_own_text(
+def prompt_of_row_text(
     example: Parts | Tokens, template: Template
 ) -> tuple[list[int], list[int] | None]:
     """Ids before the last learned run, and those of the run; all ids and None without one."""

@@ -97,10 +97,10 @@ def render_steps(
     if isinstance(example, Text):
         ids = yield from _text_ids(example, template)
         return fit_stream(ids, 1, limit, origin)
-    return (yield from _own_text(example, template, train_on, limit, origin))
+    return (yield from _row_text(example, template, train_on, limit, origin))
 
 
-def _own_text(
+def _row_text(
     example: Parts | TemplatedText | Tokens,
     template: Template,
     train_on: str | list[str],

@@ -14,7 +14,7 @@ from tunesmith.data.rendering.result import Limit, Rendering
 from tunesmith.data.rendering.token_paths import TokenPath, fit_paths, fit_stream
 from tunesmith.data.row_errors import refuse
 from tunesmith.data.templates.template import Template
-from tunesmith.data.templates.turn_pattern import TurnPattern, answer_end, turn_pattern
+from tunesmith.data.templates.turn_pattern import TurnPattern, answer_end, find_turn_pattern
 from tunesmith.types import NO_MESSAGE, Origin
 
 _SHOWN = 40
@@ -62,7 +62,7 @@ def find_answers(
     Raises:
         RowError: as `render_templated`.
     """
-    pattern = turn_pattern(template)
+    pattern = find_turn_pattern(template)
     text = example.text
     if not text.startswith(pattern.begins):
         text = pattern.begins + text  # left to the tokenizer by whoever wrote it

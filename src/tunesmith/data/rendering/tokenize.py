@@ -69,7 +69,7 @@ class Encoder:
         found: dict[Wanted, IntArray] = {}
         if self._parts is None:
             for special in (False, True):
-                texts = [text for text, own in dict.fromkeys(wanted) if own is special]
+                texts = [text for text, marked in dict.fromkeys(wanted) if marked is special]
                 rows = self._template.encode(texts, add_special_tokens=special)
                 for text, ids in zip(texts, rows, strict=True):
                     found[text, special] = np.array(ids, np.int32)
@@ -175,8 +175,8 @@ def _find_parts(template: Template) -> _Parts | None:
     words = _word_pattern(splitter)
     if words is None or not _surrounds(after):
         return None
-    bare, own = template.encode(["a"])[0], template.encode(["a"], add_special_tokens=True)[0]
-    at = next((n for n in range(len(own)) if own[n : n + len(bare)] == bare), None)
+    bare, encoded = template.encode(["a"])[0], template.encode(["a"], add_special_tokens=True)[0]
+    at = next((n for n in range(len(encoded)) if encoded[n : n + len(bare)] == bare), None)
     if at is None:
         return None
     texts = {str(entry.content): token for token, entry in added.items()}
@@ -185,8 +185,8 @@ def _find_parts(template: Template) -> _Parts | None:
         cutter=re.compile(f"({'|'.join(map(re.escape, longest))})") if texts else None,
         words=re.compile(words, re.ASCII),
         added={text: _bytes([token]) for text, token in texts.items()},
-        before=_bytes(own[:at]),
-        after=_bytes(own[at + len(bare) :]),
+        before=_bytes(encoded[:at]),
+        after=_bytes(encoded[at + len(bare) :]),
         bos=None if template.bos_id is None else _bytes([template.bos_id]),
     )
 

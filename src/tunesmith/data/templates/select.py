@@ -71,9 +71,10 @@ def choose(tokenizer: Any, asked: str | None, *, load: Load, check: Callable[...
     if asked == NONE:
         return Choice(None, NONE, False)
     if asked is None:
-        own = tokenizer.chat_template
-        _check_names(own)
-        return Choice(own if isinstance(own, str) else None, "own" if own else NONE, bool(own))
+        jinja = tokenizer.chat_template
+        _check_names(jinja)
+        name = "own" if jinja else NONE
+        return Choice(jinja if isinstance(jinja, str) else None, name, bool(jinja))
     if asked == CHATML:
         return Choice(CHATML_TEMPLATE, CHATML, True, tuple(map(_plain, CHATML_TOKENS)))
     path = Path(asked).expanduser()

@@ -80,7 +80,7 @@ class TurnPattern:
         return None
 
 
-def turn_pattern(template: Template) -> TurnPattern:
+def find_turn_pattern(template: Template) -> TurnPattern:
     """The turn pattern of a template, found once for each template.
 
     Raises:

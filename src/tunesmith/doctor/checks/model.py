@@ -13,11 +13,13 @@ from tunesmith.errors import DataError
 
 def template_differs(corpus: Corpus, setup: Setup) -> Outcome:
     """A chat template that is not the model's own, or none where the model has one."""
-    own, template = setup.own_jinja, setup.template
+    jinja, template = setup.model_jinja, setup.template
     hits: list[Hit] = []
-    if own is not None and not template.has_chat_template:
+    if jinja is not None and not template.has_chat_template:
         hits.append(Hit("data.template", "none, but the model has a chat template"))
-    elif own is not None and template.jinja is not None and template.jinja.strip() != own.strip():
+    elif (
+        jinja is not None and template.jinja is not None and template.jinja.strip() != jinja.strip()
+    ):
         hits.append(Hit(template.name, "is not the chat template in the model's folder"))
     hint = (
         "the model must forget its own turns first; leave data.template out, unless it is a base "

@@ -23,7 +23,7 @@ from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.packed_weight import is_quantized
-from tunesmith.model.source import OWN_FILE, read_json
+from tunesmith.model.source import CHOICE_FILE, read_json
 
 OF_QUANTIZED = "of_quantized_base"
 """Entry beside an adapter that began with what quantising took from its base: on the plain base it
@@ -72,7 +72,7 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
 
 def began_quantized(folder: Path) -> bool:
     """Whether the adapter in the folder began with what quantising took from its base."""
-    path = folder / OWN_FILE
+    path = folder / CHOICE_FILE
     return path.is_file() and bool(read_json(path).get(OF_QUANTIZED, False))
 
 

@@ -61,8 +61,8 @@ class _FlashTree(torch.autograd.Function):
         output = torch.empty(query.shape, dtype=query.dtype)
         log_sum = torch.empty(query.shape[:3], dtype=torch.float32)
         for chain in chains:
-            own = slice(chain.start, chain.end)
-            queries = query[:, :, own]
+            span = slice(chain.start, chain.end)
+            queries = query[:, :, span]
             merged: tuple[Tensor, Tensor] | None = None
             for keys, causal, mask in _parts(chain, window):
                 part = _forward(
@@ -81,8 +81,8 @@ class _FlashTree(torch.autograd.Function):
                 with_sink = torch.logaddexp(log, sinks.float().reshape(1, -1, 1))
                 out = (out.float() * torch.exp(log - with_sink).unsqueeze(-1)).to(out.dtype)
                 log = with_sink
-            output[:, :, own] = out
-            log_sum[:, :, own] = log
+            output[:, :, span] = out
+            log_sum[:, :, span] = log
         ctx.save_for_backward(query, key, value, sinks, output, log_sum)
         ctx.chains, ctx.scale, ctx.window = chains, scale, window
         return output
@@ -98,9 +98,13 @@ class _FlashTree(torch.autograd.Function):
             torch.zeros(value.shape, dtype=wide),
         )
         for chain in ctx.chains:
-            own = slice(chain.start, chain.end)
-            queries, out, log = query[:, :, own], output[:, :, own], log_sum[:, :, own].contiguous()
-            grad_out, total = grad_output[:, :, own], None
+            span = slice(chain.start, chain.end)
+            queries, out, log = (
+                query[:, :, span],
+                output[:, :, span],
+                log_sum[:, :, span].contiguous(),
+            )
+            grad_out, total = grad_output[:, :, span], None
             for keys, causal, mask in _parts(chain, ctx.window):
                 q, k, v = _backward(
                     grad_out, queries, key[:, :, keys], value[:, :, keys], out, log, 0.0, causal,
@@ -110,7 +114,7 @@ class _FlashTree(torch.autograd.Function):
                 grad_key[:, :, keys] += k
                 grad_value[:, :, keys] += v
             assert total is not None
-            grad_query[:, :, own] = total
+            grad_query[:, :, span] = total
         grad_sinks = _sink_gradient(sinks, grad_output, output, log_sum)
         return (
             grad_query,
@@ -138,15 +142,15 @@ def _parts(
     """
     length = chain.end - chain.start
     first = sum(end - start for start, end in chain.prefix)
-    own = slice(chain.start, chain.end)
+    span = slice(chain.start, chain.end)
     if window is None:
-        yield own, True, None
+        yield span, True, None
         for start, end in chain.prefix:
             yield slice(start, end), False, None
         return
     query = torch.arange(first, first + length)
     allowed = window.allowed(query, query) & (query[None] <= query[:, None])
-    yield own, False, _additive(allowed)
+    yield span, False, _additive(allowed)
     position = 0
     for start, end in chain.prefix:
         allowed = window.allowed(query, torch.arange(position, position + end - start))

@@ -41,9 +41,9 @@ def varlen_kernels(query: Tensor, layout: Layout, asked: AttentionFeatures) -> t
     fits = query.dtype in DTYPES and width <= WIDEST_HEAD and width % HEAD_STEP == 0
     if not fits or asked.blocks or asked.sinks or not is_flat(layout):
         return ()
-    own = () if asked.softcap else (VARLEN,)
+    builtin = () if asked.softcap else (VARLEN,)
     package = _flash_attn(query.device)
-    return own if package is None else (package, *own)
+    return builtin if package is None else (package, *builtin)
 
 
 def is_flat(layout: Layout) -> bool:

@@ -54,8 +54,8 @@ def is_gated_unit(module: nn.Module) -> bool:
     """Whether it looks like down(activation(gate(x)) * up(x)) and nothing else."""
     below = {"gate_proj", "up_proj", "down_proj"}
     found = set(module._modules) - {"act_fn"}
-    own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
-    return found == below and not own and callable(getattr(module, "act_fn", None)) and (
+    direct = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
+    return found == below and not direct and callable(getattr(module, "act_fn", None)) and (
         _takes_one(module)
     )  # fmt: skip
 
@@ -173,11 +173,11 @@ def _stand_in(
                  "down_proj": _Part(0, None)}  # fmt: skip
         made.__dict__["_modules"] = {**parts, **acting}
         return made
-    own = module._parameters["weight"]
-    assert own is not None
-    kept = own.dtype if dtype != torch.float32 else dtype
+    original = module._parameters["weight"]
+    assert original is not None
+    kept = original.dtype if dtype != torch.float32 else dtype
     weight = torch.randn(width, generator=generator).add_(0.5).to(device, kept)
-    trained = nn.Parameter(weight, requires_grad=own.requires_grad)
+    trained = nn.Parameter(weight, requires_grad=original.requires_grad)
     made.__dict__["_parameters"] = {"weight": trained}
     return made
 

@@ -34,7 +34,7 @@ class UpcastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
             return super().forward(input)
-        return _WideProduct.apply(input, self.weight, self.bias)  # pyright: ignore
+        return _UpcastProduct.apply(input, self.weight, self.bias)  # pyright: ignore
 
 
 def upcast_linear_layers(model: nn.Module) -> int:
@@ -55,15 +55,15 @@ def restore_linear_layers(model: nn.Module) -> None:
 
 def upcast(tensor: Tensor) -> Tensor:
     """The tensor in float32; its gradient flows back in float32, unrounded."""
-    return _Widen.apply(tensor)  # pyright: ignore
+    return _Upcast.apply(tensor)  # pyright: ignore
 
 
-class _WideProduct(torch.autograd.Function):
+class _UpcastProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
-        wide_bias = None if bias is None else bias.float()
-        return functional.linear(input.float(), weight.float(), wide_bias).to(input.dtype)
+        upcast_bias = None if bias is None else bias.float()
+        return functional.linear(input.float(), weight.float(), upcast_bias).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +78,7 @@ class _WideProduct(torch.autograd.Function):
         )
 
 
-class _Widen(torch.autograd.Function):
+class _Upcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return tensor.float()

@@ -98,13 +98,13 @@ def _losses_by_path(result: StepResult, world: World) -> dict[int, tuple[float, 
     """The loss of each target and the rank that computed it, by the key of the path that the target
     ends; those of all ranks on the first.
     """
-    own: list[tuple[np.ndarray, np.ndarray]] = [
+    local: list[tuple[np.ndarray, np.ndarray]] = [
         (target_keys(plan), losses.float().cpu().numpy())
         for plan, losses in result.micro_losses
         if len(plan.owners.weight)  # none asked for those of a micro-batch that fills a rank's time
     ]
     found: dict[int, tuple[float, int]] = {}
-    for rank, parts in enumerate(world.gather_object(own)):
+    for rank, parts in enumerate(world.gather_object(local)):
         for keys, losses in parts:
             each = zip(keys.tolist(), losses.tolist(), strict=True)
             found.update((key, (loss, rank)) for key, loss in each)
