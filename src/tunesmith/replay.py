@@ -27,8 +27,7 @@ from tunesmith.errors import InputError
 from tunesmith.metrics.records import read_records
 from tunesmith.run.resume_checks import check_data
 from tunesmith.storage.atomic import read_json
-from tunesmith.storage.run_files import run_files
-from tunesmith.storage.run_folder import is_run
+from tunesmith.storage.run_folder import is_run, run_files
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.anomaly.incident import number_or_text, ranked
 from tunesmith.train.trainer import Trainer

@@ -123,7 +123,7 @@ def test_a_terminal_gets_colours_and_lines_that_fit(
 ) -> None:
     from rich.console import Console
 
-    from tunesmith.cli.doctor_view import show
+    from tunesmith.cli.doctor import show
     from tunesmith.cli.preview import open_template
     from tunesmith.config.read import read_recipe
     from tunesmith.doctor.examine import diagnose

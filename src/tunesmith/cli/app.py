@@ -47,18 +47,18 @@ COMMANDS = {
     ),
     "launch": Command("launch", "launch", BEFORE, "Write the files that start a run on a cluster."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
-    "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
+    "resume": Command("train", "resume", RUN, "Go on with a run from its newest checkpoint."),
     "replay": Command(
         "replay", "replay", AFTER, "Take a step of a run again and show each document's loss."
     ),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),
     "chat": Command("chat", "chat", AFTER, "Talk with a model or the result of a run."),
     "generate": Command("generate", "generate", AFTER, "Answer prompts of a file in batches."),
-    "merge": Command("merge", "merge", AFTER, "Merge adapters into their base."),
+    "merge": Command("export", "merge", AFTER, "Merge adapters into their base."),
     "export": Command(
         "export", "export", AFTER, "Write the result as hf, adapter, gguf or ollama."
     ),
-    "schema": Command("schema", "schema", TOOLS, "Print the JSON schema of the recipe."),
+    "schema": Command("init", "schema", TOOLS, "Print the JSON schema of the recipe."),
 }
 
 CHATTY = ("torchao", "torch.utils._pytree")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,3 +31,9 @@ def init(
     except OSError as error:
         raise RecipeError(f"can't be written: {error.strerror}", where=str(path)) from None
     print(f"wrote {path}; then: tunesmith train {path}", file=sys.stderr)
+
+
+def schema() -> None:
+    from tunesmith.config.describe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

@@ -132,9 +132,7 @@ def _whole_groups(nodes: int, per_node: int, together: int) -> int:
 
 
 def _files(kind: str, job: LaunchJob) -> dict[str, str]:
-    from tunesmith.launch.k8s import k8s_files
-    from tunesmith.launch.skypilot import skypilot_files
-    from tunesmith.launch.slurm import slurm_files
+    from tunesmith.launch.job import k8s_files, skypilot_files, slurm_files
 
     if kind == "k8s":
         missing = [n for n, value in (("--image", job.image), ("--claim", job.claim)) if not value]

@@ -15,7 +15,6 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
-from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.causal_lm import CausalLM
@@ -237,3 +236,56 @@ def _publish(aside: Path, out: Path) -> None:
         out.rename(old)
     aside.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """config.json with the number of rows that the embedding has."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "vocab_size" in text:
+        return {**config, "text_config": {**text, "vocab_size": rows}}
+    return {**config, "vocab_size": rows}
+
+
+def add_tokens(folder: Path, template: Template) -> None:
+    """Put the tokens and names that the template brought along into the tokenizer's files.
+
+    What else stands in them stays as it is; where there is no tokenizer.json, the tokenizer is
+    written as the installed transformers writes it.
+    """
+    if not template.added and not template.named:
+        return
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        template.save(folder)
+        return
+    entries = {
+        token.id: {
+            "content": token.text,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.normalized,
+            "special": token.special,
+        }
+        for token in template.added
+    }
+    tokenizer: dict[str, Any] = json.loads(_read_text(path))
+    tokenizer["added_tokens"] += [{"id": number, **entry} for number, entry in entries.items()]
+    _write_json(path, tokenizer)
+    _update_tokens(folder / "tokenizer_config.json", entries, template.named)
+    _update_tokens(folder / "special_tokens_map.json", {}, template.named)
+    beside = folder / "added_tokens.json"
+    if beside.is_file():
+        known: dict[str, int] = json.loads(_read_text(beside))
+        _write_json(beside, known | {token.text: token.id for token in template.added})
+
+
+def _update_tokens(
+    path: Path, entries: Mapping[int, dict[str, Any]], named: Mapping[str, str]
+) -> None:
+    if not path.is_file():
+        return
+    config: dict[str, Any] = json.loads(_read_text(path))
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] |= {str(n): entry for n, entry in entries.items()}
+    _write_json(path, config | dict(named))

@@ -12,7 +12,7 @@ from typing import Any
 from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.choice import TemplateChoice, read_choice
+from tunesmith.export.card import TemplateChoice, read_choice
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.hub import files_to_push
 from tunesmith.export.merge import Part, merge_adapters

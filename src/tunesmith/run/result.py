@@ -13,7 +13,7 @@ from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
 from tunesmith.generate import generate, prompts_from_document
 from tunesmith.metrics.records import JsonlSink, read_records
 from tunesmith.report import write_report
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.train.trainer import Trainer
 
 

@@ -18,7 +18,7 @@ from tunesmith.config.schema import SCIENCE, Recipe
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.metrics.console import announce
 from tunesmith.storage.atomic import read_json, write_json
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.train.oom_retry import read_hint, saved_micro_tokens
 from tunesmith.train.trainer import Trainer
 from tunesmith.train.user_objective import check_same

@@ -10,11 +10,10 @@ import numpy as np
 
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.gguf.check import GgufReport, check_file
+from tunesmith.export.gguf.check import GgufReport, check_file, probe_texts
 from tunesmith.export.gguf.header import Header, read_header
 from tunesmith.export.gguf.tensors import named_tensors
 from tunesmith.export.gguf.tokens import Vocabulary, read_vocabulary
-from tunesmith.export.probes import probe_texts
 from tunesmith.model.causal_lm import CausalLM
 
 QUANTIZATIONS = ("f16", "bf16", "q8_0")
