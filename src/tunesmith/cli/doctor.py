@@ -1,4 +1,4 @@
-"""`tunesmith doctor`: what is wrong with the data before a run, on one page."""
+"""`tunesmith doctor`: a report of problems in the data and the chat template before a run."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def doctor(
     data: DataOption = None,
     eval: EvalOption = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Look at the first rows of each file only.")
+        int | None, typer.Option("--rows", min=1, help="Check only the first rows of each file.")
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="End with 1 at a warning too, not at an error only.")
+        bool, typer.Option("--strict", help="Exit with 1 on warnings too, not only on errors.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
-    """Examine the data without training; loads the tokenizer, never weights.
+    """Check the data without training; loads the tokenizer, no weights.
 
-    Returns 0, or 1 if a check is at level error (with `strict`, at level warning).
+    Returns 0, or 1 if a check finds an error (with `strict`, an error or a warning).
     """
     from tunesmith.cli.preview import open_template
     from tunesmith.doctor.catalogue import worst
@@ -64,7 +64,7 @@ def doctor(
 
 
 def record(found: Diagnosis) -> dict[str, object]:
-    """The whole page as one object: `level`, `summary`, `checks`."""
+    """The report as a JSON object with `level`, `summary` and `checks`."""
     from tunesmith.doctor.catalogue import worst
 
     return {
@@ -75,9 +75,9 @@ def record(found: Diagnosis) -> dict[str, object]:
 
 
 def show(found: Diagnosis, console: Console | None = None) -> None:
-    """Print the summary, then a line for each check, the worst first; examples where it found.
+    """Print the summary, then a line for each check, the worst first, with examples and a hint.
 
-    In a terminal lines are cut at its edge and hints wrapped; elsewhere all lines are whole.
+    In a terminal long lines are cut and hints are wrapped. Elsewhere, as in a file, they are not.
     """
     console = console or Console(highlight=False)
     whole = not console.is_terminal
@@ -100,7 +100,7 @@ def show(found: Diagnosis, console: Console | None = None) -> None:
 
 
 def _under(text: Text, name: str, *, whole: bool) -> Text | Table:
-    """The text beside a name, wrapped under its own beginning unless it stays whole."""
+    """The text in a column beside its name, wrapped within that column unless `whole`."""
     label = Text(f"{name:<9}", style="bold")
     if whole:
         return label + text
@@ -129,11 +129,11 @@ def _verdict(found: Diagnosis) -> Text:
         for level, name in (("error", "error"), ("warning", "warning"), ("info", "note"))
     ]
     level = next((level for level in reversed(LEVELS) if counts[level]), "ok")
-    return Text(f"{', '.join(words)}; {counts['ok']} checks are fine", style=_STYLES[level])
+    return Text(f"{', '.join(words)}; {counts['ok']} checks passed", style=_STYLES[level])
 
 
 def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    rows = f"{values['rows']:,}, {values['trained_rows']:,} of them trained on"
+    rows = f"{values['rows']:,}, {values['trained_rows']:,} of them used in training"
     held = ", ".join(f"{count:,} {name}" for name, count in values["held_out"].items())
     yield "rows", f"{rows}; held out: {held or 'none'}"
     yield "shape", ", ".join(f"{count:,} {name}" for name, count in values["shapes"].items())
@@ -141,7 +141,7 @@ def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         roles = ", ".join(f"{count:,} {role}" for role, count in values["roles"].items())
         turns = values["turns"]
         range_text = (
-            f"{turns['least']} to {turns['most']} answers a chat, {turns['mean']:.1f} on average"
+            f"{turns['least']} to {turns['most']} answers in a chat, {turns['mean']:.1f} on average"
         )
         tools = f"; {values['rows_with_tools']:,} rows with tools" * bool(values["rows_with_tools"])
         yield "turns", f"{roles}; {range_text}{tools}"
@@ -150,10 +150,10 @@ def _summary_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     share = values["target_tokens"] / values["tokens"] if values["tokens"] else 0.0
     yield (
         "tokens",
-        f"{values['tokens']:,} an epoch, {values['target_tokens']:,} ({share:.0%}) of them learned;"
-        f" {values['shared_prefix_share']:.0%} are not computed, since rows share prefixes",
+        f"{values['tokens']:,} in an epoch, {values['target_tokens']:,} ({share:.0%}) of them "
+        f"targets; {values['shared_prefix_share']:.0%} are not computed, since rows share prefixes",
     )
-    yield "steps", f"{values['steps_per_epoch']:,} an epoch, {values['total_steps']:,} in all"
+    yield "steps", f"{values['steps_per_epoch']:,} in an epoch, {values['total_steps']:,} in all"
 
 
 def _range_text(found: dict[str, int]) -> str:
