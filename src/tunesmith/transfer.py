@@ -1,7 +1,7 @@
-"""Copies between host and device that do not block: pinned memory and non-blocking transfers.
+"""Host-device transfers through pinned memory (`pin_memory`, `non_blocking=True`).
 
-A GPU works through what the host has queued. Each time the host asks it for a value, the queue runs
-empty, and a copy out of ordinary memory has to be finished before the host may go on.
+A GPU executes operations that the host has queued. If the host reads a value from the GPU, it waits
+until the queue is empty. A copy from memory that is not pinned blocks the host too.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[Any] | Tensor, device: torch.device | str) -> Tensor:
-    """The values on a device; the copy is queued there, and the host goes on.
+    """The values on a device. The copy is queued, and the host does not wait for it.
 
-    Torch gives the pinned memory that a queued copy reads to nobody else before it is done,
-    whatever becomes of the tensor.
+    torch does not reuse pinned memory before a queued copy from it is done, even if the tensor has
+    been freed.
     """
     device = torch.device(device)
     return pinned(torch.as_tensor(values), device).to(device, non_blocking=True)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in memory that the device reads by itself, where there is such and the system
-    gives it.
-    """
+    """The tensor in pinned (page-locked) memory for a CUDA device, if the system allows it."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        with suppress(RuntimeError):  # the system pins only so much
+        with suppress(RuntimeError):  # the system limits the amount of pinned memory
             return tensor.pin_memory()
     return tensor
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The floating tensors of one device in the host's memory, by one copy that is waited for."""
+    """Floating-point tensors of one device on the host, by one blocking copy for all of them."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return [tensor.detach() for tensor in tensors]
     joined = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

@@ -117,4 +117,4 @@ def _options(
         False, "--version", help="Print the version.", is_eager=True, callback=_show_version
     ),
 ) -> None:
-    """Supervised fine-tuning of language models that cannot be silently wrong."""
+    """Supervised fine-tuning (SFT) of language models, with checks against silent errors."""

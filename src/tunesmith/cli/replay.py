@@ -35,7 +35,7 @@ def replay(
         Path(run),
         step,
         gradients=gradients,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        on_status=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if as_json:
         print(json.dumps(found.record(), ensure_ascii=False, indent=1))

@@ -52,21 +52,21 @@ def write_model(
     Raises:
         RunError: the folder can't be written.
     """
-    aside = out.with_name(f".{out.name}.writing")
+    temporary = out.with_name(f".{out.name}.writing")
     stop_ids = sorted({*template.stop_ids, *extra_stop_ids})
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _fill(aside, model, template, source, stop_ids=stop_ids, dtype=dtype)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _fill(temporary, model, template, source, stop_ids=stop_ids, dtype=dtype)
         adapter = _is_adapter(model)
-        _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapter))
+        _write_text(temporary / "README.md", card_text(card, title=_title(out), adapter=adapter))
         own = _choice(card, adapter)
         if adapter and model.of_quantized:
             own[OF_QUANTIZED] = True
-        _write_json(aside / OWN_FILE, own)
-        _publish(aside, out)
+        _write_json(temporary / OWN_FILE, own)
+        _publish(temporary, out)
     except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk with an error class of its own.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise RunError(
@@ -222,9 +222,9 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _publish(aside: Path, out: Path) -> None:
+def _publish(temporary: Path, out: Path) -> None:
     """Bring the files to the disk, then give the folder its name."""
-    for path in [*aside.iterdir(), aside]:
+    for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -234,7 +234,7 @@ def _publish(aside: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    aside.rename(out)
+    temporary.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -36,20 +36,20 @@ def export_gguf(
     header = read_header(base.config)
     vocabulary = read_vocabulary(template, base.get_input_embeddings().weight.shape[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")
     try:
-        _write(aside, base, header, _Words(template, vocabulary, name), quantize=quantize)
+        _write(temporary, base, header, _Words(template, vocabulary, name), quantize=quantize)
         with model.generation() as plain:
             report = check_file(
-                aside, plain, template, quantize=quantize, texts=probe_texts(template)
+                temporary, plain, template, quantize=quantize, texts=probe_texts(template)
             )
-        aside.rename(path)
+        temporary.rename(path)
     except OSError as error:
         raise RunError(f"can't be written: {error}", where=str(path)) from error
     except ModelError as error:
         raise ModelError(error.message, where=str(path), hint=error.hint) from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return report
 
 
