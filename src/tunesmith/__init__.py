@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT) of language models that cannot be silently wrong."""
+"""Supervised fine-tuning (SFT) of language models, with checks against silent errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LATER = {
     "resume": "tunesmith.run",
     "train": "tunesmith.run",
 }
-"""Names that are imported when they are first asked for, so that `import tunesmith` is fast."""
+"""Names that are imported on first use, so that `import tunesmith` is fast."""
 
 
 def __getattr__(name: str) -> Any:
@@ -49,8 +49,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This package, in which `train` stays the function: importing any module of the subpackage of
-    that name would bind the name to it.
+    """The class of this package, in which `tunesmith.train` stays the function.
+
+    Importing a module of the subpackage `tunesmith.train` would bind the name to the subpackage.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The errors that a user can cause or meet: what happened, where, and a hint that resolves it."""
+"""Exception classes of errors that a user can meet: what happened, where, and a hint to fix it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from tunesmith.redact import redact
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its type if it has no text."""
+    """The first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class TunesmithError(Exception):
-    """An error that is shown as `message`, `where` and `hint`, never as a traceback.
+    """An error that the command line shows as `message`, `where` and `hint`, not as a traceback.
 
-    `where` names the place in the user's own terms: `data/train.jsonl:17`, `recipe.yaml:4
-    optim.lr`, a folder.
+    `where` is the place of the error for the user: `data/train.jsonl:17`, `recipe.yaml:4 optim.lr`,
+    or a folder.
     """
 
     exit_code = 1
@@ -41,13 +41,11 @@ class RecipeError(InputError):
 
 
 class DataError(InputError):
-    """A data source, a row, or the text that a chat template makes of it is wrong."""
+    """A data source, a row, or its rendering by the chat template is wrong."""
 
 
 class ModelError(InputError):
-    """The model folder, its architecture, tokenizer or template does not support what the recipe
-    needs.
-    """
+    """The model, its architecture, tokenizer or template does not support the request."""
 
 
 class RunError(TunesmithError):
@@ -63,8 +61,9 @@ class NonFiniteError(RunError):
 
 
 class InterruptedRun(TunesmithError):
-    """A signal stopped the run after it had saved. Exit code 128 + signal number (130 for SIGINT,
-    143 for SIGTERM).
+    """A signal stopped the run after it had saved a checkpoint.
+
+    Exit code 128 + signal number: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:

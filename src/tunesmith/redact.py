@@ -1,6 +1,6 @@
-"""Redaction of secrets: passwords in URLs, access tokens, secrets in environment variables.
+"""Redaction of secrets: passwords in URLs, access tokens, secret environment variables.
 
-A recipe that holds one is refused. In errors, logs and the files of a run they are written `***`.
+A recipe with a secret is refused. In errors, logs and files of a run, secrets are written as `***`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 HIDDEN = "***"
 _SHORTEST = 8
-"""Shorter values of environment variables are not redacted, since they could be ordinary words."""
+"""Values of environment variables that are shorter are not replaced: they could be any word."""
 _NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)"
     r"($|_ID$|_KEY$)"
@@ -33,7 +33,10 @@ _SHAPES = (
 
 
 def redact(text: str, *, known: Sequence[str] | None = None) -> str:
-    """The text with every secret replaced by `***`; `known` are those of the environment."""
+    """The text with every secret replaced by `***`.
+
+    `known` are the secrets of the environment; None reads them from it.
+    """
     for value in _secrets() if known is None else known:
         text = text.replace(value, HIDDEN)
     for shape, instead in _SHAPES:
@@ -42,7 +45,7 @@ def redact(text: str, *, known: Sequence[str] | None = None) -> str:
 
 
 def secret_keys(values: Any) -> Iterator[str]:
-    """Yield the dotted keys of nested values whose text holds a secret."""
+    """The dotted keys of texts in nested values that hold a secret."""
     known = _secrets()
     for key, text in _texts(values, ""):
         if redact(text, known=known) != text:
@@ -61,7 +64,7 @@ def _texts(values: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _secrets() -> list[str]:
-    """The values of environment variables whose names mean secrets, longest first."""
+    """The values of environment variables whose names mean a secret, longest first."""
     found = {
         value
         for name, value in os.environ.items()

@@ -1,5 +1,6 @@
-"""Replay of one training step from the nearest checkpoint before it. The run folder is not
-changed.
+"""Replay of one training step from the nearest checkpoint before it.
+
+The run folder is not changed.
 """
 
 from __future__ import annotations
@@ -27,40 +28,40 @@ from tunesmith.errors import InputError
 from tunesmith.metrics.records import read_records
 from tunesmith.run.resume_checks import check_data
 from tunesmith.storage.atomic import read_json
-from tunesmith.storage.run_files import run_files
-from tunesmith.storage.run_folder import is_run
+from tunesmith.storage.run_folder import is_run, run_files
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.anomaly.incident import number_or_text, ranked
 from tunesmith.train.trainer import Trainer
 from tunesmith.types import Document
 
 COMPARED = ("loss", "grad_norm", "target_tokens", "computed_tokens", "lr")
-"""Of a step's record in metrics.jsonl."""
+"""Values of a step's record in metrics.jsonl that a replay must reproduce to the bit."""
 
-Say = Callable[[str], None]
+Status = Callable[[str], None]
+"""Called with a line on what is being done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A step as it was taken again, and what the run has written of it."""
+    """A replayed step, and the run's record of it."""
 
     step: int
-    start: int  # the step of the checkpoint it was reached from, 0 for the beginning
-    now: dict[str, Any]  # loss, grad_norm, ...; texts where not finite
+    start: int  # step of the checkpoint from which it was reached, 0 for the beginning
+    now: dict[str, Any]  # loss, grad_norm, ...; text if not finite
     then: dict[str, Any] | None  # the same from metrics.jsonl; None if it has no such step
     documents: list[dict[str, Any]]  # row, tokens, targets, loss, weight; the highest loss first
-    unlike: list[str]  # what is not as in the run, on which the bits depend
-    notes: list[str]  # checkpoints that were passed over
+    unlike: list[str]  # differences from the run's environment that can change the bits
+    notes: list[str]  # damaged checkpoints that were skipped
 
     @property
     def equal(self) -> bool | None:
-        """Whether the numbers are the run's to the bit; None if it has written none."""
+        """True if all numbers equal the run's to the bit; None if metrics.jsonl has none."""
         if self.then is None:
             return None
         return all(self.now[name] == value for name, value in self.then.items())
 
     def record(self) -> dict[str, Any]:
-        """The whole as JSON values."""
+        """The result as JSON values."""
         return {
             "step": self.step,
             "from_checkpoint": self.start,
@@ -73,20 +74,22 @@ class Replay:
         }
 
 
-def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _: None) -> Replay:
-    """Take step `step`, counted from 1, of a run again.
+def replay(
+    run: Path, step: int, *, gradients: bool = False, on_status: Status = lambda _: None
+) -> Replay:
+    """Repeat step `step`, counted from 1, of a run.
 
-    With `gradients` each document also has the norm of its own part of the step's gradient.
+    With `gradients` each document also gets the norm of its part of the step's gradient.
 
     Raises:
-        InputError: not a run, no such step, its data has changed, or the documents' gradients are
-            not to be had apart.
+        InputError: the folder is not a run, there is no such step, the data has changed, or the
+            gradients of single documents are not defined (`objective.router_aux`).
     """
     if not is_run(run):
         raise InputError(
-            "this is not a run",
+            "this folder is not a run",
             where=str(run),
-            hint="a run folder has recipe.yaml and machine.json",
+            hint="give a run folder; it has the files recipe.yaml and machine.json",
         )
     machine = read_json(run_files(run)["machine"])
     start, notes = _nearest(run, step)
@@ -97,17 +100,19 @@ def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _
             check_data(run, job)
             if step > job.training.total_steps:
                 raise InputError(
-                    f"the run has {job.training.total_steps} steps", where=f"{run} --step {step}"
+                    f"the run has only {job.training.total_steps} steps",
+                    where=f"{run} --step {step}",
                 )
             if gradients and job.training.loss.balance is not None:
                 raise InputError(
-                    "routers are balanced over all documents of a step together",
+                    "with objective.router_aux the loss depends on all documents of a step "
+                    "together, so a single document has no gradient of its own",
                     where="--gradients",
-                    hint="leave it out: objective.router_aux is on",
+                    hint="leave out --gradients",
                 )
             trainer = _trainer(job, Path(place), start)
-            say(f"from {'the beginning' if start is None else start.name}: "
-                f"{step - trainer.step} steps")  # fmt: skip
+            begin = "the beginning" if start is None else start.name
+            on_status(f"replaying {step - trainer.step} steps from {begin}")
             return _replayed(
                 run, trainer, step, unlike=_unlike(meta, trainer), notes=notes, gradients=gradients
             )
@@ -117,7 +122,8 @@ def replay(run: Path, step: int, *, gradients: bool = False, say: Say = lambda _
 
 def _trainer(job: Job, place: Path, start: Path | None) -> Trainer:
     trainer = make_trainer(job, place)
-    # Nothing may end the replay of a step that ended the run.
+    # The step may have stopped the run by a spike or a NaN. The replay must not stop there, so its
+    # guard has no limits.
     trainer.guard = Guard(
         place, job.data.template.decode, non_finite="skip", patience=None,
         limits={"loss": None, "grad_norm": None},
@@ -128,12 +134,12 @@ def _trainer(job: Job, place: Path, start: Path | None) -> Trainer:
 
 
 def _unlike(meta: Mapping[str, Any], trainer: Trainer) -> list[str]:
-    """What the bits depend on and is not as it was."""
+    """Differences from the run's environment (versions, threads, ...) that can change the bits."""
     now = trainer.meta()
     known = {name: now["versions"].get(name, "absent") for name in meta["versions"]}
     lines = differences(meta, {**now, "versions": known})
     if meta["micro_tokens"] != now["micro_tokens"]:
-        lines.append(f"micro_tokens was {meta['micro_tokens']}, is {now['micro_tokens']}")
+        lines.append(f"micro_tokens was {meta['micro_tokens']} and is {now['micro_tokens']}")
     return lines
 
 
@@ -151,7 +157,7 @@ def _replayed(
     norms: list[float] | None = None
     if gradients:
         trainer.advance_to(step - 1)
-        norms = _document_gradients(trainer, documents)
+        norms = _document_gradient_norms(trainer, documents)
     trainer.advance_to(step)
     result = trainer.guard.last
     assert result is not None
@@ -176,10 +182,10 @@ def _replayed(
     return Replay(step, first, now, _recorded(run, step), rows, unlike, notes)
 
 
-def _document_gradients(trainer: Trainer, documents: Sequence[Document]) -> list[float]:
-    """The norm of each document's gradient over the weight of the whole step; nothing is learned.
+def _document_gradient_norms(trainer: Trainer, documents: Sequence[Document]) -> list[float]:
+    """The norm of each document's part of the step's gradient; the weights do not change.
 
-    Random numbers, where there are any, are others than in the step.
+    Random numbers (dropout, noise) differ from those in the step.
     """
     training, cut = trainer.training, trainer.microbatching
     model, device = training.model, training.device
@@ -201,7 +207,7 @@ def _document_gradients(trainer: Trainer, documents: Sequence[Document]) -> list
 
 
 def _nearest(run: Path, step: int) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint before a step, None for the beginning; and damaged ones."""
+    """The newest undamaged checkpoint before a step (None: the beginning), and notes on others."""
     folder = run_files(run)["checkpoints"]
     entries = folder.glob("step-*") if folder.is_dir() else ()
     numbers = {
@@ -212,12 +218,12 @@ def _nearest(run: Path, step: int) -> tuple[Path | None, list[str]]:
         damage = find_damage(numbers[number])
         if damage is None:
             return numbers[number], notes
-        notes.append(f"checkpoint {numbers[number]} is damaged and passed over: {damage}")
+        notes.append(f"checkpoint {numbers[number]} is damaged and was skipped: {damage}")
     return None, notes
 
 
 def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of step 0 would say, from machine.json."""
+    """The metadata that a checkpoint of step 0 would have, from machine.json."""
     chosen = machine["chosen"]
     device = translated(machine["asked"])["device"]
     return {
@@ -235,7 +241,7 @@ def _meta_of_start(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(run: Path, machine: Mapping[str, Any], meta: Mapping[str, Any]) -> Job:
-    """The run's job, cut into micro-batches as it was then."""
+    """The run's job, with the micro-batch size that the run had."""
     change = Override(("device", "micro_tokens"), meta["micro_tokens"], "device.micro_tokens")
     recipe = read_recipe(run_files(run)["recipe"], [change])
     started = machine.get("folder")
@@ -244,7 +250,7 @@ def _build(run: Path, machine: Mapping[str, Any], meta: Mapping[str, Any]) -> Jo
 
 @contextmanager
 def _threads(meta: Mapping[str, Any]) -> Iterator[None]:
-    """As many threads as then: sums are taken in another order with others."""
+    """Use the run's number of threads, since it decides the order of summation."""
     before = torch.get_num_threads()
     torch.set_num_threads(int(meta.get("threads") or before))
     try:

@@ -1,4 +1,4 @@
-"""report.html: the report of a run as one self-contained page; text of the data is escaped."""
+"""HTML report of a run (report.html): one self-contained page, in which all text is escaped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_report(
     records: Sequence[Mapping[str, Any]],
     ledger: Mapping[str, Any],
 ) -> None:
-    """Write the page from the run's recipe (YAML), its records and its ledger."""
+    """Write the page: loss curves (SVG), evaluations, the last step, the ledger and the recipe."""
     steps = [record for record in records if record.get("kind") == "train"]
     evals = [record for record in records if record.get("kind") == "eval"]
     curves = {"training loss": [(r["step"], r["loss"]) for r in steps]}
@@ -58,7 +58,7 @@ def _table(title: str, columns: Sequence[str], records: Sequence[Mapping[str, An
 
 
 def _tree(value: Any) -> str:
-    """Nested values as nested lists; long lists are cut, the files of the run hold them whole."""
+    """Nested values as nested HTML lists. Lists show 20 entries; ledger.json has all of them."""
     if isinstance(value, Mapping):
         items = "".join(f"<li>{text(str(key))}: {_tree(item)}</li>" for key, item in value.items())
         return f"<ul>{items}</ul>"

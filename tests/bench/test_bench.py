@@ -16,7 +16,7 @@ from tunesmith.bench.breakdown import ATTENTION, HEAD, LINEAR, OPTIMIZER, OTHER,
 from tunesmith.bench.floor import MatmulRate, matmul_rate, product_dtype, product_shapes
 from tunesmith.cli.app import run as command
 from tunesmith.config.read import read_recipe
-from tunesmith.estimate.flops import training_flops
+from tunesmith.estimate.workload import training_flops
 from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import resolve_model

@@ -41,7 +41,7 @@ def test_a_clean_page_ends_with_0_and_has_a_line_for_each_check(
         assert page.count(check.title) == 1
     assert "0 errors, 0 warnings" in page
     assert "\x1b" not in page
-    assert "60, 60 of them trained on" in page
+    assert "60, 60 of them used in training" in page
 
 
 def test_json_is_one_object_with_every_check(model: str, tmp_path: Path, capsys: Capture) -> None:
@@ -123,7 +123,7 @@ def test_a_terminal_gets_colours_and_lines_that_fit(
 ) -> None:
     from rich.console import Console
 
-    from tunesmith.cli.doctor_view import show
+    from tunesmith.cli.doctor import show
     from tunesmith.cli.preview import open_template
     from tunesmith.config.read import read_recipe
     from tunesmith.doctor.examine import diagnose

@@ -11,7 +11,7 @@ from tunesmith.data.row_errors import Fault
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.doctor.catalogue import run_check
 from tunesmith.doctor.corpus import Case, Corpus, Setup
-from tunesmith.doctor.words import plain, words_of
+from tunesmith.doctor.minhash import plain, words_of
 from tunesmith.types import Origin
 
 HONEST = [

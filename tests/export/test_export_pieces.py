@@ -72,13 +72,13 @@ def test_an_adapter_is_merged_on_the_way(tmp_path: Path) -> None:
     get_peft_model(plain, config).save_pretrained(tmp_path / "adapter")
     told: list[str] = []
     out = tmp_path / "out"
-    result = export(str(tmp_path / "adapter"), "gguf", out, tell=told.append)
+    result = export(str(tmp_path / "adapter"), "gguf", out, on_status=told.append)
     assert told[0].startswith("merging")
     assert result["kl"] < 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
-    copied = export(str(tmp_path / "adapter"), "adapter", tmp_path / "a", tell=told.append)
+    copied = export(str(tmp_path / "adapter"), "adapter", tmp_path / "a", on_status=told.append)
     assert "adapter_model.safetensors" in copied["files"]
-    whole = export(str(tmp_path / "adapter"), "hf", tmp_path / "h", tell=told.append)
+    whole = export(str(tmp_path / "adapter"), "hf", tmp_path / "h", on_status=told.append)
     assert "model.safetensors" in whole["files"]
     assert "adapter_config.json" not in whole["files"]
     assert "\nvllm serve h\n" in (tmp_path / "h" / "README.md").read_text()

@@ -14,7 +14,7 @@ from tiny import FAMILIES, tiny_folder
 from tunesmith.data.templates.load import load_template
 from tunesmith.errors import DataError
 from tunesmith.generate import generate, stream
-from tunesmith.generate.sampling import RowSampler
+from tunesmith.generate.batched import RowSampler
 from tunesmith.model.load import load_causal_lm, resolve_model
 
 PROMPTS = [[5, 9, 13], list(range(20, 60)), [7], [11, 40, 300, 22, 90, 17, 33], [8, 8, 8, 200]]

@@ -15,11 +15,16 @@ from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run
 from tunesmith.config.read import read_recipe
 from tunesmith.errors import RecipeError
-from tunesmith.launch.job import GRACE, PORT, LaunchJob, job_name
-from tunesmith.launch.k8s import k8s_files
+from tunesmith.launch.job import (
+    GRACE,
+    PORT,
+    LaunchJob,
+    job_name,
+    k8s_files,
+    skypilot_files,
+    slurm_files,
+)
 from tunesmith.launch.need import devices_needed
-from tunesmith.launch.skypilot import skypilot_files
-from tunesmith.launch.slurm import slurm_files
 
 KINDS = {"slurm": slurm_files, "k8s": k8s_files, "skypilot": skypilot_files}
 JOB = LaunchJob(

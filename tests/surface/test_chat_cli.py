@@ -41,8 +41,10 @@ def test_the_next_turn_sees_those_before(
     seen: list[list[dict]] = []
     from tunesmith.cli.chat import Conversation
 
-    own = Conversation._ask
-    monkeypatch.setattr(Conversation, "_ask", lambda self, m: seen.append(list(m)) or own(self, m))
+    own = Conversation._prompt_ids
+    monkeypatch.setattr(
+        Conversation, "_prompt_ids", lambda self, m: seen.append(list(m)) or own(self, m)
+    )
     lines(monkeypatch, PAIRS[0][0], "Say yes.")
     assert run(["chat", str(model), "--system", "Be brief.", "--max-new-tokens", "5"]) == 0
     roles = [turn["role"] for turn in seen[1]]

@@ -51,7 +51,7 @@ def test_module_runs_as_the_command() -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: no command trian\nhint: did you mean train?\n"
+    assert done.stderr == "error: there is no command trian\nhint: did you mean train?\n"
 
 
 def test_schema_prints_json_and_nothing_else(capsys: Capture) -> None:

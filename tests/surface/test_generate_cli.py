@@ -162,7 +162,7 @@ def test_a_run_is_asked_under_the_arguments_it_was_trained_with(
         row = {"prompt": "Hi", "chat_template_kwargs": {"mood": "wild"}}
         assert answer(out, [row], tmp_path, *more)[0]["prompt"].startswith("<wild>")
         seen: list[str] = []
-        own = Conversation._ask
+        own = Conversation._prompt_ids
 
         def noted(self, turns, own=own, seen=seen):
             ids = own(self, turns)
@@ -170,7 +170,7 @@ def test_a_run_is_asked_under_the_arguments_it_was_trained_with(
             return ids
 
         with monkeypatch.context() as patch:
-            patch.setattr(Conversation, "_ask", noted)
+            patch.setattr(Conversation, "_prompt_ids", noted)
             assert run(["chat", str(out), "--prompt", "Hi", "--max-new-tokens", "1"]) == 0
         assert seen[0].startswith(f"<{mood}>")
     weights = [

@@ -17,10 +17,16 @@ from tunesmith.build.job import Job
 from tunesmith.build.parallelize import for_one_process
 from tunesmith.config.schema import Recipe
 from tunesmith.distributed.oom import is_out_of_memory
-from tunesmith.estimate.flops import training_flops
 from tunesmith.estimate.forecast import memory_parts
 from tunesmith.estimate.probe import activation_bytes_of, run_longest_of, run_step
-from tunesmith.estimate.workload import Work, count_work, documents_of, evenly_spaced, planned
+from tunesmith.estimate.workload import (
+    Work,
+    count_work,
+    documents_of,
+    evenly_spaced,
+    planned,
+    training_flops,
+)
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.ops.packed_weight import parameter_count
 from tunesmith.train.oom_retry import out_of_memory

@@ -1,1 +1,1 @@
-"""The command line: a thin layer over the package."""
+"""Command line: the subcommands of `tunesmith`."""

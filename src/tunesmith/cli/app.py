@@ -1,4 +1,7 @@
-"""The `tunesmith` command. Only the module of the command that is asked for is imported."""
+"""Command line (typer): the `tunesmith` command and its subcommands.
+
+Only the module of the subcommand in use is imported, so that `tunesmith --help` starts fast.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tunesmith.version import __version__
 
 
 class Command(NamedTuple):
-    """Where a command's function is, under which heading help lists it, and its one line there."""
+    """A subcommand: the module and function that run it, its heading and its line in the help."""
 
     module: str
     function: str
@@ -30,39 +33,37 @@ BEFORE, RUN, AFTER, TOOLS = "Before a run", "Run", "After a run", "Tools"
 COMMANDS = {
     "init": Command("init", "init", BEFORE, "Write a commented starter recipe."),
     "doctor": Command(
-        "doctor", "doctor", BEFORE, "Examine the data before a run: faults, duplicates, leaks."
+        "doctor", "doctor", BEFORE, "Check the data before a run: faults, duplicates, leaks."
     ),
     "preview": Command(
-        "preview", "preview", BEFORE, "Show what will be learned from the data, token by token."
+        "preview", "preview", BEFORE, "Show which tokens of the data the model will learn."
     ),
     "score": Command(
-        "score", "score", BEFORE, "Give each row its loss and difficulty under a model."
+        "score", "score", BEFORE, "Compute the loss and the difficulty of each row under a model."
     ),
-    "select": Command("select", "select", BEFORE, "Keep rows by rules, as a new data set."),
-    "convert": Command("convert", "convert", BEFORE, "Write rows of another format as messages."),
-    "plan": Command("plan", "plan", BEFORE, "Say what a run will take: memory, time, work."),
+    "select": Command("select", "select", BEFORE, "Write the rows that rules keep to a new file."),
+    "convert": Command("convert", "convert", BEFORE, "Convert rows of other formats to messages."),
+    "plan": Command("plan", "plan", BEFORE, "Estimate the memory and the time of a run."),
     "bench": Command("bench", "bench", BEFORE, "Measure the speed of a run on this machine."),
     "verify": Command(
-        "verify", "verify", BEFORE, "Prove the promises on your model, data and machine."
+        "verify", "verify", BEFORE, "Check promises P1 to P6 on your model, data and machine."
     ),
     "launch": Command("launch", "launch", BEFORE, "Write the files that start a run on a cluster."),
     "train": Command("train", "train", RUN, "Fine-tune a model on demonstrations."),
-    "resume": Command("resume", "resume", RUN, "Go on with a run from its newest checkpoint."),
+    "resume": Command("train", "resume", RUN, "Continue a run from its newest checkpoint."),
     "replay": Command(
-        "replay", "replay", AFTER, "Take a step of a run again and show each document's loss."
+        "replay", "replay", AFTER, "Repeat one step of a run and show the loss of each document."
     ),
     "eval": Command("eval", "evaluate", AFTER, "Measure a model on data: loss and exact match."),
-    "chat": Command("chat", "chat", AFTER, "Talk with a model or the result of a run."),
-    "generate": Command("generate", "generate", AFTER, "Answer prompts of a file in batches."),
-    "merge": Command("merge", "merge", AFTER, "Merge adapters into their base."),
-    "export": Command(
-        "export", "export", AFTER, "Write the result as hf, adapter, gguf or ollama."
-    ),
-    "schema": Command("schema", "schema", TOOLS, "Print the JSON schema of the recipe."),
+    "chat": Command("chat", "chat", AFTER, "Chat with a model or with the result of a run."),
+    "generate": Command("generate", "generate", AFTER, "Answer the prompts of a file in batches."),
+    "merge": Command("export", "merge", AFTER, "Merge adapters into their base model."),
+    "export": Command("export", "export", AFTER, "Export a model: hf, adapter, gguf or ollama."),
+    "schema": Command("init", "schema", TOOLS, "Print the JSON Schema of the recipe."),
 }
 
 CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers of libraries that warn of things a user can't act on: kernels for other machines."""
+"""Loggers of libraries whose warnings a user can't act on, such as kernels for other machines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,8 +76,8 @@ def run(arguments: list[str]) -> int:
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        return show_error(RecipeError(f"no command {name}", hint=hint))
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        return show_error(RecipeError(f"there is no command {name}", hint=hint))
     for library in CHATTY:
         logging.getLogger(library).setLevel(logging.ERROR)
     return run_command(lambda: _dispatch(name, arguments), arguments)
@@ -87,11 +88,12 @@ def _dispatch(name: str | None, arguments: list[str]) -> Any:
     return app(args=arguments or ["--help"], prog_name="tunesmith", standalone_mode=False)
 
 
-def _build(asked: str | None) -> typer.Typer:
+def _build(name_in_use: str | None) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.callback()(_options)
     for name, command in COMMANDS.items():
-        function = _load(command) if name == asked else _listed_only
+        # `--help` lists all commands, but only the one in use needs its options, and its imports.
+        function = _load(command) if name == name_in_use else _listed_only
         app.command(name, help=command.help, rich_help_panel=command.panel)(function)
     return app
 
@@ -101,11 +103,11 @@ def _load(command: Command) -> Callable[..., Any]:
 
 
 def _listed_only() -> None:
-    """Stands in the list of commands for one that was not asked for."""
+    """Placeholder of a command that is listed in the help and not run."""
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(f"tunesmith {__version__}")
         raise typer.Exit
 
@@ -115,4 +117,4 @@ def _options(
         False, "--version", help="Print the version.", is_eager=True, callback=_show_version
     ),
 ) -> None:
-    """Supervised fine-tuning of language models that cannot be silently wrong."""
+    """Supervised fine-tuning (SFT) of language models, with checks against silent errors."""

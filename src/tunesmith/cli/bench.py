@@ -1,9 +1,8 @@
-"""`tunesmith bench`: how fast a run is here, how fast it could be, and where the time goes."""
+"""`tunesmith bench`: measured speed of a run, its lower bound in time, and a profile of a step."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,8 +11,8 @@ from tunesmith.cli.inputs import (
     Arguments,
     DataOption,
     ModelOption,
+    folders_of,
     recipe_from_arguments,
-    split_arguments,
 )
 
 if TYPE_CHECKING:
@@ -25,20 +24,17 @@ def bench(
     model: ModelOption = None,
     data: DataOption = None,
     steps: Annotated[
-        int, typer.Option("--steps", min=1, help="Optimizer steps to time, spread over the run.")
+        int, typer.Option("--steps", min=1, help="Optimizer steps to time, evenly over the run.")
     ] = 5,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
-    """Time a few real steps that are thrown away; writes no run folder and no weights."""
+    """Time a few real steps and discard their results; writes no run folder and no weights."""
     from tunesmith.bench import bench as measure
 
     recipe = recipe_from_arguments(arguments, model, data)
-    source, _ = split_arguments(arguments or ())
-    given = Path(source).expanduser() if source is not None else None
-    folders = [given if given.is_dir() else given.parent] if given is not None else []
-    found = measure(recipe, folders=folders, steps=steps)
+    found = measure(recipe, folders=folders_of(arguments), steps=steps)
     if as_json:
         print(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:
@@ -47,7 +43,7 @@ def bench(
 
 
 def lines(found: Bench) -> list[str]:
-    """The page."""
+    """The report as lines of text."""
     rate, work = found.rate, found.work
     each = [step.seconds for step in found.steps]
     mean = found.seconds / len(each)
@@ -57,15 +53,15 @@ def lines(found: Bench) -> list[str]:
     page = [
         f"model: {found.trained:,} of {found.parameters:,} parameters trained, {found.dtype} on "
         f"{found.device} with {found.threads} threads, "
-        f"{found.chosen['micro_tokens']} tokens at a time",
+        f"micro-batches of up to {found.chosen['micro_tokens']} tokens",
         f"speed: {found.tokens_per_second:,.0f} tokens/s; a step takes {mean:.2f} s "
         f"({min(each):.2f} to {max(each):.2f}, {len(each)} steps)",
-        f"floor: a step runs at {found.floor_share:.0%} of it; its products are "
-        f"{sum(s.flops for s in found.steps) / len(each):.3g} operations, "
+        f"floor: {found.floor_share:.0%} of a step's time is the floor, the time of its matrix "
+        f"products alone: {sum(s.flops for s in found.steps) / len(each):.3g} operations, "
         f"{found.floor_seconds / len(each):.2f} s at the "
         f"{rate.flops_per_second / 1e9:,.0f} GFLOP/s measured here in {rate.dtype} ({shape})",
         f"memory: peak {_bytes(found.peak)}; {memory}",
-        f"a step of {total:.2f} s, under the profiler:",
+        f"profile of one step ({total:.2f} s with the profiler on):",
     ]
     page += [
         f"  {name:<32} {seconds:8.2f} s {seconds / total:5.0%}"
@@ -73,8 +69,8 @@ def lines(found: Bench) -> list[str]:
     ]
     return [
         *page,
-        f"padding avoided: {found.padding_avoided:,} tokens; padded to the longest row of its "
-        f"step, {work.unshared:,} tokens of rows would be {work.padded:,}",
+        f"padding avoided: {found.padding_avoided:,} tokens; {work.unshared:,} tokens of rows, "
+        f"padded to the longest row of each step, would be {work.padded:,}",
         f"repeats avoided: {found.repeats_avoided:,} tokens; {work.computed:,} of "
         f"{work.unshared:,} are computed",
     ]

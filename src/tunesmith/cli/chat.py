@@ -1,4 +1,4 @@
-"""`tunesmith chat`: talk with a model, answers shown as they are written."""
+"""`tunesmith chat`: conversation with a model in the terminal, with streamed answers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tunesmith.cli.session import (
     Temperature,
     TopP,
     open_session,
+    print_status,
     read_settings,
-    tell,
 )
 from tunesmith.errors import DataError, RecipeError
 
 CONVERSATION = "the conversation"
-COMMANDS = "/reset forgets the conversation, /exit ends"
+COMMANDS = "/reset starts a new conversation, /exit ends the program"
 
 
 def chat(
@@ -34,7 +34,7 @@ def chat(
     overrides: Overrides = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this alone and end.")
+        str | None, typer.Option("--prompt", help="Answer this prompt and exit.")
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -48,7 +48,7 @@ def chat(
     session = open_session(read_settings(model, overrides=overrides or ()))
     if session.raw and system is not None:
         raise RecipeError(
-            "this model was trained raw, so it knows no system message",
+            "this model was trained without a chat template, so it has no system messages",
             where="--system",
             hint="put the text at the beginning of the prompt",
         )
@@ -60,7 +60,7 @@ def chat(
 
 
 class Conversation:
-    """The turns so far. A model trained raw sees the last one alone, as plain text."""
+    """The turns so far. A model without a chat template gets only the last one, as plain text."""
 
     def __init__(
         self, session: Session, options: Any, system: str | None, *, special_as_text: bool = False
@@ -73,19 +73,19 @@ class Conversation:
         self.special_as_text = special_as_text
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Remove all turns but the system message."""
         self.messages = list(self.start)
 
     def answer(self, text: str) -> None:
-        """Print the answer to `text`; where that fails or is interrupted, the turn is forgotten.
+        """Print the answer to `text` and keep the turn, unless generation fails or is interrupted.
 
         Raises:
-            DataError: the context has no room for an answer, or the text holds a control token.
+            DataError: the context has no room for an answer, or the text has a special token.
         """
         from tunesmith.generate import stream
 
         turns = [*self.messages, {"role": "user", "content": text}]
-        ids = self._ask(turns)
+        ids = self._prompt_ids(turns)
         options = self.options
         try:
             generation = stream(
@@ -101,12 +101,12 @@ class Conversation:
         finally:
             print(flush=True)
         if not generation.stopped:
-            tell(f"(cut off after {len(generation.ids)} tokens)")
+            print_status(f"(cut off after {len(generation.ids)} tokens)")
         self.messages = [*turns, {"role": "assistant", "content": generation.text}]
         self.turns += 1
 
-    def _ask(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
-        """Ids of the turns up to where the answer begins."""
+    def _prompt_ids(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
+        """The ids of the turns, up to the beginning of the answer."""
         from tunesmith.data.formats.examples import Chat, Message, Text
         from tunesmith.data.row_errors import RowError
         from tunesmith.generate import prompt_from
@@ -120,7 +120,7 @@ class Conversation:
         except RowError as error:
             hint = error.fault.hint or ""
             if error.fault.kind == "special-token-in-content":
-                hint = "--special-as-text reads it as plain characters; or write it otherwise"
+                hint = "--special-as-text encodes it as plain text"
             raise DataError(error.fault.message, where=CONVERSATION, hint=hint) from error
         return prompt.ids
 
@@ -130,19 +130,20 @@ def _show(piece: str) -> None:
 
 
 def _talk(conversation: Conversation) -> None:
-    """Line by line until /exit or the end of input."""
+    """Read and answer lines until /exit or the end of input."""
     terminal = sys.stdin.isatty()
     if terminal:
-        kind = "raw: each line is a prompt of its own" if conversation.session.raw else "chat"
-        tell(f"{conversation.session.recipe.model.name} ({kind}). {COMMANDS}.")
+        raw = "no chat template: each line is a separate prompt"
+        kind = raw if conversation.session.raw else "chat"
+        print_status(f"{conversation.session.recipe.model.name} ({kind}). {COMMANDS}.")
     for line in _lines(terminal):
         if line in ("/exit", "/quit"):
             return
         if line == "/reset":
             conversation.reset()
-            tell("(forgotten)")
+            print_status("(new conversation)")
         elif line.startswith("/") and " " not in line and terminal:
-            tell(f"no command {line}: {COMMANDS}")
+            print_status(f"there is no command {line}: {COMMANDS}")
         elif line.strip():
             _answer(conversation, line, terminal)
 
@@ -153,12 +154,12 @@ def _answer(conversation: Conversation, line: str, terminal: bool) -> None:
     except DataError as error:
         if not terminal:
             raise
-        asked = error.where == CONVERSATION
-        tell(f"{error.message}; {error.hint if asked else '/reset makes room'}")
+        in_prompt = error.where == CONVERSATION
+        print_status(f"{error.message}; {error.hint if in_prompt else '/reset frees the context'}")
     except KeyboardInterrupt:
         if not terminal:
             raise
-        tell("(interrupted)")
+        print_status("(interrupted)")
 
 
 def _lines(terminal: bool) -> Iterator[str]:
@@ -166,8 +167,8 @@ def _lines(terminal: bool) -> Iterator[str]:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
-    with suppress(ImportError):  # not on every system
-        import_module("readline")  # makes input() editable, with a history
+    with suppress(ImportError):  # not available on every system
+        import_module("readline")  # importing it gives input() line editing and a history
 
     while True:
         try:

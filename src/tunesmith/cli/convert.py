@@ -1,4 +1,4 @@
-"""`tunesmith convert`: rows of another format as messages, or as prompt and completion."""
+"""`tunesmith convert`: conversion of rows to the messages or the prompt_completion format."""
 
 from __future__ import annotations
 
@@ -23,59 +23,63 @@ _LINES, _PARQUET = (".jsonl", ".ndjson"), ".parquet"
 
 def convert(
     data: Annotated[
-        str, typer.Argument(metavar="IN", help="File, folder, pattern or hub data set to read.")
+        str, typer.Argument(metavar="IN", help="File, folder, glob pattern or hub data set.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .jsonl or .parquet.")],
     to: Annotated[
         str, typer.Option("--to", help="Format to write: messages or prompt_completion.")
     ] = "messages",
     format: Annotated[
-        str, typer.Option("--format", help="Format of the rows, where it isn't found by itself.")
+        str, typer.Option("--format", help="Format of the rows. auto detects it by their columns.")
     ] = "auto",
     columns: Annotated[
         str | None,
-        typer.Option("--columns", help="Our names and the data's: '{prompt: question}'."),
+        typer.Option("--columns", help="Column names, ours then the data's: '{prompt: question}'."),
     ] = None,
     bad_rows: Annotated[
-        str, typer.Option("--bad-rows", help="error, or drop to leave them out.")
+        str, typer.Option("--bad-rows", help="error stops at a bad row, drop leaves it out.")
     ] = "error",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
 ) -> None:
-    """Write the rows of IN in another format; the same turns are learned from either."""
+    """Write the rows of IN in another format; training on either file has the same targets."""
     from tunesmith.data.formats.convert import TARGETS
     from tunesmith.data.preprocess.errors import refusal
 
     _one_of("--to", to, TARGETS)
     _one_of("--bad-rows", bad_rows, ("error", "drop"))
     if out.suffix.lower() not in (*_LINES, _PARQUET):
-        raise InputError("is neither .jsonl nor .parquet", where=str(out), hint="OUT.jsonl")
+        raise InputError(
+            "the name must end in .jsonl or .parquet", where=str(out), hint="give OUT.jsonl"
+        )
     check_output(out, overwrite=overwrite)
     sources = _sources(data, format, columns)
     if any(s.path is not None and out.exists() and out.samefile(s.path) for s in sources):
-        raise InputError("is the data itself", where=str(out), hint="give another file")
+        raise InputError("is an input file", where=str(out), hint="give another file as OUT")
     faults: list[tuple[Origin, Fault]] = []
     counts = {"rows": 0, "written": 0}
-    aside = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        _write(aside, out.suffix.lower(), _converted(sources, to, faults, counts))
+        _write(temporary, out.suffix.lower(), _converted(sources, to, faults, counts))
         if faults and bad_rows == "error":
             raise _as_option(refusal(faults, counts["rows"], None))
         if not counts["written"]:
             raise InputError(f"none of the {counts['rows']} rows can be converted", where=data)
-        os.replace(aside, out)
+        os.replace(temporary, out)
     except OSError as error:
         raise RunError(f"can't be written: {error.strerror or error}", where=str(out)) from error
     finally:
-        aside.unlink(missing_ok=True)
-    left = f", {len(faults):,} bad rows left out" if faults else ""
-    print(f"{counts['written']:,} rows written to {out} as {to}{left}")
+        temporary.unlink(missing_ok=True)
+    dropped = f"; left out {len(faults):,} bad rows" if faults else ""
+    print(f"wrote {counts['written']:,} rows to {out} as {to}{dropped}")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise RecipeError(f"is {value!r}", where=option, hint=" or ".join(allowed))
+        raise RecipeError(
+            f"{value!r} is not allowed", where=option, hint=f"give {' or '.join(allowed)}"
+        )
 
 
 def _as_option(error: InputError) -> InputError:
@@ -96,7 +100,7 @@ def _sources(data: str, format: str, columns: str | None) -> list[Source]:
 def _converted(
     sources: list[Source], to: str, faults: list[tuple[Origin, Fault]], counts: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
-    """The rows that can be converted; the others' faults are noted."""
+    """The converted rows. Errors of rows that can't be converted are appended to `faults`."""
     from tunesmith.data.row_errors import RowError
     from tunesmith.data.sources.sources import read_rows
 
@@ -123,7 +127,7 @@ def _one(row: Row, chosen: str | None, to: str) -> tuple[str, dict[str, Any]]:
     chosen = chosen or detect_format(row.values)
     if chosen is None:
         raise RowError(
-            Fault("unknown-format", f"the columns of no format; it has {listing(row.values)}")
+            Fault("unknown-format", f"no format has these columns: {listing(row.values)}")
         )
     return chosen, convert_row(row.values, format=chosen, to=to)
 
@@ -142,7 +146,7 @@ def _write(path: Path, suffix: str, rows: Iterator[dict[str, Any]]) -> None:
         table: Any = pyarrow.Table.from_pylist(found)
     except pyarrow.ArrowException as error:
         raise InputError(
-            f"the rows don't fit into one Parquet schema: {first_line(error)}",
-            hint="write OUT.jsonl",
+            f"the rows don't fit one Parquet schema: {first_line(error)}",
+            hint="write JSON Lines: OUT.jsonl",
         ) from error
     parquet.write_table(table, path)

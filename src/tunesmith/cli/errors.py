@@ -1,4 +1,4 @@
-"""How every failure of a command reaches the user: one message, a hint, an exit code."""
+"""Error reporting of the command line: a message, a hint and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from tunesmith.distributed.rank_failure import exit_if_lost, is_told_here
 from tunesmith.errors import InputError, RecipeError, TunesmithError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
-"""The parser's base of wrong usage; typer brings click along or imports it, by version."""
+"""click's UsageError; its module depends on typer's version, so it is taken from a subclass."""
 
 
 def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code; only bugs of ours keep their traceback."""
+    """Run the command and return its exit code.
+
+    Only an unexpected exception, which is a bug of this program, keeps its traceback.
+    """
     try:
         code = command()
         sys.stdout.flush()
@@ -29,7 +32,8 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has closed it; nothing more can be said there.
+        # The reader of our stdout has closed it, as `| head` does. Python flushes stdout once more
+        # at exit, which must not fail again, so stdout is pointed at /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -38,9 +42,9 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         name = str(error.filename)[:60]
         return show_error(
             InputError(
-                "no file or folder can have so long a name",
+                "the name is too long for a file or a folder",
                 where=f"{name}…",
-                hint="a folder, a file or section.key=value is taken here",
+                hint="give a folder, a file or section.key=value",
             )
         )
     except _UsageError as error:
@@ -59,7 +63,7 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> RecipeError:
     command = context.command_path if context else "tunesmith"
     if type(error).__name__ != "NoSuchOption" or context is None:
         message = error.format_message().rstrip(".")
-        return RecipeError(message, hint=f"`{command} --help` lists what it takes")
+        return RecipeError(message, hint=f"`{command} --help` lists arguments and options")
     options = {name for parameter in context.command.params for name in parameter.opts}
     unknown = [
         (name, _value(arguments, number))
@@ -68,10 +72,11 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> RecipeError:
     ]
     unknown = unknown or [(error.option_name, None)]
     lines = [
-        f"no option {name.split('=')[0]}: {_option_hint(name.split('=')[0], value, options)}"
+        f"there is no option {name.split('=')[0]}: "
+        f"{_option_hint(name.split('=')[0], value, options)}"
         for name, value in unknown
     ]
-    hint = f"what the recipe holds is given as section.key=value; `{command} --help` lists options"
+    hint = f"give keys of the recipe as section.key=value; `{command} --help` lists the options"
     return RecipeError("\n  ".join(lines), hint=hint)
 
 
@@ -92,4 +97,4 @@ def _option_hint(name: str, value: str | None, options: set[str]) -> str:
     if exact:
         return str(exact)
     close = nearest(name, options)
-    return f"did you mean {close}?" if close else suggest(name) or "nothing here is called so"
+    return f"did you mean {close}?" if close else suggest(name) or "no option has a similar name"

@@ -1,4 +1,4 @@
-"""`tunesmith eval`: loss on data, and how often the generated answers are the given ones."""
+"""`tunesmith eval`: loss, token accuracy and exact match of generated answers on data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tunesmith.cli.session import (
     Overrides,
     Session,
     open_session,
+    print_status,
     read_settings,
     sources_of,
-    tell,
 )
 from tunesmith.errors import DataError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.types import Document
 
 MICRO_TOKENS = 4096
-"""Tokens through the device at a time where the settings leave it open."""
+"""Tokens of a micro-batch if device.micro_tokens is auto."""
 
 
 def evaluate(
@@ -43,8 +43,8 @@ def evaluate(
     session = open_session(recipe)
     rows = read_documents(session)
     assert rows is not None
-    asked = rows if _asks(session) else read_documents(session, last=True)
-    prompts = [] if asked is None else find_prompts(session, asked)
+    answered = rows if _targets_are_answers(session) else read_documents(session, last=True)
+    prompts = [] if answered is None else find_prompts(session, answered)
     result = measure(session, rows.documents, prompts, max_new_tokens=max_new_tokens)
     if as_json:
         print(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
@@ -52,13 +52,17 @@ def evaluate(
     _print_table(result)
 
 
-def _asks(session: Session) -> bool:
-    """True if targets are whole answers, so that a prompt ends where the last of them begins."""
+def _targets_are_answers(session: Session) -> bool:
+    """True if targets are whole answers: then the ids before the last of them are a prompt."""
     return session.recipe.data.train_on in ("auto", "assistant", "last", "completion")
 
 
 def read_documents(session: Session, *, last: bool = False) -> Prepared | None:
-    """The rows, rendered as in training; `last`: those with an answer, for that alone, if any."""
+    """The rows, rendered as in training.
+
+    With `last`, only the last answer of each row is a target, rows without one are left out, and
+    the result is None if no row has one.
+    """
     from tunesmith.build.data import resolve_max_length
     from tunesmith.data.preprocess.prepare import prepare
 
@@ -80,7 +84,7 @@ def read_documents(session: Session, *, last: bool = False) -> Prepared | None:
 
 
 def find_prompts(session: Session, rows: Prepared) -> list[Prompt]:
-    """What the rows ask, where they hold a whole answer."""
+    """The prompts of the rows that have a whole answer."""
     from tunesmith.generate import prompts_from_document
 
     found = [
@@ -101,14 +105,14 @@ def measure(
     *,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Means over all targets of `documents`, and shares of the answers to `prompts`."""
+    """The means over all targets of `documents`, and exact match over the answers to `prompts`."""
     from tunesmith.generate import generate
     from tunesmith.model.selftest import self_test
     from tunesmith.train.evaluate import evaluate as evaluate_loss
 
     longest = max(document.longest_path for document in documents)
     for note in self_test(session.model, max_length=longest).notes:
-        tell(note)
+        print_status(note)
     micro_tokens = session.recipe.device.micro_tokens
     loss = evaluate_loss(
         session.model,
@@ -124,7 +128,7 @@ def measure(
         "token_accuracy": loss.accuracy,
     }
     if prompts:
-        tell(f"answering {len(prompts)} prompts")
+        print_status(f"generating answers to {len(prompts)} prompts")
         answers = generate(
             session.model,
             session.template,
@@ -149,7 +153,7 @@ LABELS = {
     "token_accuracy": ("token accuracy", "{:.2%}"),
     "answered": ("answers generated", "{:,}"),
     "exact_match": ("exact match", "{:.2%}"),
-    "ended": ("ended by themselves", "{:.2%}"),
+    "ended": ("ended with a stop token", "{:.2%}"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith generate`: answer the prompts of files in batches."""
+"""`tunesmith generate`: batched generation of answers to the prompts of files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tunesmith.cli.session import (
     Temperature,
     TopP,
     open_session,
+    print_status,
     read_settings,
     sources_of,
-    tell,
 )
 from tunesmith.errors import DataError, InputError
 
@@ -41,8 +41,8 @@ QUOTED = "special-token-in-content"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A row of the data and the prompt in it."""
+class PromptRow:
+    """A row of the data and its prompt."""
 
     origin: Origin
     prompt: Prompt
@@ -51,7 +51,7 @@ class Asked:
 def generate(
     model: ModelArgument,
     data: DataOption,
-    out: Annotated[Path, typer.Option("--out", help="JSONL file to write the answers to.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON Lines file for the answers.")],
     overrides: Overrides = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -59,7 +59,9 @@ def generate(
     seed: Seed = 0,
     limit: Limit = None,
     special_as_text: SpecialAsText = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+    ] = False,
 ) -> None:
     from tunesmith.generate import Options
 
@@ -67,34 +69,34 @@ def generate(
     recipe = read_settings(model, data=data, overrides=overrides or (), limit=limit)
     _refuse_existing(out, overwrite)
     session = open_session(recipe)
-    asked = read_prompts(session, special_as_text=special_as_text)
+    rows = read_prompts(session, special_as_text=special_as_text)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", encoding="utf-8") as file:
             ended = 0
-            for done, record in enumerate(_records(session, asked, options), start=1):
+            for done, record in enumerate(_records(session, rows, options), start=1):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 ended += record["stopped"]
-                if done % ROWS_AT_A_TIME == 0 or done == len(asked):
+                if done % ROWS_AT_A_TIME == 0 or done == len(rows):
                     file.flush()
-                    tell(f"{done} of {len(asked)} rows answered")
+                    print_status(f"answered {done} of {len(rows)} rows")
     except OSError as error:
         raise InputError(f"can't be written: {error.strerror or error}", where=str(out)) from error
-    tell(f"{ended} of {len(asked)} answers ended by themselves; wrote {out}")
+    print_status(f"{ended} of {len(rows)} answers ended with a stop token; wrote {out}")
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if out.is_dir():
-        raise InputError("is a folder", where=str(out), hint="--out names a file")
+        raise InputError("is a folder, not a file", where=str(out), hint="give a file as --out")
     if out.exists() and not overwrite:
-        raise InputError("exists already", where=str(out), hint="--overwrite replaces it")
+        raise InputError("the file exists already", where=str(out), hint="--overwrite replaces it")
 
 
-def _records(session: Session, asked: Sequence[Asked], options: Any) -> Iterator[dict[str, Any]]:
-    """One object a row, in the order of the data, a few batches at a time."""
+def _records(session: Session, rows: Sequence[PromptRow], options: Any) -> Iterator[dict[str, Any]]:
+    """One record for each row, in the order of the data, ROWS_AT_A_TIME rows at a time."""
     from tunesmith.generate import answers
 
-    for start, group in _groups(asked):
+    for start, group in _groups(rows):
         prompts = [item.prompt.ids for item in group]
         found = dict(answers(session.model, session.template, prompts, options, first_row=start))
         for number, item in enumerate(group):
@@ -110,24 +112,24 @@ def _records(session: Session, asked: Sequence[Asked], options: Any) -> Iterator
             yield record
 
 
-def _groups(asked: Iterable[Asked]) -> Iterator[tuple[int, list[Asked]]]:
-    items, start = iter(asked), 0
+def _groups(rows: Iterable[PromptRow]) -> Iterator[tuple[int, list[PromptRow]]]:
+    items, start = iter(rows), 0
     while group := list(islice(items, ROWS_AT_A_TIME)):
         yield start, group
         start += len(group)
 
 
-def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Asked]:
+def read_prompts(session: Session, *, special_as_text: bool = False) -> list[PromptRow]:
     """The prompts of all rows.
 
     Raises:
-        DataError: rows that hold none, unless the settings drop bad rows.
+        DataError: there are rows without a prompt, and the settings do not drop bad rows.
     """
     from tunesmith.data.row_errors import RowError
     from tunesmith.data.sources.sources import read_rows
     from tunesmith.generate import prompt_from
 
-    asked: list[Asked] = []
+    rows: list[PromptRow] = []
     bad: list[str] = []
     kinds: set[str] = set()
     for source in sources_of(session.recipe):
@@ -135,20 +137,20 @@ def read_prompts(session: Session, *, special_as_text: bool = False) -> list[Ask
             try:
                 example = _example(session, row, source.format)
                 prompt = prompt_from(example, session.template, special_as_text=special_as_text)
-                asked.append(Asked(row.origin, prompt))
+                rows.append(PromptRow(row.origin, prompt))
             except RowError as error:
                 bad.append(f"{row.origin}: {error.fault.message}")
                 kinds.add(error.fault.kind)
     if bad:
         shown = "\n  ".join(bad[:SHOWN])
-        message = f"{len(bad)} rows hold no prompt:\n  {shown}"
-        if session.recipe.data.bad_rows == "error" or not asked:
-            hint = "go on without them: data.bad_rows=drop"
+        message = f"{len(bad)} rows have no prompt:\n  {shown}"
+        if session.recipe.data.bad_rows == "error" or not rows:
+            hint = "data.bad_rows=drop leaves them out"
             if QUOTED in kinds:
-                hint += "; --special-as-text reads a quoted control token as plain characters"
+                hint += "; --special-as-text encodes special tokens in a message as plain text"
             raise DataError(message, hint=hint)
-        tell(message)
-    return asked
+        print_status(message)
+    return rows
 
 
 def _example(session: Session, row: Row, format: str) -> Example:
@@ -167,7 +169,7 @@ def _example(session: Session, row: Row, format: str) -> Example:
 
 
 def _unanswered(session: Session, values: dict[str, Any]) -> Example:
-    """The prompt of a row that has only that."""
+    """The example of a row that has a prompt and no completion."""
     from tunesmith.data.formats.detect import to_example
     from tunesmith.data.formats.examples import Text
 

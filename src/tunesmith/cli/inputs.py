@@ -1,5 +1,7 @@
-"""Arguments of commands that read a recipe: `RECIPE` or `--model --data`, then `section.key=value`
-overrides.
+"""Arguments of commands that read a recipe.
+
+They take a recipe file, or `--model` and `--data`, and then overrides of the form
+`section.key=value`.
 """
 
 from __future__ import annotations
@@ -19,21 +21,21 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [SECTION.KEY=VALUE]...",
-        help="A recipe file or a run folder, then what to change in it, as in optim.lr=1e-4.",
+        help="A recipe file or a run folder, then overrides of its keys, as in optim.lr=1e-4.",
         show_default=False,
     ),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Hub id, model folder, .gguf file or run folder (model.name)."),
+    typer.Option("--model", help="Sets model.name: hub id, model folder, .gguf or run folder."),
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data", help="File to learn from; may be given again (data.train)."),
+    typer.Option("--data", help="Sets data.train: a training file. Repeat it for several files."),
 ]
 EvalOption = Annotated[
     str | None,
-    typer.Option("--eval", help="Held-out file, or a share of the rows: 2% (data.eval)."),
+    typer.Option("--eval", help="Sets data.eval: a held-out file, or a share of the rows (2%)."),
 ]
 
 
@@ -43,10 +45,10 @@ def recipe_from_arguments(
     data: Sequence[str] | None = None,
     eval: str | None = None,
 ) -> Recipe:
-    """The recipe that positional arguments and the three options ask for.
+    """The recipe of the positional arguments and of the options --model, --data and --eval.
 
     Raises:
-        RecipeError: two recipes, no model or no data, or anything `read_recipe` refuses.
+        RecipeError: there are two recipes, no model or no data, or `read_recipe` refuses a value.
     """
     source, changes = split_arguments(arguments or ())
     overrides: list[str | Override] = []
@@ -61,25 +63,25 @@ def recipe_from_arguments(
         raise RecipeError(
             "no data to learn from",
             where=" ".join(part for part in (source, "data.train") if part),
-            hint="give --data FILE, or data.train in the recipe",
+            hint="give --data FILE, or set data.train in the recipe",
         )
     return recipe
 
 
 def folders_of(arguments: Sequence[str] | None) -> list[Path]:
-    """The folder of the recipe that is asked for, where its data may lie as well."""
+    """The folder of the recipe among the arguments, in which data is looked for too."""
     source, _ = split_arguments(arguments or ())
     if source is None:
         return []
-    given = Path(source).expanduser()
-    return [given if given.is_dir() else given.parent]
+    path = Path(source).expanduser()
+    return [path if path.is_dir() else path.parent]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe among positional arguments, if there is one, and the overrides.
+    """The recipe among positional arguments, or None, and the overrides.
 
     Raises:
-        RecipeError: an argument that is neither.
+        RecipeError: there are two arguments without `=`, so two recipes.
     """
     source: str | None = None
     overrides: list[str] = []
@@ -91,7 +93,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             raise RecipeError(
                 f"{argument!r} is a second recipe, after {source!r}",
-                hint="changes have the form section.key=value, data the form --data FILE",
+                hint="give overrides as section.key=value, and data as --data FILE",
             )
     return source, overrides
 
@@ -101,7 +103,7 @@ def _is_recipe(argument: str) -> bool:
 
 
 def _eval_override(text: str) -> Override | str:
-    """A share, a number and a path mean the same as text; lists and mappings are YAML."""
+    """The override of data.eval. Lists and mappings are read as YAML, all else as plain text."""
     if text.lstrip().startswith(("{", "[")):
         return f"data.eval={text}"
     return Override(("data", "eval"), text, "--eval")

@@ -1,4 +1,4 @@
-"""`tunesmith launch`: the files that start a run on a cluster."""
+"""`tunesmith launch`: job files that start a run under Slurm, Kubernetes or SkyPilot."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ def launch(
     model: ModelOption = None,
     data: DataOption = None,
     eval: EvalOption = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="A batch script for sbatch.")] = False,
-    k8s: Annotated[bool, typer.Option("--k8s", help="Objects for kubectl apply.")] = False,
-    skypilot: Annotated[bool, typer.Option("--skypilot", help="A task for sky launch.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Make a batch script for sbatch.")] = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="Make manifests for kubectl apply.")] = False,
+    skypilot: Annotated[
+        bool, typer.Option("--skypilot", help="Make a task file for sky jobs launch.")
+    ] = False,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Machines; as many as the job needs by default.")
+        int | None, typer.Option(min=1, help="Number of nodes. By default as many as needed.")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices in each.")] = 8,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each device.")] = 80.0,
-    gpu: Annotated[str, typer.Option(help="SkyPilot's name of the device.")] = "H100",
-    hours: Annotated[float | None, typer.Option(min=0.02, help="Longest time of the job.")] = None,
-    image: Annotated[str, typer.Option(help="Kubernetes: container with Tunesmith in it.")] = "",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Number of GPUs in a node.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of a GPU in GiB.")] = 80.0,
+    gpu: Annotated[str, typer.Option(help="SkyPilot: name of the GPU.")] = "H100",
+    hours: Annotated[float | None, typer.Option(min=0.02, help="Time limit in hours.")] = None,
+    image: Annotated[str, typer.Option(help="Kubernetes: container image with Tunesmith.")] = "",
     claim: Annotated[str, typer.Option(help="Kubernetes: claim of the shared volume.")] = "",
-    mount: Annotated[str, typer.Option(help="Kubernetes: where that volume is seen.")] = "",
-    out: Annotated[str | None, typer.Option(help="The run's folder, on shared storage.")] = None,
-    to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("launch"),
+    mount: Annotated[str, typer.Option(help="Kubernetes: mount path of that volume.")] = "",
+    out: Annotated[str | None, typer.Option(help="Run folder, on shared storage.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder for the job files.")] = Path("launch"),
     write: Annotated[
-        bool, typer.Option("--write", help="Write them; else they are shown.")
+        bool, typer.Option("--write", help="Write the files. Without it they are printed.")
     ] = False,
 ) -> None:
-    """Write the files that start a run on Slurm, Kubernetes or SkyPilot; starts nothing.
+    """Make the job files that start a run under Slurm, Kubernetes or SkyPilot; starts nothing.
 
-    Shows them and what they need unless `--write` is given. The job starts the run or, after it was
-    ended or its machines were lost, goes on with it.
+    Without `--write` the files and the memory that they need are printed. The job starts the run.
+    If the job is started again, after an interruption or a lost machine, it resumes the run.
     """
     from tunesmith.cli.inputs import recipe_from_arguments
     from tunesmith.config.dump import to_yaml
@@ -81,68 +83,70 @@ def _kind(slurm: bool, k8s: bool, skypilot: bool) -> str:
     chosen = [n for n, yes in (("slurm", slurm), ("k8s", k8s), ("skypilot", skypilot)) if yes]
     if len(chosen) != 1:
         raise RecipeError(
-            "one kind of cluster must be named", hint="give --slurm, --k8s or --skypilot"
+            "give exactly one kind of cluster", hint="give --slurm, --k8s or --skypilot"
         )
     return chosen[0]
 
 
-def _nodes(recipe: Recipe, asked: int | None, per_node: int, memory: int) -> tuple[int, list[str]]:
-    """How many machines, and what was computed about it; their devices are whole groups of those
-    that share a sequence.
+def _nodes(
+    recipe: Recipe, requested: int | None, per_node: int, memory: int
+) -> tuple[int, list[str]]:
+    """The number of nodes, and lines on how it was computed.
+
+    All devices together make whole model-parallel groups (context times tensor parallelism).
     """
     from tunesmith.launch.need import devices_needed
 
-    together = recipe.device.context_parallel * recipe.device.tensor_parallel
-    if asked is not None and asked * per_node % together:
+    group = recipe.device.context_parallel * recipe.device.tensor_parallel
+    if requested is not None and requested * per_node % group:
         raise RecipeError(
-            f"{asked} x {per_node} devices can't be divided into groups of {together}",
+            f"{requested} x {per_node} devices can't be divided into groups of {group}",
             where="device.context_parallel"
             if recipe.device.context_parallel > 1
             else "device.tensor_parallel",
-            hint=f"--nodes {_whole_groups(asked, per_node, together)}",
+            hint=f"--nodes {_whole_groups(requested, per_node, group)}",
         )
     try:
         need = devices_needed(recipe, memory=memory, per_node=per_node)
     except ModelError as error:
-        if asked is None:
+        if requested is None:
             raise ModelError(
-                f"how many devices it needs can't be computed: {error.message}",
+                f"the number of devices can't be computed: {error.message}",
                 where=error.where,
                 hint="give --nodes, or run this where the model is",
             ) from error
-        return asked, [f"needs: can't be computed here, since the model: {error.message}"]
-    least = _whole_groups(math.ceil(need.devices / per_node), per_node, together)
-    count = least if asked is None else asked
+        return requested, [f"needs: can't be computed here: {error.message}"]
+    least = _whole_groups(math.ceil(need.devices / per_node), per_node, group)
+    count = least if requested is None else requested
     lines = [f"needs: {need.line()}"]
     if count < least:
         raise RecipeError(
-            f"{count} x {per_node} devices do not hold it; it needs {need.devices} or more",
+            f"the run does not fit on {count} x {per_node} devices; it needs at least "
+            f"{need.devices}",
             where="--nodes",
             hint=f"--nodes {least}; or devices with more memory: --gpu-memory GIB",
         )
     held = need.on(count * per_node, per_node=per_node) / _GIB
-    lines.append(f"chosen: {count} x {per_node} devices, about {held:.1f} GiB on each")
+    lines.append(f"chosen: {count} x {per_node} devices, about {held:.1f} GiB used on each")
     return count, lines
 
 
-def _whole_groups(nodes: int, per_node: int, together: int) -> int:
-    """The least number of machines from `nodes` on whose devices make whole groups."""
-    step = together // math.gcd(together, per_node)
+def _whole_groups(nodes: int, per_node: int, group: int) -> int:
+    """The smallest number of nodes, at least `nodes`, whose devices make whole groups."""
+    step = group // math.gcd(group, per_node)
     return -(-nodes // step) * step
 
 
 def _files(kind: str, job: LaunchJob) -> dict[str, str]:
-    from tunesmith.launch.k8s import k8s_files
-    from tunesmith.launch.skypilot import skypilot_files
-    from tunesmith.launch.slurm import slurm_files
+    from tunesmith.launch.job import k8s_files, skypilot_files, slurm_files
 
     if kind == "k8s":
         missing = [n for n, value in (("--image", job.image), ("--claim", job.claim)) if not value]
         if missing:
             raise RecipeError(
                 f"Kubernetes needs {' and '.join(missing)}",
-                hint="--image NAME:TAG is a container with Tunesmith, --claim the volume that "
-                "keeps the run",
+                hint="--image NAME:TAG is a container image with Tunesmith, --claim is the volume "
+                "claim for the run folder",
             )
         return k8s_files(job)
     return {"slurm": slurm_files, "skypilot": skypilot_files}[kind](job)
@@ -152,8 +156,8 @@ def _notes(recipe: Recipe, job: LaunchJob) -> list[str]:
     paths = [recipe.model.name, *(section.path for section in recipe.data.train if section.path)]
     seen = ", ".join(str(path) for path in paths)
     return [
-        f"every node must see: {seen} (from {job.folder}), and the run's folder {job.out}",
-        "secrets such as HF_TOKEN come from the cluster's own environment, never from these files",
+        f"every node must be able to read {seen} (from {job.folder}) and to write {job.out}",
+        "secrets such as HF_TOKEN must come from the cluster's environment; no file holds them",
     ]
 
 
@@ -161,7 +165,7 @@ def _give(files: dict[str, str], folder: Path, *, write: bool) -> None:
     if not write:
         for name, content in files.items():
             print(f"# --- {folder / name}\n{content}")
-        print("nothing was written; --write writes these files", file=sys.stderr)
+        print("nothing was written; add --write to write these files", file=sys.stderr)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`tunesmith plan`: what a run will take, before it runs."""
+"""`tunesmith plan`: estimate of a run's memory and time, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def plan(
     data: DataOption = None,
     eval: EvalOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
-    """Memory, time and work of a run, measured over a few real steps that are thrown away.
+    """Estimate memory, time and work of a run from a few real steps, which are then discarded.
 
-    Returns 0, or 1 if the run does not fit.
+    Returns 0, or 1 if the run does not fit into memory.
     """
     from tunesmith.estimate import forecast
 
@@ -45,29 +45,29 @@ def plan(
 
 
 def lines(found: Forecast) -> list[str]:
-    """The page."""
+    """The report as lines of text."""
     work, seen = found.work, found.measured
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.memory.items())
     page = [
         f"trained: {found.trained:,} of {found.parameters:,} parameters "
         f"({found.trained / found.parameters:.2%})",
         f"memory: peak {_bytes(seen.peak)} of {_bytes(found.free)} free; {parts}",
-        f"device: {found.chosen['micro_tokens']} tokens at a time, "
-        f"gradient_checkpointing {found.chosen['gradient_checkpointing']}",
+        f"device: micro-batches of up to {found.chosen['micro_tokens']} tokens, "
+        f"gradient_checkpointing={found.chosen['gradient_checkpointing']}",
         f"steps: {work.steps:,}; {work.tokens:,} tokens, {work.target_tokens:,} targets",
-        f"computed: {work.computed:,} tokens; a row for each answer would be "
-        f"{work.unshared:,}, padded to the longest of its step {work.padded:,}",
+        f"computed: {work.computed:,} tokens; with a row for each answer it would be "
+        f"{work.unshared:,}, and padded to the longest row of each step {work.padded:,}",
         f"work: {found.flops:.3g} floating point operations",
         f"time: {_time(found.seconds)} (steps {_time(found.train_seconds)}, evaluations "
-        f"{_time(found.eval_seconds)}), from {seen.steps} steps on this machine; loading and "
-        "writing come on top",
+        f"{_time(found.eval_seconds)}), from {seen.steps} steps measured on this machine; "
+        "loading and saving are not included",
     ]
     if found.context:
-        page.append(f"{found.context[0]}; memory is of one rank")
+        page.append(f"{found.context[0]}; memory is that of one rank")
     if work.grouped is not None and work.computed:
         page.append(
             f"batch.group_by_prefix=true would compute {work.grouped:,} tokens, "
-            f"{1 - work.grouped / work.computed:.1%} fewer; it changes which documents meet in a "
+            f"{1 - work.grouped / work.computed:.1%} fewer; it changes which documents share a "
             "step"
         )
     if found.packing is not None:
@@ -75,9 +75,12 @@ def lines(found: Forecast) -> list[str]:
 
         page.append(packing_line(found.packing))
     if work.counted < work.steps:
-        page.append(f"counted: {work.counted} of {work.steps:,} steps, scaled up")
+        page.append(
+            f"counted: {work.counted} of {work.steps:,} steps, and scaled up to all of them"
+        )
     if not found.fits:
-        page.append(f"does not fit; would fit: {', '.join(found.would_fit) or 'nothing here'}")
+        changes = ", ".join(found.would_fit) or "no change that is known here"
+        page.append(f"the run does not fit into memory; it would fit with: {changes}")
     return page + [f"warning: {warning}" for warning in found.warnings]
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith preview`: what will be learned from the data, token by token."""
+"""`tunesmith preview`: rows as tokens, with the targets (the tokens that are learned) marked."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def preview(
     data: DataOption = None,
     rows: Annotated[
         int | None,
-        typer.Option("--rows", min=1, help="How many rows to show. [default: 3; with --html 1000]"),
+        typer.Option("--rows", min=1, help="Number of rows. [default: 3; with --html 1000]"),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a row on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object for each row, nothing else.")
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="Write a page of the rows to this file.", show_default=False),
+        typer.Option("--html", help="Write an HTML page of the rows to this file."),
     ] = None,
 ) -> None:
-    """Show what will be learned from the data; loads the tokenizer, never weights."""
+    """Show the tokens of rows and which of them are targets; loads the tokenizer, no weights."""
     from tunesmith.data.row_errors import Fault
 
     recipe = recipe_from_arguments(arguments, model, data)
@@ -55,7 +55,7 @@ def preview(
     prepared = _rows(recipe, template, source)
     if html is not None:
         if as_json:
-            raise InputError("--html and --json are two outputs", hint="give one of the two")
+            raise InputError("--html and --json exclude each other", hint="give one of the two")
         _write_page(html, prepared, rows or SHOWN_ON_PAGE, recipe=recipe, template=template)
         return
     for row in islice(prepared, rows or SHOWN):
@@ -72,21 +72,22 @@ def preview(
 
 
 def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
-    """The tokenizer and chat template that the recipe trains with; those of a run if that is the
-    model, with the arguments it was trained under.
+    """The tokenizer and chat template that the recipe trains with.
+
+    If the model is a run, they are those of the run, with the template arguments of its training.
     """
     from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
 
     tokenizer, folder = _folders(recipe)
     choice = read_choice(folder)
-    asked, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
+    name, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
     if choice is not None:
-        asked = "none" if asked is None and choice.raw else asked
+        name = "none" if name is None and choice.raw else name
         kwargs = {**choice.template_kwargs, **kwargs}
     return load_template(
         tokenizer,
-        template=asked,
+        template=name,
         kwargs=kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
         dated=dated,
@@ -94,8 +95,9 @@ def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
 
 
 def _folders(recipe: Recipe) -> tuple[Path, Path]:
-    """Where the tokenizer is, and where a run's template choice would be. A folder that holds a
-    tokenizer is taken as it stands: weights need not be there for a preview.
+    """The tokenizer's folder, and the folder that may hold a run's template choice.
+
+    A folder with a tokenizer is enough, since a preview needs no weights.
     """
     from tunesmith.model.source import resolve_model
 
@@ -114,12 +116,12 @@ def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterat
     section = recipe.data
     folders: list[Path] = []
     if recipe_file is not None:
-        given = Path(recipe_file).expanduser()
-        folders = [given if given.is_dir() else given.parent]
+        path = Path(recipe_file).expanduser()
+        folders = [path if path.is_dir() else path.parent]
     max_length = template.context_length if section.max_length == "auto" else section.max_length
     if max_length is None:
         raise ModelError(
-            "the model names no context length",
+            "the model's config has no context length",
             where="data.max_length",
             hint="give data.max_length=N",
         )
@@ -135,7 +137,7 @@ def _rows(recipe: Recipe, template: Template, recipe_file: str | None) -> Iterat
 def _write_page(
     path: Path, prepared: Iterator[PreparedRow], rows: int, *, recipe: Recipe, template: Template
 ) -> None:
-    """Write the page, refused rows in it too; then refuse, as without it."""
+    """Write the page, which also shows rows that a run would refuse, then raise their error."""
     from tunesmith.data.preprocess.ledger import Ledger
     from tunesmith.data.preprocess.prepare import record_outcome
     from tunesmith.data.row_errors import Fault
@@ -164,7 +166,7 @@ def _write_page(
     )
     write_text(path, text)
     first = "the first " if more else ""
-    print(f"{first}{len(shown):,} rows are shown in {path}", file=sys.stderr)
+    print(f"wrote {first}{len(shown):,} rows to {path}", file=sys.stderr)
     if refusal is not None:
         refusal.message += f" ({refused:,} such rows on the page)" if refused > 1 else ""
         raise refusal
@@ -184,7 +186,7 @@ def _settings(recipe: Recipe, template: Template) -> dict[str, str]:
 
 
 def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
-    """The row as one object: its outcome, its segments, its targets."""
+    """The row as a JSON object: its status, its segments and its targets."""
     segments = result.document.segments if result.document is not None else ()
     return {
         "source": row.origin.source,
@@ -229,7 +231,7 @@ def _hint(fault: Fault) -> str:
 
     if fault.kind == TOO_LONG:
         return fault.hint or ""
-    drop = "data.bad_rows=drop goes on without such rows"
+    drop = "data.bad_rows=drop leaves such rows out"
     return f"{fault.hint}; {drop}" if fault.hint else drop
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith replay`: take a step of a run again and look at each document's loss."""
+"""`tunesmith replay`: repeat one training step of a run and show the loss of each document."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 
 def replay(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
-    step: Annotated[int, typer.Option("--step", min=1, help="The step, counted from 1.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    step: Annotated[int, typer.Option("--step", min=1, help="Number of the step, from 1.")],
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Also the norm of each document's own gradient.")
+        bool, typer.Option("--gradients", help="Also show the gradient norm of each document.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
-    """Take a step of a run again, bit for bit, from the nearest checkpoint before it.
+    """Repeat a step of a run, bit for bit, from the nearest checkpoint before it.
 
-    Returns 0, or 1 if its numbers are not the run's although nothing differs that they depend on.
+    Returns 0. Returns 1 if the numbers differ from those of the run, although versions, threads and
+    everything else that they depend on are the same.
     """
     from tunesmith.replay import replay as replay_step
 
@@ -34,7 +35,7 @@ def replay(
         Path(run),
         step,
         gradients=gradients,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        on_status=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if as_json:
         print(json.dumps(found.record(), ensure_ascii=False, indent=1))
@@ -44,7 +45,7 @@ def replay(
 
 
 def lines(found: Replay) -> list[str]:
-    """The page: the step's numbers, whether they are the run's, and its documents."""
+    """The report: the step's numbers, whether they equal the run's, and its documents."""
     page = [*found.notes, f"step {found.step}: {_numbers(found)}", _comparison(found)]
     page.append(_line(found, ["loss", "weight", "targets", "tokens", "grad norm"], "row"))
     for entry in found.documents:
@@ -54,11 +55,11 @@ def lines(found: Replay) -> list[str]:
 
 
 def _line(found: Replay, values: Sequence[float | str], row: str) -> str:
-    """A row of the table; the last value only where it was asked for."""
+    """A row of the table; the gradient norm, which is last, only if it was computed."""
     width = max(len(str(entry["row"])) for entry in found.documents)
     shown = [value if isinstance(value, str) else f"{value:.6g}" for value in values]
-    asked = "grad_norm" in found.documents[0]
-    return f"{row:<{width}}" + "".join(f"  {text:>9}" for text in (shown if asked else shown[:-1]))
+    shown = shown if "grad_norm" in found.documents[0] else shown[:-1]
+    return f"{row:<{width}}" + "".join(f"  {text:>9}" for text in shown)
 
 
 def _numbers(found: Replay) -> str:
@@ -71,13 +72,13 @@ def _numbers(found: Replay) -> str:
 
 def _comparison(found: Replay) -> str:
     if found.then is None:
-        return "metrics.jsonl has no record of it: the step was not taken, or not written"
+        return "metrics.jsonl has no record of this step, so there is nothing to compare with"
     if found.equal:
         return "equal to metrics.jsonl to the bit"
     differ = [
-        f"{name} is {found.now[name]}, was {then}"
+        f"{name} is {found.now[name]} and was {then}"
         for name, then in found.then.items()
         if found.now[name] != then
     ]
-    why = "; ".join(found.unlike) or "nothing that it depends on is known to differ"
+    why = "; ".join(found.unlike) or "no difference is known that would explain it"
     return f"NOT equal to metrics.jsonl: {'; '.join(differ)} ({why})"

@@ -1,4 +1,4 @@
-"""`tunesmith score`: what a model makes of each row, as a Parquet file."""
+"""`tunesmith score`: loss, difficulty (IFD) and token statistics of each row, as a Parquet file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.cli.inputs import (
     recipe_from_arguments,
     split_arguments,
 )
-from tunesmith.cli.session import Limit, Session, open_session, read_settings, tell
+from tunesmith.cli.session import Limit, Session, open_session, print_status, read_settings
 from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.scoring.table import ScoredSource
 
 SECONDS = 10
-"""Between two words on how far the scoring is."""
+"""Seconds between two status lines."""
 
 
 def score(
@@ -38,13 +38,13 @@ def score(
     data: DataOption = None,
     limit: Limit = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> None:
-    """Give each row its loss, difficulty and token statistics under a model, in a Parquet file."""
+    """Compute loss, difficulty and token statistics of each row, and write a Parquet file."""
     from tunesmith.scoring.rows import score_rows, summary
     from tunesmith.scoring.table import write_scores
 
@@ -60,7 +60,7 @@ def score(
         micro_tokens=_micro_tokens(session, prepared),
         device=session.device,
         everything=recipe.data.train_on == "all",
-        tell=_counter(len(prepared.documents)),
+        on_scored=_counter(len(prepared.documents)),
     )
     write_scores(out, scores, sources=_scored(sources, prepared), about=_about(session))
     found = {"out": str(out), **summary(scores)}
@@ -71,32 +71,32 @@ def score(
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write where a file is, or where there is no folder.
+    """Check that an output file can be written.
 
     Raises:
-        InputError: one of the two.
+        InputError: its folder does not exist, it is a folder, or it exists and is not to be
+            overwritten.
     """
     if not path.parent.is_dir():
         raise InputError("there is no such folder", where=str(path.parent))
     if path.is_dir():
-        raise InputError("is a folder", where=str(path), hint="name a file in it")
+        raise InputError("is a folder, not a file", where=str(path), hint="give a file in it")
     if path.exists() and not overwrite:
-        raise InputError(
-            "the file is there already", where=str(path), hint="--overwrite replaces it"
-        )
+        raise InputError("the file exists already", where=str(path), hint="--overwrite replaces it")
 
 
 def _settings(
     arguments: Sequence[str], model: str | None, data: Sequence[str], limit: int | None
 ) -> tuple[Recipe, list[Path]]:
-    """The recipe, and where its files may lie; a run that is named as the model brings its own
-    columns and settings along.
+    """The recipe, and the folders in which its files are looked for.
+
+    Without a recipe, a run that is given as --model brings its columns and settings.
     """
     source, overrides = split_arguments(arguments)
     if source is not None:
         recipe = recipe_from_arguments(arguments, model, data)
-        given = Path(source).expanduser()
-        return _limited(recipe, limit), [given if given.is_dir() else given.parent]
+        path = Path(source).expanduser()
+        return _limited(recipe, limit), [path if path.is_dir() else path.parent]
     if model is None or not data:
         what = "no model" if model is None else "no data"
         raise RecipeError(f"{what} to score with", hint="give RECIPE, or --model M --data FILE")
@@ -133,14 +133,14 @@ def _prepare(session: Session, sources: Sequence[Source]) -> Prepared:
 
 
 def _micro_tokens(session: Session, prepared: Prepared) -> int:
-    """How much goes through at a time; the model is tested first, as before a run."""
+    """Tokens of a micro-batch. The model passes its self-test first, as before a run."""
     from tunesmith.model.selftest import self_test
 
     longest = max(document.longest_path for document in prepared.documents)
     for note in self_test(session.model, max_length=longest).notes:
-        tell(note)
-    asked = session.recipe.device.micro_tokens
-    return MICRO_TOKENS if asked == "auto" else asked
+        print_status(note)
+    micro_tokens = session.recipe.device.micro_tokens
+    return MICRO_TOKENS if micro_tokens == "auto" else micro_tokens
 
 
 def _scored(sources: Sequence[Source], prepared: Prepared) -> dict[str, ScoredSource]:
@@ -176,15 +176,15 @@ def _about(session: Session) -> dict[str, Any]:
 
 
 def _counter(total: int) -> Callable[[int], None]:
-    """Says how far the scoring is, now and then."""
-    done, told = 0, time.monotonic()
+    """A callback that counts scored rows and prints the count every SECONDS."""
+    done, printed_at = 0, time.monotonic()
 
     def note(rows: int) -> None:
-        nonlocal done, told
+        nonlocal done, printed_at
         done += rows
-        if time.monotonic() - told >= SECONDS:
-            told = time.monotonic()
-            tell(f"scored {done:,} of {total:,} rows")
+        if time.monotonic() - printed_at >= SECONDS:
+            printed_at = time.monotonic()
+            print_status(f"scored {done:,} of {total:,} rows")
 
     return note
 
@@ -192,14 +192,14 @@ def _counter(total: int) -> Callable[[int], None]:
 _LABELS = {
     "rows": ("rows", "{:,}"),
     "scored": ("scored", "{:,}"),
-    "without_ifd": ("of these without IFD", "{:,}"),
+    "without_ifd": ("scored without IFD", "{:,}"),
     "target_tokens": ("target tokens", "{:,}"),
     "median_loss": ("median loss (nats per target)", "{:.4f}"),
     "median_accuracy": ("median token accuracy", "{:.2%}"),
     "median_entropy": ("median entropy (nats)", "{:.4f}"),
     "median_loss_alone": ("median loss without prompt", "{:.4f}"),
     "median_ifd": ("median IFD", "{:.4f}"),
-    "median_inverse_p_p50": ("median 1/p of a row's median target", "{:.3f}"),
+    "median_inverse_p_p50": ("median of the rows' median 1/p(target)", "{:.3f}"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith select`: a new data set of the rows that rules keep, by their scores and contents."""
+"""`tunesmith select`: data selection by rules on scores, duplicates and token budgets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def select(
     scores: Annotated[
-        list[Path], typer.Argument(metavar="SCORES...", help="Files of `tunesmith score`.")
+        list[Path], typer.Argument(metavar="SCORES...", help="Files from `tunesmith score`.")
     ],
     out: Annotated[Path, typer.Option("--out", help="The JSON Lines file to write.")],
     data: DataOption = None,
@@ -30,19 +30,19 @@ def select(
         typer.Option(
             "--keep",
             metavar="RULE",
-            help="A rule, as in 'top 10% by ifd', 'loss between 5% and 95%', 'ifd < 1', 'dedup', "
-            "'dedup near 0.8' or 'budget 100000'. Rules apply in the order given.",
+            help="A rule: 'top 10% by ifd', 'loss between 5% and 95%', 'ifd < 1', 'dedup', "
+            "'dedup near 0.8', 'budget 100000'. Repeat it: rules apply in the given order.",
             show_default=False,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files if they are there.")
+        bool, typer.Option("--overwrite", help="Replace the files if they exist.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print totals and steps as one JSON object.")
     ] = False,
 ) -> None:
-    """Write the rows that the rules keep, unchanged and in their order, with a ledger beside."""
+    """Write the rows that the rules keep, unchanged and in their order, and a ledger."""
     from tunesmith.scoring.select import apply_rules, gather, parse_rules
     from tunesmith.scoring.table import read_scores
     from tunesmith.scoring.write_selection import ledger_of, write_ledger, write_rows
@@ -51,11 +51,15 @@ def select(
     for path in (out, ledger_file):
         check_output(path, overwrite=overwrite)
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise InputError("the rows are written as JSON Lines", where=str(out), hint="--out X.jsonl")
+        raise InputError(
+            "rows are written as JSON Lines, so the name must end in .jsonl",
+            where=str(out),
+            hint="--out X.jsonl",
+        )
     if not keep:
-        raise RecipeError("no rule", where="--keep", hint="give one: --keep 'top 50% by ifd'")
+        raise RecipeError("there is no rule", where="--keep", hint="--keep 'top 50% by ifd'")
     sources = _sources(data or ())
-    _spare(out, sources)
+    _check_not_input(out, sources)
     read = [read_scores(path) for path in scores]
     selection = gather(sources, read)
     selection = apply_rules(selection, parse_rules(keep, selection.pool))
@@ -63,8 +67,8 @@ def select(
     if not len(selection.kept):
         raise InputError(
             f"the rules keep none of the {record['totals']['rows']:,} rows",
-            where=_emptied(selection),
-            hint="nothing was written; loosen a rule",
+            where=_last_step(selection),
+            hint="nothing was written; make a rule less strict",
         )
     digest = write_rows(out, selection)
     origin = [{"path": str(file.path), "sha256": _hash(file.path), **file.about} for file in read]
@@ -87,19 +91,19 @@ def _sources(paths: Sequence[str]) -> list[Source]:
     return make_sources(recipe.data.train, recipe.data)
 
 
-def _spare(out: Path, sources: Sequence[Source]) -> None:
-    """Refuse to write over the data that is read."""
+def _check_not_input(out: Path, sources: Sequence[Source]) -> None:
+    """Refuse to overwrite the data that is read."""
     for source in sources:
         if source.path is not None and out.exists() and out.samefile(source.path):
             raise InputError(
-                "is the data itself", where=str(out), hint="give another file with --out"
+                "is an input file", where=str(out), hint="give another file with --out"
             )
 
 
-def _emptied(selection: Selection) -> str | None:
+def _last_step(selection: Selection) -> str | None:
     """The step that left out the last row."""
-    last = [step.text for step in selection.steps if step.rows]
-    return last[-1] if last else None
+    texts = [step.text for step in selection.steps if step.rows]
+    return texts[-1] if texts else None
 
 
 def _hash(path: Path) -> str:
@@ -122,4 +126,4 @@ def _print_steps(record: dict[str, Any], out: Path, ledger_file: Path) -> None:
         if step["without_value"]:
             notes.append(f"{step['without_value']:,} of them have no value")
         print(line + (f"  ({'; '.join(notes)})" if notes else ""))
-    print(f"written to {out}; what was left out is in {ledger_file}")
+    print(f"wrote {out}; {ledger_file} lists the rows that were left out")

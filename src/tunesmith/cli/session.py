@@ -1,4 +1,4 @@
-"""What `chat`, `eval` and `generate` share: a trained model, its template, and data."""
+"""Loading of a model and its chat template for `chat`, `eval`, `generate` and `score`."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SECTION.KEY=VALUE]...",
-        help="What to change, as in data.columns='prompt: question'.",
+        help="Overrides of recipe keys, as in data.columns='prompt: question'.",
         show_default=False,
     ),
 ]
 DataOption = Annotated[
-    list[str], typer.Option("--data", help="File with the rows; may be given again.")
+    list[str], typer.Option("--data", help="File with rows. Repeat it for several files.")
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
+    int, typer.Option("--max-new-tokens", min=1, help="Largest number of tokens of an answer.")
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 is greedy; 1 samples as the model says.")
+    float, typer.Option("--temperature", min=0.0, help="Sampling temperature. 0 is greedy.")
 ]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="Sample among the likeliest tokens that reach this share.")
+    float, typer.Option("--top-p", help="Nucleus sampling: smallest set of this probability.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed of sampling.")]
 SpecialAsText = Annotated[
     bool,
     typer.Option(
         "--special-as-text",
-        help="Read control tokens that a message quotes as plain characters, not as an error.",
+        help="Encode special tokens in a message as plain text, where they are an error else.",
     ),
 ]
 Limit = Annotated[
@@ -56,35 +56,35 @@ Limit = Annotated[
 ]
 
 MODEL_KEYS = {"dtype", "trust_remote_code", "quantization", "double_quantization"}
-"""What of a run's section `model` its adapter was trained with."""
+"""Keys of a run's section `model` that must stay as in training, since an adapter fits to them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A loaded model with its template; `recipe` holds the settings it is used with."""
+    """A loaded model with its template; `recipe` holds the settings for its use."""
 
     recipe: Recipe
     model: CausalLM
     template: Template
-    raw: bool  # no chat template
+    raw: bool  # trained without a chat template
 
     @property
     def device(self) -> Any:
-        """Where the model's weights are."""
+        """The device of the model's weights."""
         return next(self.model.parameters()).device
 
 
 def read_settings(
     name: str, *, data: Sequence[str] = (), overrides: Sequence[str] = (), limit: int | None = None
 ) -> Recipe:
-    """The settings for using model `name`: those of its run if it is one, then `overrides`.
+    """The settings for using model `name`: those of its run if `name` is a run, then `overrides`.
 
     Raises:
-        RecipeError: an override is none, or what `read_recipe` refuses.
+        RecipeError: an override is not `key=value`, or `read_recipe` refuses a value.
     """
     for item in overrides:
         if "=" not in item:
-            hint = "changes have the form section.key=value, data the form --data FILE"
+            hint = "give overrides as section.key=value, and data as --data FILE"
             raise RecipeError(f"{item!r} is one argument too many", hint=hint)
     values = _run_settings(name)
     values["model"] = {**values.get("model", {}), "name": name}
@@ -96,7 +96,7 @@ def read_settings(
 
 
 def _run_settings(name: str) -> dict[str, Any]:
-    """What of a run's recipe holds for other data too: columns, template, what is trained on."""
+    """The part of a run's recipe that also holds for other data: columns, template, train_on."""
     path = Path(name).expanduser()
     folder = path.parent if path.name == "model" else path
     if not (folder / "recipe.yaml").is_file():
@@ -117,7 +117,7 @@ def _run_settings(name: str) -> dict[str, Any]:
 
 
 def open_session(recipe: Recipe) -> Session:
-    """Load the model that the settings name, with the template choice kept beside it."""
+    """Load the model of the settings, and its template with the arguments saved in its folder."""
     from tunesmith.build.device import choose_device
     from tunesmith.build.model import chosen_quantization
     from tunesmith.data.templates.load import load_template
@@ -126,13 +126,13 @@ def open_session(recipe: Recipe) -> Session:
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
     choice = read_choice(source.adapter_folder or source.folder)
-    asked, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
+    name, kwargs = recipe.data.template, dict(recipe.data.template_kwargs)
     if choice is not None:
-        asked = "none" if asked is None and choice.raw else asked
+        name = "none" if name is None and choice.raw else name
         kwargs = {**choice.template_kwargs, **kwargs}
     template = load_template(
         source.tokenizer_folder,
-        template=asked,
+        template=name,
         kwargs=kwargs,
         trust_remote_code=recipe.model.trust_remote_code,
         dated=True,
@@ -151,12 +151,12 @@ def open_session(recipe: Recipe) -> Session:
 
 
 def sources_of(recipe: Recipe) -> list[Source]:
-    """The files of the settings as the data layer reads them."""
+    """The data sources of the settings."""
     from tunesmith.build.sources import make_sources
 
     return make_sources(recipe.data.train, recipe.data)
 
 
-def tell(text: str) -> None:
-    """A message for the user; stdout is for data."""
+def print_status(text: str) -> None:
+    """Print a status line to stderr, since stdout is for data."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A rendered row for the terminal: targets stand between ⟦ and ⟧, in colour where there is one."""
+"""Terminal view of a rendered row (rich): targets stand between ⟦ and ⟧, coloured by weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEGEND = f"{OPEN}learned{CLOSE} context"
 
 
 def row_view(origin: Origin, result: Rendered, template: Template) -> Text:
-    """The row's outcome and all of its segments."""
+    """The row's status and the text of all its segments."""
     view = Text()
     head = f"{origin}  {result.status}"
     if result.reason:
@@ -38,7 +38,9 @@ def row_view(origin: Origin, result: Rendered, template: Template) -> Text:
 
 
 def segment_view(segment: Segment, template: Template) -> Text:
-    """The segment's text; runs of targets of one weight are marked, and named if it is not 1."""
+    """The segment's text. Runs of targets of equal weight are marked; a weight other than 1 is
+    shown.
+    """
     weights = np.zeros(len(segment.ids), np.float32)
     weights[segment.index] = segment.weight
     cuts = np.flatnonzero(np.diff(weights)) + 1
@@ -55,7 +57,7 @@ def segment_view(segment: Segment, template: Template) -> Text:
 
 
 def weight_style(weight: float) -> str:
-    """The colour of a target of this weight."""
+    """The colour of a target with this weight."""
     return FULL if weight == 1 else LIGHT if weight < 1 else HEAVY
 
 
@@ -74,14 +76,14 @@ def _counts(document: Document, result: Rendered) -> str:
 
 
 def _boundary(document: Document, number: int) -> str:
-    """A line that says where the segment hangs; deeper segments are set further in."""
+    """A line that names the segment's parent, indented by its depth in the tree."""
     segment = document.segments[number]
     depth, parent = 0, segment.parent
     while parent >= 0:
         depth, parent = depth + 1, document.segments[parent].parent
-    hangs = "a root" if segment.parent < 0 else f"continues {segment.parent}"
+    relation = "a root" if segment.parent < 0 else f"continues {segment.parent}"
     size = _many(len(segment.ids), "token")
-    return f"{'  ' * depth}── segment {number}: {hangs}, from position {segment.start}, {size}"
+    return f"{'  ' * depth}── segment {number}: {relation}, from position {segment.start}, {size}"
 
 
 def _many(count: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""`tunesmith train`: fine-tune a model."""
+"""`tunesmith train` and `tunesmith resume`: run a training, in one process or one a device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def train(
     data: DataOption = None,
     eval: EvalOption = None,
     out: Annotated[
-        str | None, typer.Option(help="The run's folder; a new one under runs/ by default.")
+        str | None, typer.Option(help="Run folder. By default a new folder in runs/.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on if the folder has this run, else start it.")
+        bool, typer.Option("--resume", help="Continue the run in --out, or start it if new.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run that is in the folder.")
+        bool, typer.Option("--overwrite", help="Delete the run in --out and start a new one.")
     ] = False,
 ) -> int | None:
     """Fine-tune a model on demonstrations."""
@@ -40,6 +40,7 @@ def train(
     source, _ = split_arguments(arguments or ())
     count = ranks_to_start(recipe.device.kind, recipe.device.ranks)
     if count > 1:
+        # Each rank runs the same command line; this process only starts them and waits.
         options = [("--model", model), *(("--data", file) for file in data or ()), ("--eval", eval)]
         words = [word for pair in [*options, ("--out", out)] if pair[1] for word in pair if word]
         words += ["--resume"] * resume + ["--overwrite"] * overwrite
@@ -47,4 +48,32 @@ def train(
     run = train_recipe(recipe, out=out, resume=resume, overwrite=overwrite, recipe_file=source)
     if is_main_process():
         print(run.model_folder)
+    return None
+
+
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...",
+            help="Overrides of keys under device, log or checkpoint.",
+        ),
+    ] = None,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="Accept rows that changed since the run began.")
+    ] = False,
+) -> int | None:
+    """Continue a run from its newest undamaged checkpoint."""
+    from tunesmith.distributed.env import is_main_process
+    from tunesmith.distributed.spawn import start
+    from tunesmith.run import ranks_of
+    from tunesmith.run import resume as resume_run
+
+    count = ranks_of(run, overrides or ())
+    if count > 1:
+        return start(count, ["resume", run, *(overrides or ())])
+    finished = resume_run(run, overrides=overrides or (), changed_data=changed_data)
+    if is_main_process():
+        print(finished.model_folder)
     return None

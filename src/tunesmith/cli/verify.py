@@ -26,23 +26,23 @@ def verify(
     model: ModelOption = None,
     data: DataOption = None,
     documents: Annotated[
-        int, typer.Option("--documents", min=1, help="Documents that are learned from at once.")
+        int, typer.Option("--documents", min=1, help="Number of documents in a step.")
     ] = 6,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="First rows of each file that are looked at.")
+        int, typer.Option("--rows", min=1, help="Number of rows to use, the first of each file.")
     ] = 64,
     ranks: Annotated[
-        int, typer.Option("--ranks", min=1, help="Also train on so many processes.")
+        int, typer.Option("--ranks", min=1, help="Also train with this number of processes.")
     ] = 1,
     out: Annotated[
         str | None,
-        typer.Option(help="Folder for verify.md and verify.json; a run's own by default."),
+        typer.Option(help="Folder for verify.md and verify.json. By default the run's folder."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
     ] = False,
 ) -> int:
-    """Prove P1 to P6 on the recipe's model and data, in minutes.
+    """Check promises P1 to P6 on the recipe's model and data, in minutes.
 
     Returns 0, or 1 if a promise does not hold.
     """
@@ -53,11 +53,12 @@ def verify(
 
     recipe = recipe_from_arguments(arguments, model, data)
     source, changes = split_arguments(arguments or ())
-    given = Path(source).expanduser() if source is not None else None
-    folders = [given if given.is_dir() else given.parent] if given is not None else []
-    # Another model, data or setting than the run's own: then it is not the run that is looked at.
+    path = Path(source).expanduser() if source is not None else None
+    folders = [path if path.is_dir() else path.parent] if path is not None else []
+    # With another model, other data or other settings, the run's own files say nothing about what
+    # is verified, so they are left out.
     unchanged = model is None and not data and not changes
-    run = given if given is not None and unchanged and is_run(given) else None
+    run = path if path is not None and unchanged and is_run(path) else None
     found = examine(
         recipe,
         bounds=Bounds(documents=documents, rows=rows),
@@ -78,7 +79,7 @@ def verify(
 
 
 def lines(found: Verification) -> list[str]:
-    """The table for a terminal of any width: a line a promise, and below it what was compared."""
+    """The table for a terminal: a line for each check, and below it what was compared."""
     from tunesmith.verify.table import counts, difference, number, verdict
 
     page: list[str] = []
@@ -89,7 +90,7 @@ def lines(found: Verification) -> list[str]:
             f"{outcome.promise}  {outcome.name:<24}  {outcome.verdict:<11}  {seen}".rstrip()
         )
         page.append(f"    {outcome.compared}")
-        page.append(f"    against {outcome.oracle}")
+        page.append(f"    compared with {outcome.oracle}")
         page += [f"    {text}" for text in (counts(outcome.counts), outcome.note) if text]
         if outcome.advice:
             page.append(f"    hint: {outcome.advice}")

@@ -18,7 +18,7 @@ from tunesmith.data.formats.examples import (
 from tunesmith.data.rendering.render import Rendered
 from tunesmith.data.row_errors import Fault
 from tunesmith.data.templates.template import Template
-from tunesmith.doctor.words import plain, words_of
+from tunesmith.doctor.minhash import plain, words_of
 from tunesmith.types import Document, Origin
 
 ASSISTANT = "assistant"

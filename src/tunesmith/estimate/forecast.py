@@ -24,9 +24,8 @@ from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import World
 from tunesmith.errors import RunError
-from tunesmith.estimate.flops import training_flops
 from tunesmith.estimate.probe import Measured, probe
-from tunesmith.estimate.workload import Work, count_work
+from tunesmith.estimate.workload import Work, count_work, training_flops
 from tunesmith.model.memory.activations import activation_bytes
 from tunesmith.model.memory.estimate import free_memory
 from tunesmith.model.ops.activation_checkpointing import Mode

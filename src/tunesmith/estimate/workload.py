@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from tunesmith.build.job import Job
 from tunesmith.build.sources import is_mixture
@@ -13,6 +16,8 @@ from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.data.preprocess.document_store import token_counts
 from tunesmith.data.sampling.prefix_groups import PrefixGroups
 from tunesmith.data.sampling.sampler import BatchSampler
+from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.ops.packed_weight import parameter_count
 from tunesmith.train.path_hash import path_ends
 from tunesmith.types import Document
 
@@ -122,3 +127,40 @@ def _grouped_order(job: Job) -> BatchSampler | None:
 def row_lengths(documents: Sequence[Document]) -> list[int]:
     """Tokens of each path that is learned from, if every path were a row of its own."""
     return [length for document in documents for length in path_ends(document).values()]
+
+
+def training_flops(model: CausalLM, *, tokens: int, targets: int) -> float:
+    """Operations of the products with weights in the forward and backward pass of `tokens` computed
+    tokens with `targets` distinct targets.
+
+    With m the weights of the decoder's matrices that a token meets and h those of the head:
+    tokens * (4 m_frozen + 6 m_trained) + targets * (4 or 6) h. Each weight is multiplied and added
+    once forward (2), once for the gradient of its input (2), and, if it is trained, once for its
+    own (2). Of stacked experts a token meets the share that the router chooses. Not counted are
+    lookups, attention's scores, element by element work, what is computed twice to save memory, and
+    passes of a base model.
+    """
+    head = model.head.weight
+    embedding = model.base.get_input_embeddings().weight
+    outside = {id(head), id(embedding)}
+    met = _expert_share(model)
+    per_token = 0.0
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and id(parameter) not in outside:
+            share = met if parameter.dim() == 3 else 1.0
+            per_token += share * parameter_count(parameter) * _each(parameter)
+    return per_token * tokens + float(parameter_count(head) * _each(head)) * targets
+
+
+def _each(parameter: Tensor) -> int:
+    """Operations a weight: two forward, two for its input's gradient, two for its own."""
+    return 6 if parameter.requires_grad else 4
+
+
+def _expert_share(model: CausalLM) -> float:
+    """The share of the experts that a token goes through; 1 without experts."""
+    config: Any = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((value for name in names if (value := getattr(config, name, None))), None)
+    return chosen / count if chosen and count else 1.0

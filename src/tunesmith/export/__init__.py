@@ -1,7 +1,6 @@
 """The trained model as a folder for transformers, peft, GGUF and others."""
 
-from tunesmith.export.card import DataEntry, ModelCard
-from tunesmith.export.choice import TemplateChoice, read_choice
+from tunesmith.export.card import DataEntry, ModelCard, TemplateChoice, read_choice
 from tunesmith.export.folder import write_model
 
 __all__ = ["DataEntry", "ModelCard", "TemplateChoice", "read_choice", "write_model"]

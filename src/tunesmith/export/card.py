@@ -8,17 +8,32 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tunesmith.export.choice import TemplateChoice
+from tunesmith.errors import ModelError
+from tunesmith.model.source import CHOICE_FILE
 from tunesmith.version import __version__
 
 _LICENCE = (
     "## Licence\n\nThat of the base model applies; see its page. "
     "The training data may add terms of its own."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateChoice:
+    """`template` is "own" (the chat template in the model's folder) or "none" (trained raw)."""
+
+    template: str = "own"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def raw(self) -> bool:
+        """True if the model was trained without a chat template."""
+        return self.template == "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,24 @@ class ModelCard:
     choice: TemplateChoice = field(default_factory=TemplateChoice)
     recipe: str = ""
     metrics: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
+
+
+def read_choice(folder: Path) -> TemplateChoice | None:
+    """The choice kept in a model folder, None where the folder was not written by us.
+
+    Raises:
+        ModelError: the file is there and can't be understood.
+    """
+    path = folder / CHOICE_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TemplateChoice(str(values["template"]), dict(values["template_kwargs"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"can't be understood: {error}", where=str(path), hint="export the model again"
+        ) from error
 
 
 def card_text(card: ModelCard, *, title: str, adapter: bool) -> str:

@@ -15,7 +15,6 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
-from tunesmith.export.vocabulary import add_tokens, complete_rows
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
@@ -56,21 +55,21 @@ def write_model(
     Raises:
         RunError: the folder can't be written.
     """
-    aside = out.with_name(f".{out.name}.writing")
+    temporary = out.with_name(f".{out.name}.writing")
     stop_ids = sorted({*template.stop_ids, *extra_stop_ids})
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _fill(aside, model, template, source, adapter=adapter, stop_ids=stop_ids, dtype=dtype)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _fill(temporary, model, template, source, adapter=adapter, stop_ids=stop_ids, dtype=dtype)
         adapted = _is_adapter(model)
-        _write_text(aside / "README.md", card_text(card, title=_title(out), adapter=adapted))
+        _write_text(temporary / "README.md", card_text(card, title=_title(out), adapter=adapted))
         choice = _choice(card, adapted)
         if adapted and adapter.of_quantized:
             choice[OF_QUANTIZED] = True
-        _write_json(aside / CHOICE_FILE, choice)
-        _publish(aside, out)
+        _write_json(temporary / CHOICE_FILE, choice)
+        _publish(temporary, out)
     except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk with an error class of its own.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise RunError(
@@ -227,9 +226,9 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _publish(aside: Path, out: Path) -> None:
+def _publish(temporary: Path, out: Path) -> None:
     """Bring the files to the disk, then give the folder its name."""
-    for path in [*aside.iterdir(), aside]:
+    for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -239,5 +238,58 @@ def _publish(aside: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    aside.rename(out)
+    temporary.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """config.json with the number of rows that the embedding has."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "vocab_size" in text:
+        return {**config, "text_config": {**text, "vocab_size": rows}}
+    return {**config, "vocab_size": rows}
+
+
+def add_tokens(folder: Path, template: Template) -> None:
+    """Put the tokens and names that the template brought along into the tokenizer's files.
+
+    What else stands in them stays as it is; where there is no tokenizer.json, the tokenizer is
+    written as the installed transformers writes it.
+    """
+    if not template.added and not template.named:
+        return
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        template.save(folder)
+        return
+    entries = {
+        token.id: {
+            "content": token.text,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.normalized,
+            "special": token.special,
+        }
+        for token in template.added
+    }
+    tokenizer: dict[str, Any] = json.loads(_read_text(path))
+    tokenizer["added_tokens"] += [{"id": number, **entry} for number, entry in entries.items()]
+    _write_json(path, tokenizer)
+    _update_tokens(folder / "tokenizer_config.json", entries, template.named)
+    _update_tokens(folder / "special_tokens_map.json", {}, template.named)
+    beside = folder / "added_tokens.json"
+    if beside.is_file():
+        known: dict[str, int] = json.loads(_read_text(beside))
+        _write_json(beside, known | {token.text: token.id for token in template.added})
+
+
+def _update_tokens(
+    path: Path, entries: Mapping[int, dict[str, Any]], named: Mapping[str, str]
+) -> None:
+    if not path.is_file():
+        return
+    config: dict[str, Any] = json.loads(_read_text(path))
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] |= {str(n): entry for n, entry in entries.items()}
+    _write_json(path, config | dict(named))

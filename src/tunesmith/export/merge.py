@@ -19,8 +19,7 @@ from torch import Tensor
 from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.card import ModelCard
-from tunesmith.export.choice import TemplateChoice, read_choice
+from tunesmith.export.card import ModelCard, TemplateChoice, read_choice
 from tunesmith.export.folder import base_name, write_model
 from tunesmith.model.adapters import AdapterState, began_quantized
 from tunesmith.model.adapters.merge import add_difference, fold, untie

@@ -12,8 +12,8 @@ from typing import Any
 
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError
+from tunesmith.export.gguf.check import CHATS, rendered_chats
 from tunesmith.export.gguf.write import begins_with_bos, stop_order
-from tunesmith.export.probes import CHATS, rendered_chats
 
 _TURNS = "{{ range $i, $_ := .Messages }}%s{{ end }}%s"
 _ROLES = ("system", "user", "assistant")

@@ -12,7 +12,7 @@ from typing import Any
 from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.choice import TemplateChoice, read_choice
+from tunesmith.export.card import TemplateChoice, read_choice
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.hub import files_to_push
 from tunesmith.export.merge import Part, merge_adapters
@@ -21,11 +21,11 @@ from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import ModelSource, resolve_model
 
 FORMS = ("hf", "adapter", "gguf", "ollama")
-Tell = Callable[[str], None]
+Status = Callable[[str], None]
 
 
 def export(
-    name: str, to: str, out: Path, *, quantize: str = "f16", trust: bool = False, tell: Tell
+    name: str, to: str, out: Path, *, quantize: str = "f16", trust: bool = False, on_status: Status
 ) -> dict[str, Any]:
     """Write folder `out` with the model `name` in the form asked for; it appears whole or not at
     all. The result says what was written and measured.
@@ -42,38 +42,40 @@ def export(
         raise ModelError("exists already", where=str(out), hint="another --out")
     source = resolve_model(name)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=".exporting-"))
+    temporary = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=".exporting-"))
     try:
-        folder = aside / out.absolute().name
-        result = _fill(source, to, folder, quantize=quantize, trust=trust, tell=tell)
+        folder = temporary / out.absolute().name
+        result = _fill(source, to, folder, quantize=quantize, trust=trust, on_status=on_status)
         folder.rename(out)
     except OSError as error:
         raise RunError(f"can't be written: {error}", where=str(out)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return {"out": str(out), "to": to, **result}
 
 
 def _fill(
-    source: ModelSource, to: str, folder: Path, *, quantize: str, trust: bool, tell: Tell
+    source: ModelSource, to: str, folder: Path, *, quantize: str, trust: bool, on_status: Status
 ) -> dict[str, Any]:
     if to == "adapter":
         if source.adapter_folder is None:
             raise ModelError("holds a whole model, no adapter", where=source.name, hint="--to hf")
         return _copy(source.adapter_folder, folder)
-    with _merged(source, folder, trust, tell) as whole:
+    with _merged(source, folder, trust, on_status) as whole:
         if to == "hf":
             return _copy(whole.folder, folder)
-        return _gguf(whole, to, folder, quantize=quantize, trust=trust, tell=tell)
+        return _gguf(whole, to, folder, quantize=quantize, trust=trust, on_status=on_status)
 
 
 @contextmanager
-def _merged(source: ModelSource, folder: Path, trust: bool, tell: Tell) -> Iterator[ModelSource]:
+def _merged(
+    source: ModelSource, folder: Path, trust: bool, on_status: Status
+) -> Iterator[ModelSource]:
     """The model without an adapter."""
     if source.adapter_folder is None:
         yield source
         return
-    tell(f"merging {source.adapter_folder} into {source.folder}")
+    on_status(f"merging {source.adapter_folder} into {source.folder}")
     merged = folder.parent / "merged" / folder.name  # the model card has the folder's name
     merge_adapters([Part(source)], merged, trust_remote_code=trust)
     yield resolve_model(str(merged))
@@ -96,7 +98,7 @@ def files_to_push_or_code(folder: Path) -> list[str]:
 
 
 def _gguf(
-    source: ModelSource, to: str, folder: Path, *, quantize: str, trust: bool, tell: Tell
+    source: ModelSource, to: str, folder: Path, *, quantize: str, trust: bool, on_status: Status
 ) -> dict[str, Any]:
     choice = read_choice(source.folder) or TemplateChoice()
     template = load_template(
@@ -107,12 +109,12 @@ def _gguf(
         dated=to == "gguf",
     )
     if to == "ollama":
-        _tell_family(template, tell)
+        _report_family(template, on_status)
     model = load_causal_lm(source, dtype="float32", trust_remote_code=trust).model
     name = _file_name(folder.name, quantize)
     folder.mkdir()
     report = export_gguf(model, template, folder / name, quantize=quantize, name=folder.name)
-    tell(_words(report, quantize))
+    on_status(_words(report, quantize))
     if to == "ollama":
         write_modelfile(template, folder, name)
     if (source.folder / "README.md").is_file():
@@ -121,9 +123,11 @@ def _gguf(
     return {"files": files_to_push(folder), "quantize": quantize, **values}
 
 
-def _tell_family(template: Template, tell: Tell) -> None:
+def _report_family(template: Template, on_status: Status) -> None:
     family = find_family(template)
-    tell(f"TEMPLATE: {family}, equal on every probe chat" if family else "TEMPLATE: plain text")
+    on_status(
+        f"TEMPLATE: {family}, equal on every probe chat" if family else "TEMPLATE: plain text"
+    )
 
 
 def _file_name(name: str, quantize: str) -> str:

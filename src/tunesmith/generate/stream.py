@@ -13,12 +13,12 @@ from tunesmith.data.templates.template import Template
 from tunesmith.generate.batched import (
     Generation,
     Options,
+    RowSampler,
     finish,
     new_tokens,
     plain_generation,
     visible_text,
 )
-from tunesmith.generate.sampling import RowSampler
 from tunesmith.model.causal_lm import CausalLM
 
 

@@ -1,1 +1,1 @@
-"""Metrics: records, console, experiment trackers, machine description."""
+"""Metrics: records, console progress, experiment trackers."""

@@ -1,4 +1,4 @@
-"""Console progress on standard error: a live line (rich), or plain lines without a terminal."""
+"""Console progress on stderr: a live progress bar (rich), or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 MAX_START_LINES = 12
-"""Lines that a start may take."""
+"""Largest number of lines that are printed at the start."""
 LINE_SHARE = 0.05
-"""Plain lines: one at least each time this share of the steps has gone by."""
+"""Without a terminal a line is printed at least once in this share of the steps."""
 LINE_SECONDS = 10.0
-"""Plain lines: one at least this often at first, and each time the run is a twentieth older."""
+"""Without a terminal a line is printed at least this often at first. The interval grows to
+LINE_SHARE of the run's age, so that a long run has a short log.
+"""
 
 
 class ConsoleSink:
-    """Shows the records of a run as they come.
+    """Prints the metric records of a run.
 
     Args:
         total_steps: steps of the whole run.
-        done_steps: steps that were done before, on resume.
-        console: where to write; standard error by default.
-        clock: seconds from any start.
+        done_steps: steps of the run before a resume.
+        console: a rich console; by default on stderr.
+        clock: seconds since any fixed moment.
     """
 
     def __init__(
@@ -41,13 +43,13 @@ class ConsoleSink:
         self._first = done_steps
         self._started = self._printed_at = clock()
         self._printed_step: int | None = None
-        self._waiting: str | None = None  # the newest status that has not been printed
+        self._pending: str | None = None  # the newest status, if it has not been printed
         self._live: tuple[Progress, TaskID] | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = _progress(self._console, total_steps, done_steps)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Show one record: of a train step as the status, of anything else as a line."""
+        """Show one record: a train step as the status, an evaluation or a message as a line."""
         if record.get("kind") == "train":
             self._show_step(record)
             return
@@ -57,16 +59,16 @@ class ConsoleSink:
 
     def line(self, text: str) -> None:
         """Print a line above the status."""
-        if self._waiting is not None:
-            _print(self._console, self._waiting)
-            self._waiting = None
+        if self._pending is not None:
+            _print(self._console, self._pending)
+            self._pending = None
         _print(self._console, text)
 
     def close(self) -> None:
-        """Leave the last status on the screen and stop."""
-        if self._waiting is not None:
-            _print(self._console, self._waiting)
-            self._waiting = None
+        """Print the last status and stop the progress bar."""
+        if self._pending is not None:
+            _print(self._console, self._pending)
+            self._pending = None
         if self._live is not None:
             self._live[0].stop()
             self._live = None
@@ -82,9 +84,9 @@ class ConsoleSink:
             return
         if self._is_due(step, now):
             _print(self._console, text)
-            self._printed_step, self._printed_at, self._waiting = step, now, None
+            self._printed_step, self._printed_at, self._pending = step, now, None
         else:
-            self._waiting = text
+            self._pending = text
 
     def _is_due(self, step: int, now: float) -> bool:
         if self._printed_step is None or step >= self._total:
@@ -95,18 +97,18 @@ class ConsoleSink:
 
 
 def announce(lines: Sequence[str], *, console: Console | None = None) -> None:
-    """Print what was decided before the first step; beyond `MAX_START_LINES` lines are counted."""
+    """Print the lines on what was chosen before the first step, `MAX_START_LINES` at most."""
     console = Console(stderr=True) if console is None else console
     shown = list(lines)
     if len(shown) > MAX_START_LINES:
         rest = len(shown) - (MAX_START_LINES - 1)
-        shown = [*shown[: MAX_START_LINES - 1], f"and {rest} more, in machine.json"]
+        shown = [*shown[: MAX_START_LINES - 1], f"{rest} more lines are in machine.json"]
     for line in shown:
         _print(console, line)
 
 
 def step_line(record: Mapping[str, Any], *, total_steps: int, seconds_left: float) -> str:
-    """The status after a step; values that the record lacks are left out."""
+    """The status after a step, from the values that the record has."""
     parts = [f"step {record['step']}/{total_steps}"]
     for name, form in (("loss", "{:.4f}"), ("lr", "{:.2e}")):
         if record.get(name) is not None:
@@ -121,7 +123,7 @@ def step_line(record: Mapping[str, Any], *, total_steps: int, seconds_left: floa
 
 
 def eval_line(record: Mapping[str, Any]) -> str:
-    """A line on an evaluation: the set's name, its loss and what else is known."""
+    """A line on an evaluation: the name of the set, its loss and its other metrics."""
     parts = [f"step {record['step']}"] if record.get("step") is not None else []
     parts.append(f"eval {record.get('set', '')}".rstrip())
     if record.get("nll") is not None:
@@ -136,7 +138,7 @@ def eval_line(record: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:07`, `12:03` or `1:02:03`."""
+    """Seconds as text: `0:07`, `12:03` or `1:02:03`."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -152,5 +154,5 @@ def _progress(console: Console, total: int, done: int) -> tuple[Progress, TaskID
 
 
 def _print(console: Console, text: str) -> None:
-    # soft_wrap: a log file's line must not be broken at a width it doesn't have.
+    # soft_wrap: rich would break lines at 80 characters in a log file, which has no width.
     console.print(text, soft_wrap=True, markup=False, highlight=False)

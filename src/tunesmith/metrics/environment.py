@@ -1,4 +1,4 @@
-"""The machine and the package versions that a run was made with, for machine.json."""
+"""Machine and package versions of a run, for machine.json."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import tunesmith
 from tunesmith.redact import redact
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pyarrow", "tokenizers")
-"""Packages whose versions a run keeps."""
+"""Packages whose versions are recorded."""
 
 
 def machine_record() -> dict[str, Any]:
-    """What a run ran on: versions, platform, processor, threads, accelerators, command line."""
+    """The machine of a run: versions, platform, CPU, threads, GPUs and the command line."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -40,12 +40,12 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["torch"] = str(torch.__version__)  # with its build, which the metadata may not have
+    found["torch"] = str(torch.__version__)  # includes the build (+cpu), which metadata may lack
     return found
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """The name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Weighted quantiles over the targets of a step, from log histograms that micro-batches sum."""
+"""Weighted quantiles from log-scale histograms, which add up over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOWEST, HIGHEST, PER_UNIT = -8, 40, 8
-"""The histogram's range in natural logarithms, and its bins for each: steps of 13%."""
+"""Range of the histogram in natural logarithms, and bins per unit: a bin is 13% wide."""
 
 SHOWN = (0.5, 0.9, 0.99)
 
 EMPTY_HISTOGRAM = np.zeros((2, (HIGHEST - LOWEST) * PER_UNIT))
-"""What histograms are added to."""
+"""A histogram of no values, to which others are added."""
 
 
 def log_histogram(
     values: NDArray[np.floating], weight: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """[2, bins] by logarithm: the weight, and the sum of weight * value; what lies outside the
-    range counts as its bound.
+    """The histogram of values that are natural logarithms.
+
+    Returns:
+        [2, bins]: the sum of weights, and the sum of weight * value. Values outside the range are
+        clipped to it.
     """
     bins = (HIGHEST - LOWEST) * PER_UNIT
     bounded = np.clip(values, LOWEST, HIGHEST)
@@ -32,8 +35,9 @@ def log_histogram(
 def quantiles(
     histogram: NDArray[np.float64], shares: Sequence[float] = SHOWN
 ) -> dict[float, float]:
-    """The values (no longer logarithms) below which the shares of the weight lie: the mean of the
-    bin that each falls in.
+    """The values (exp of the logarithms) below which the shares of the weight lie.
+
+    Each is the weighted mean of the bin in which the quantile falls. Empty without weight.
     """
     weight, summed = histogram
     reached = np.cumsum(weight)

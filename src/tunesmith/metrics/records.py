@@ -1,7 +1,7 @@
-"""Metric records of a run: made, written to metrics.jsonl, and read back.
+"""Metric records of a run (JSON Lines): made, written to metrics.jsonl, and read back.
 
 A record is a flat mapping with `kind` train, eval or event, and the `step` it belongs to. Records
-of kind eval name their `set`, those of kind event say what in `event`.
+of kind eval have the name of their `set`, those of kind event have its name in `event`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from tunesmith.errors import InputError, RunError
 
 
 class Sink(Protocol):
-    """Takes the records of a run one by one."""
+    """A destination of the records of a run."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take one record."""
+        """Write one record."""
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Finish writing; no record follows."""
         ...
 
 
 class JsonlSink:
-    """Appends each record as a line of JSON; a crash loses at most the line being written.
+    """Appends each record as a line of JSON. A crash loses at most the line being written.
 
     NaN and infinity, which JSON doesn't have, are written as null.
 
     Args:
-        path: the file; made where it doesn't exist.
-        after_step: on resume, the checkpoint's step: the file is cut before the first record of a
-            later step, and before a line that was not finished.
+        path: the file. It is created if it doesn't exist.
+        after_step: on resume, the step of the checkpoint. The file is truncated before the first
+            record of a later step, and before an incomplete line.
 
     Raises:
         RunError: the file can't be written.
@@ -72,7 +72,7 @@ class JsonlSink:
             ) from error
 
     def close(self) -> None:
-        """Bring the file to the disk and close it.
+        """Write the file to the disk (fsync) and close it.
 
         Raises:
             RunError: the disk is full or gone.
@@ -87,8 +87,9 @@ class JsonlSink:
 
 
 def read_records(path: Path, *, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl or samples.jsonl, of one kind or all; an unfinished last line
-    is left out.
+    """The records of a metrics.jsonl or samples.jsonl, of one kind or of all kinds.
+
+    An incomplete last line, as a crash leaves it, is left out.
 
     Raises:
         InputError: the file is missing, or a line is not a JSON object.
@@ -124,7 +125,7 @@ def to_json(value: Any) -> Any:
 
 
 class Evaluated(Protocol):
-    """The means of an evaluation; `train.evaluate.EvalResult`."""
+    """The means of an evaluation, as `train.evaluate.EvalResult` has them."""
 
     @property
     def nll(self) -> float: ...
@@ -166,7 +167,7 @@ def interrupted_record(step: int, *, signal_name: str) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator, or of the whole process on a CPU."""
+    """Peak memory in bytes: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,7 +1,7 @@
-"""Experiment trackers behind the sink of records: wandb, tensorboard, trackio, mlflow.
+"""Experiment trackers: Weights & Biases, TensorBoard, trackio and MLflow.
 
-Each is imported only when asked for. A tracker that fails, at its start or later, is named in one
-warning and left alone from then on: a run never stops for it.
+A tracker's package is imported only if the recipe names it. If a tracker fails, at its start or
+later, there is one warning and it gets no more records. The run continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IDS = "trackers.json"
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """What a tracker is told about a run."""
+    """The run as a tracker sees it: folder, project, settings."""
 
     folder: Path
     project: str
@@ -59,13 +59,13 @@ class TensorboardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run; a resumed run goes on under its id."""
+    """A Weights & Biases run. A resumed run continues the same one, by its id."""
 
     def __init__(self, module: Any, run: TrackedRun) -> None:
         self._run = module.init(
             project=run.project,
             name=run.name,
-            id=_kept_id(run, "wandb"),
+            id=_run_id(run, "wandb"),
             dir=str(run.folder),
             config=dict(run.settings),
             resume="allow",
@@ -81,7 +81,7 @@ class WandbSink:
 
 
 class TrackioSink:
-    """A trackio run; a resumed run goes on under its name."""
+    """A trackio run. A resumed run continues the same one, by its name."""
 
     def __init__(self, module: Any, run: TrackedRun) -> None:
         self._module = module
@@ -102,7 +102,7 @@ class TrackioSink:
 
 
 class MlflowSink:
-    """A run of the MLflow experiment named as the project; a resumed run goes on under its id."""
+    """A run in the MLflow experiment of the project. A resumed run continues it, by its id."""
 
     def __init__(self, module: Any, run: TrackedRun) -> None:
         self._module = module
@@ -128,11 +128,11 @@ TRACKERS: dict[str, tuple[str, Callable[[Any, TrackedRun], Sink]]] = {
     "trackio": ("trackio", TrackioSink),
     "mlflow": ("mlflow", MlflowSink),
 }
-"""Name in the recipe: the module it needs and the sink that feeds it."""
+"""Name in the recipe: the module that it needs, and its sink."""
 
 
 class GuardedSink:
-    """A sink whose first failure is logged as a warning and that is silent from then on."""
+    """A sink that logs its first failure as a warning and ignores records after it."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self._name = name
@@ -140,7 +140,7 @@ class GuardedSink:
         self._sink = self._attempt(make)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Hand one record on, if the tracker still works."""
+        """Pass one record to the tracker, if it still works."""
         if self._sink is not None:
             sink = self._sink
             self._attempt(lambda: sink.write(record))
@@ -154,10 +154,10 @@ class GuardedSink:
     def _attempt(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever a tracker does wrong, training goes on
+        except Exception as error:  # a failing tracker must not stop the training
             self._sink = None
             _LOG.warning(
-                "%s failed and gets no more records (%s: %s); metrics.jsonl has them all",
+                "%s failed and gets no more records (%s: %s); metrics.jsonl has all records",
                 self._name,
                 type(error).__name__,
                 redact(str(error)),
@@ -184,9 +184,9 @@ def open_tracker(name: str, run: TrackedRun) -> Sink:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record as trackers name them: `train/loss`, `eval/SET/nll`.
+    """The numbers of a record by the names that trackers show: `train/loss`, `eval/SET/nll`.
 
-    Records of kind event and of samples have none that are worth a curve.
+    Empty for records of other kinds, such as events and samples.
     """
     kind = record.get("kind")
     if kind not in ("train", "eval"):
@@ -199,7 +199,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _kept_id(run: TrackedRun, tracker: str) -> str:
+def _run_id(run: TrackedRun, tracker: str) -> str:
+    """The id of the run in the tracker: the saved one on resume, else a new one, which is saved."""
     known = _read_ids(run.folder).get(tracker) if run.resumed else None
     if known is None:
         known = uuid.uuid4().hex[:12]

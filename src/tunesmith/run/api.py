@@ -1,4 +1,4 @@
-"""The Python API: `train`, `resume`, and their arguments as a recipe."""
+"""Python API: `train` and `resume`, with keyword arguments as overrides of the recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunesmith.distributed.env import launch_id
 from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import World, connect
 from tunesmith.errors import InputError, RecipeError
-from tunesmith.run.runner import Run, conduct
+from tunesmith.run.runner import Run, run_training
 from tunesmith.storage.atomic import read_json
 from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run
 
@@ -39,18 +39,27 @@ def train(
     progress: bool = True,
     **sections: Any,
 ) -> Run:
-    """Fine-tune a model and leave a run folder with the result.
+    """Fine-tune a model and write a run folder with the result.
 
-    `recipe` is a file, a mapping or a Recipe; keywords go over it. `model` is a name, a section of
-    the recipe, or a transformers or peft model (then with its `tokenizer`). `data` and `eval` are
-    paths, or any iterables of dicts; `eval` may also be a share of the rows (`"2%"`) or a number.
-    `sections` change the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`. `out` names the run
-    folder; with `resume` one with the same recipe is gone on with, with `overwrite` it is replaced.
+    Args:
+        recipe: a recipe file, a mapping or a Recipe. The other arguments override it.
+        model: a model name, a section of the recipe, or a transformers or peft model. A model
+            object needs its `tokenizer` too.
+        data: paths of files, or an iterable of dicts.
+        eval: as `data`, or a share of the training rows (`"2%"`), or a number of them.
+        out: the run folder. By default a new folder under `runs/`.
+        resume: if `out` holds a run with the same recipe, continue it from its newest checkpoint;
+            if it holds none, start it.
+        overwrite: if `out` holds a run, delete it and start a new one.
+        tokenizer: the tokenizer of a model object.
+        overrides: `section.key=value` texts, as on the command line.
+        progress: print progress to stderr.
+        sections: sections of the recipe: `optim={"lr": 1e-4}`, `adapter="lora"`.
 
     Raises:
-        InputError: recipe, data or model are wrong; nothing was trained.
-        RunError: the run failed; its checkpoints stay.
-        InterruptedRun: a signal stopped it after it saved.
+        InputError: recipe, data or model are wrong. Nothing was trained.
+        RunError: the run failed. Its checkpoints stay.
+        InterruptedRun: a signal stopped the run after it had saved a checkpoint.
     """
     from tunesmith.build.inputs import UserObjects
 
@@ -65,13 +74,15 @@ def train(
         changes.insert(0, Override(("model", "name"), str(model), "model="))
     given.rows = _rows_or_override(data, "train", changes)
     given.eval_rows = _rows_or_override(eval, "eval", changes)
-    asked = read_recipe(recipe, changes, held_out_rows=given.eval_rows is not None, **sections)
-    if given.rows is None and not asked.data.train:
+    requested = read_recipe(recipe, changes, held_out_rows=given.eval_rows is not None, **sections)
+    if given.rows is None and not requested.data.train:
         raise RecipeError(
-            "no data to learn from", where="data.train", hint="give --data FILE, or data.train"
+            "no data to learn from",
+            where="data.train",
+            hint="give --data FILE, or set data.train in the recipe",
         )
     return train_recipe(
-        asked,
+        requested,
         out=out,
         resume=resume,
         overwrite=overwrite,
@@ -82,7 +93,7 @@ def train(
 
 
 def train_recipe(
-    asked: Recipe,
+    requested: Recipe,
     *,
     out: str | PathLike[str] | None = None,
     resume: bool = False,
@@ -91,21 +102,24 @@ def train_recipe(
     recipe_file: RecipeSource = None,
     progress: bool = True,
 ) -> Run:
-    """What `train` does once the recipe has been read; data is also looked for beside
-    `recipe_file`.
+    """Run a recipe that has been read already; arguments as for `train`.
+
+    Relative data paths are looked for in the current folder and in that of `recipe_file`.
     """
     from tunesmith.build.inputs import UserObjects
     from tunesmith.model.load import settings_kept
 
-    world = _connect(asked)
+    world = _connect(requested)
     path = None if out is None else Path(out)
-    if world.restarted:  # by torchrun: what there is of the run is its own
+    if world.restarted:
+        # torchrun has restarted the ranks after a failure, so a run of this launch in the folder is
+        # this run, and must be continued and not overwritten.
         resume, overwrite, path = True, False, path or launched_run(launch_id())
     folder = _open(
         world,
         lambda: open_run(
             path,
-            model_name=asked.model.name,
+            model_name=requested.model.name,
             resume=resume,
             overwrite=overwrite,
         ),
@@ -115,29 +129,31 @@ def train_recipe(
         if folder.resumed:
             from tunesmith.run.resume_checks import same_recipe
 
-            same_recipe(folder.path, asked)
-        beside = _recipe_folders(recipe_file)
-        return conduct(folder, asked, objects, world=world, beside=beside, progress=progress)
+            same_recipe(folder.path, requested)
+        data_folders = _recipe_folders(recipe_file)
+        return run_training(
+            folder, requested, objects, world=world, data_folders=data_folders, progress=progress
+        )
 
 
-def _connect(asked: Recipe) -> World:
-    """The ranks that this process is one of.
+def _connect(requested: Recipe) -> World:
+    """The process group of this process.
 
     Raises:
-        RecipeError: more than one is asked for, and this process was started alone.
+        RecipeError: device.ranks is above 1, and this process was started alone.
     """
-    world = connect(asked.device.kind, timeout_minutes=asked.device.rank_timeout)
-    if world.is_single and asked.device.ranks not in ("auto", 1):
+    world = connect(requested.device.kind, timeout_minutes=requested.device.rank_timeout)
+    if world.is_single and requested.device.ranks not in ("auto", 1):
         raise RecipeError(
-            f"a call from Python runs on one rank, not on {asked.device.ranks}",
+            f"a call from Python runs in one process, and device.ranks is {requested.device.ranks}",
             where="device.ranks",
-            hint="`tunesmith train` and `resume` start as many, and torchrun for a script",
+            hint="use `tunesmith train` or `tunesmith resume`, or start your script with torchrun",
         )
     return world
 
 
 def _open(world: World, open_first: Callable[[], RunFolder]) -> RunFolder:
-    """The run's folder; the first rank alone makes and holds it."""
+    """The run folder. Only the main process creates and locks it; the others get its path."""
     if world.is_single:
         return open_first()
     folder = open_first() if world.is_main else None
@@ -154,28 +170,37 @@ def resume(
     changed_data: bool = False,
     progress: bool = True,
 ) -> Run:
-    """Go on with a run from its newest good checkpoint; overrides may change `device`, `log` and
-    `checkpoint` only. Rows that are no longer what they were are refused but for `changed_data`.
+    """Continue a run from its newest undamaged checkpoint.
+
+    Args:
+        run: the run folder.
+        overrides: `section.key=value` texts of the sections `device`, `log` and `checkpoint`.
+        changed_data: accept rows that differ from those of the run. Without it they are an error.
+        progress: print progress to stderr.
 
     Raises:
-        InputError: not a run, another process trains in it, or an override changes what is learned.
-        RunError, InterruptedRun: as `train`.
+        InputError: the folder is not a run, another process trains in it, the rows have changed, or
+            an override is of another section.
+        RunError: the run failed. Its checkpoints stay.
+        InterruptedRun: a signal stopped the run after it had saved a checkpoint.
     """
     from tunesmith.build.inputs import UserObjects
 
     path = Path(run)
-    asked = _resumed(path, overrides)
-    world = _connect(asked)
-    with _open(world, lambda: open_run(path, model_name=asked.model.name, resume=True)) as folder:
-        beside = _recipe_folders(path)
-        return conduct(
-            folder, asked, UserObjects(),
-            world=world, beside=beside, changed_data=changed_data, progress=progress,
+    requested = _resumed(path, overrides)
+    world = _connect(requested)
+    with _open(
+        world, lambda: open_run(path, model_name=requested.model.name, resume=True)
+    ) as folder:
+        data_folders = _recipe_folders(path)
+        return run_training(
+            folder, requested, UserObjects(),
+            world=world, data_folders=data_folders, changed_data=changed_data, progress=progress,
         )  # fmt: skip
 
 
 def ranks_of(run: str | PathLike[str], overrides: Sequence[str | Override] = ()) -> int:
-    """How many ranks a resume of the run should be started on, on this machine."""
+    """The number of processes with which to resume the run on this machine."""
     device = _resumed(Path(run), overrides).device
     return ranks_to_start(device.kind, device.ranks)
 
@@ -183,9 +208,9 @@ def ranks_of(run: str | PathLike[str], overrides: Sequence[str | Override] = ())
 def _resumed(path: Path, overrides: Sequence[str | Override]) -> Recipe:
     if not is_run(path):
         raise InputError(
-            "this is not a run",
+            "this folder is not a run",
             where=str(path),
-            hint="a run folder has recipe.yaml and machine.json",
+            hint="give a run folder; it has the files recipe.yaml and machine.json",
         )
     from tunesmith.run.resume_checks import resumed_recipe
 
@@ -193,7 +218,10 @@ def _resumed(path: Path, overrides: Sequence[str | Override]) -> Recipe:
 
 
 def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any:
-    """Rows given as objects; what the recipe can name becomes an override instead."""
+    """The rows if they are given as objects, else None and an override of data.train or data.eval.
+
+    Paths, shares, numbers and mappings of set names to paths become an override.
+    """
     if data is None:
         return None
     named = isinstance(data, str | PathLike | int)
@@ -212,8 +240,9 @@ def _rows_or_override(data: Any, key: str, changes: list[str | Override]) -> Any
 
 
 def _recipe_folders(recipe: RecipeSource) -> list[Path]:
-    """Where data may lie besides the current folder: beside the recipe, and where its run was
-    started.
+    """Folders, after the current one, in which relative data paths are looked for.
+
+    They are the folder of the recipe, and if that is a run, the folder in which it was started.
     """
     if not isinstance(recipe, str | PathLike):
         return []

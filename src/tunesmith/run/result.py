@@ -1,4 +1,4 @@
-"""The result of a run: samples during training, the model folder and the report at its end."""
+"""Results of a run: samples at evaluations, and the model folder and the report at its end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from tunesmith.export import DataEntry, ModelCard, TemplateChoice, write_model
 from tunesmith.generate import generate, prompts_from_document
 from tunesmith.metrics.records import JsonlSink, read_records
 from tunesmith.report import write_report
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.train.trainer import Trainer
 
 
 def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] | None:
-    """Answers to the first held-out prompts, written to samples.jsonl at each evaluation."""
+    """A callback that writes answers to the first held-out prompts to samples.jsonl.
+
+    None if `eval.samples` is 0 or there are no held-out prompts. It is called at each evaluation.
+    """
     count = job.choices.recipe.eval.samples
     if not count or not job.data.eval_sets:
         return None
@@ -56,7 +59,7 @@ def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] |
 
 
 def take_best(trainer: Trainer, job: Job) -> None:
-    """With `train.result: best` the weights of the best evaluation become the result."""
+    """Load the weights of the best evaluation, if `train.result` is best."""
     if job.choices.recipe.train.result != "best" or trainer.best is None:
         return
     step = int(trainer.best["step"])
@@ -66,7 +69,7 @@ def take_best(trainer: Trainer, job: Job) -> None:
 
 
 def write_result(path: Path, job: Job) -> dict[str, float]:
-    """Write `model/` with its card and `report.html`; returns the last numbers of the run."""
+    """Write `model/` with its model card, and `report.html`; returns the run's final metrics."""
     files = run_files(path)
     records = list(read_records(files["metrics"]))
     metrics = _final_metrics(records)

@@ -1,4 +1,4 @@
-"""Checks of a resume: the recipe, data, template and checkpoint must be those of the run."""
+"""Checks before a resume: recipe, data and template must be those of the run's start."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from tunesmith.config.schema import SCIENCE, Recipe
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.metrics.console import announce
 from tunesmith.storage.atomic import read_json, write_json
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.train.oom_retry import read_hint, saved_micro_tokens
 from tunesmith.train.trainer import Trainer
 from tunesmith.train.user_objective import check_same
 
 RESUMABLE = ("device", "log", "checkpoint")
-"""Sections that a resume may change: none of them decides what is learned."""
+"""Sections that a resume may change, since none of them decides what is learned."""
 
 
-def same_recipe(path: Path, asked: Recipe) -> None:
-    """Refuse to go on with a run of another recipe.
+def same_recipe(path: Path, requested: Recipe) -> None:
+    """Check that the recipe is that of the run in the folder.
+
+    It may equal the run's recipe as it was given, or as it was resolved (with all defaults set).
 
     Raises:
-        RecipeError: a science section differs both from the recipe as asked for then and as
-        resolved.
+        RecipeError: a section that decides what is learned differs from both.
     """
     resolved = read_recipe(run_files(path)["recipe"])
     first = read_recipe(read_json(run_files(path)["machine"])["asked"], of_run=True)
-    found = min((_science(differences(old, asked)) for old in (first, resolved)), key=len)
+    found = min((_science(differences(old, requested)) for old in (first, resolved)), key=len)
     if found:
-        shown = "; ".join(f"{d.key}: {d.old} there, {d.new} here" for d in found[:5])
+        shown = "; ".join(f"{d.key}: {d.old} in the run, {d.new} now" for d in found[:5])
         raise RecipeError(
-            f"the run there has another recipe ({shown})",
+            f"the run in this folder has another recipe ({shown})",
             where=str(path),
-            hint="give another --out, or --overwrite to start anew",
+            hint="give another --out, or --overwrite to delete that run and start a new one",
         )
 
 
@@ -51,13 +52,17 @@ def _science(found: Sequence[Difference]) -> list[Difference]:
 
 
 def resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
-    """The run's recipe with overrides of the sections a resume may change."""
+    """The run's recipe with the overrides.
+
+    Raises:
+        RecipeError: an override changes a section that a resume may not change.
+    """
     old = read_recipe(run_files(path)["recipe"])
     new = read_recipe(run_files(path)["recipe"], overrides)
     for difference in differences(old, new):
         if difference.section not in RESUMABLE:
             raise RecipeError(
-                "a resume can't change what is learned or looked at",
+                f"a resume may change only the sections {', '.join(RESUMABLE)}",
                 where=difference.key,
                 hint=f"tunesmith train --model {path} starts a new run from its result",
             )
@@ -65,19 +70,19 @@ def resumed_recipe(path: Path, overrides: Sequence[str | Override]) -> Recipe:
 
 
 def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
-    """Refuse to go on with other rows, another template or another objective than before.
+    """Check that rows, chat template and objective are those with which the run started.
 
-    With `changed_data` other rows are taken: the run's machine.json and ledger then have them.
+    With `changed_data` other rows are accepted, and machine.json and the ledger are updated.
 
     Raises:
-        DataError: names the source that differs.
+        DataError: a source, the template or the objective differs.
     """
     file = run_files(path)["machine"]
     machine = read_json(file)
     check_unchanged(
         {"the chat template": machine["template"]["sha256"]},
         {"the chat template": job.data.template.sha256},
-        hint="put it back, or start anew: tunesmith train RUN/recipe.yaml --out NEW",
+        hint="restore it, or start a new run: tunesmith train RUN/recipe.yaml --out NEW",
     )
     check_same(machine.get("objective"), job.choices.user_objective)
     data = dict(job.data.prepared.content_hashes)
@@ -88,9 +93,10 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
     elif (data, held_out) != (machine["data"], machine["eval"]) and job.training.world.is_main:
         if job.training.loss.old_policy is not None:
             raise DataError(
-                "psft compares with what the model made of the rows before, so they can't change",
+                "the rows have changed, and psft needs the probabilities that the model gave them "
+                "at the start of the run",
                 where=str(path),
-                hint="put them back, or start a new run",
+                hint="restore the rows, or start a new run",
             )
         before = [*machine.get("data_before", []), {**machine["data"], **machine["eval"]}]
         write_json(file, {**machine, "data": data, "eval": held_out, "data_before": before})
@@ -100,26 +106,32 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
 def _lower_micro_tokens(
     trainer: Trainer, path: Path, meta: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Start with the `micro_tokens` that fitted before: those of the checkpoint's `meta`, or fewer
-    where the last attempt ran out of memory and could not retry.
+    """Start with a `micro_tokens` that fitted into memory before; returns a line on it.
+
+    It is that of the checkpoint's `meta`, or less if the last attempt ran out of memory and could
+    not retry.
     """
-    asked = trainer.microbatching.micro_tokens
-    saved = asked if meta is None else saved_micro_tokens(meta, asked=asked)
-    now = read_hint(path, asked=asked, micro_tokens=saved)
+    requested = trainer.microbatching.micro_tokens
+    saved = requested if meta is None else saved_micro_tokens(meta, asked=requested)
+    now = read_hint(path, asked=requested, micro_tokens=saved)
     trainer.microbatching = replace(trainer.microbatching, micro_tokens=now)
     if now == saved:
         return []
-    return [f"resume: memory ran out with device.micro_tokens={asked}; now it is {now}"]
+    return [f"resume: memory ran out with device.micro_tokens={requested}, so it is now {now}"]
 
 
 def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
-    """Go on from the newest good checkpoint; a run that was killed before its first one begins
-    again.
+    """Restore the trainer from the newest undamaged checkpoint and print what was restored.
+
+    A run without a checkpoint starts from the beginning.
+
+    Raises:
+        RunError: the run has done more steps than it has with the changed data.
     """
     checkpoints = run_files(path)["checkpoints"]
     lines: list[str] = []
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
-        lines.append("resume: there is no checkpoint yet, so the run begins again")
+        lines.append("resume: there is no checkpoint yet, so the run starts from the beginning")
         lines += _lower_micro_tokens(trainer, path)
     else:
         found = newest_checkpoint(path)
@@ -129,19 +141,24 @@ def restore(trainer: Trainer, path: Path, *, progress: bool) -> None:
         now = trainer.meta()
         unlike = changed(meta, now)
         if meta.get("micro_tokens") != now["micro_tokens"]:
-            unlike.append(f"micro_tokens was {meta.get('micro_tokens')}, is {now['micro_tokens']}")
+            unlike.append(
+                f"micro_tokens was {meta.get('micro_tokens')} and is {now['micro_tokens']}"
+            )
         trainer.restore(found.path)
         if meta.get("data", now["data"]) != now["data"]:
             trainer.rows.forget()
-            unlike.append("the rows differ, and rows.parquet begins anew")
-            lines.append("resume: the data has changed; order and schedule are the new data's")
+            unlike.append("the rows differ, and rows.parquet starts empty")
+            lines.append(
+                "resume: the data has changed; the order of the rows and the learning rate "
+                "schedule are now those of the new data"
+            )
         exact = "exact within rounding: " + "; ".join(unlike) if unlike else "exact to the bit"
         if found.step > trainer.training.total_steps:
             raise RunError(
-                f"the run has done {found.step} steps, and with this data it has "
+                f"the run has done {found.step} steps, and with this data it would have only "
                 f"{trainer.training.total_steps}",
                 where=str(path),
-                hint="put the data back, or start a new run from its result: "
+                hint="restore the data, or start a new run from the result: "
                 f"tunesmith train --model {path}",
             )
         lines.append(f"resume: from step {found.step}, {exact}")

@@ -24,7 +24,7 @@ QUANTILES = {"inverse_p_p50": 0.5, "inverse_p_p90": 0.9, "inverse_p_p99": 0.99}
 _LARGEST = 700.0  # exp of more is no float64
 _TOGETHER = 512  # rows that are measured before the next are looked at
 
-Tell = Callable[[int], None]
+Progress = Callable[[int], None]
 """Called with the number of rows that have just been scored."""
 
 
@@ -63,7 +63,7 @@ def score_rows(
     micro_tokens: int,
     device: torch.device | str = "cpu",
     everything: bool = False,
-    tell: Tell | None = None,
+    on_scored: Progress | None = None,
 ) -> list[RowScore]:
     """The scores of all rows of the input, in its order, dropped ones too. The model is to be in
     eval mode.
@@ -93,8 +93,8 @@ def score_rows(
             loss, ifd = (None, None) if without is None else _ifd(targets, without, next(apart))
             found = _score(document, outcomes.get(key), targets)
             scored[key] = replace(found, loss_alone=loss, ifd=ifd)
-            if tell is not None:
-                tell(1)
+            if on_scored is not None:
+                on_scored(1)
     return [
         scored.get(key) or RowScore(*key, "dropped", reason, 0) for key, reason in outcomes.items()
     ]

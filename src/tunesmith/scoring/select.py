@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from tunesmith.data.formats.detect import CONTENT
 from tunesmith.data.preprocess.holdout import row_digest
 from tunesmith.data.sources.sources import Source, content_hash, read_rows, rename_columns
-from tunesmith.doctor.minhash import near_pairs
-from tunesmith.doctor.words import words_of
+from tunesmith.doctor.minhash import near_pairs, words_of
 from tunesmith.errors import DataError
 from tunesmith.scoring.rules import Remaining, Rule, parse_rule
 from tunesmith.scoring.table import ScoredSource, Scores

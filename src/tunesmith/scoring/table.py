@@ -62,12 +62,12 @@ def write_scores(
     kinds = [(name, _kind(pa, name)) for name in RowScore.__slots__]
     held = {"version": VERSION, "sources": {n: asdict(s) for n, s in sources.items()}, **about}
     schema = pa.schema(kinds, metadata={KEY: json.dumps(held, ensure_ascii=False)})
-    aside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        parquet.write_table(pa.Table.from_pylist(records, schema=schema), aside)
-        os.replace(aside, path)
+        parquet.write_table(pa.Table.from_pylist(records, schema=schema), temporary)
+        os.replace(temporary, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise RunError(f"can't be written: {error.strerror or error}", where=str(path)) from error
 
 

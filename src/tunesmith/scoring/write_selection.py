@@ -34,15 +34,15 @@ def write_ledger(path: Path, record: Mapping[str, Any]) -> None:
 
 def _write(path: Path, blocks: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    aside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             for block in blocks:
                 digest.update(block)
                 file.write(block)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise RunError(f"can't be written: {error.strerror or error}", where=str(path)) from error
     return digest.hexdigest()
 

@@ -1,1 +1,1 @@
-"""The run folder: lock, atomic writes, file names."""
+"""Run folder: lock, atomic file writes, file names."""

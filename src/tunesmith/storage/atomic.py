@@ -1,4 +1,7 @@
-"""Atomic file writes by a temporary file, fsync and os.replace: a file is whole or not there."""
+"""Atomic file writes: a temporary file, fsync, then os.replace.
+
+After a crash a file has its old contents or its new ones, never a part.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from tunesmith.errors import InputError, RunError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one go: after a crash it has its old or its new contents, on the disk.
+    """Replace a text file atomically; it is on the disk when this returns.
 
     Raises:
-        RunError: the file can't be written; the old one stays.
+        RunError: the file can't be written. The old one stays.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise RunError(
             f"can't be written: {error.strerror or error}",
             where=str(path),
@@ -39,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one go, as `write_text` does."""
+    """Replace a JSON file atomically, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -59,28 +62,28 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def writing_result(folder: Path) -> Iterator[None]:
-    """Inside, the result of a finished training is written.
+    """Context in which the result of a finished training is written.
 
     Raises:
-        RunError: it can't be, in place of what the system says.
+        RunError: it can't be written; the error says that the training itself is saved.
     """
-    hint = f"`tunesmith resume {folder}` writes it once it can be written"
+    hint = f"make room or give write permission, then: tunesmith resume {folder}"
     try:
         yield
     except RunError as error:
-        message = f"{error.message}; the training is done and saved"
+        message = f"{error.message}; the training is finished and saved"
         raise RunError(message, where=error.where, hint=error.hint or hint) from error
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RunError(
-            f"the result can't be written: {reason}; the training is done and saved",
+            f"the result can't be written: {reason}; the training is finished and saved",
             where=str(folder),
             hint=hint,
         ) from error
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Write a folder's entries to the disk (fsync); Windows can't do this for folders."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

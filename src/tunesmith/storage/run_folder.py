@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, and what is refused or resumed."""
+"""Run folder: its files, its lock, and whether a run is started, resumed or overwritten in it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tunesmith.storage.lock import LOCK, FolderLock, take_lock
 
 MARKERS = ("recipe.yaml", "machine.json")
 """Files that every run has; a folder with both is a run."""
-BEGINNING = frozenset({"ledger.json", "machine.json", "objective.py"})
-"""Files that stand before recipe.yaml does; a folder with nothing else was killed at its start."""
+START_FILES = frozenset({"ledger.json", "machine.json", "objective.py"})
+"""Files written before recipe.yaml. A run with no other files was killed while it started."""
 
 
 class RunFolder:
-    """A run's folder, held by this process alone until it is closed. A context manager."""
+    """A run folder that this process has locked; a context manager that releases the lock."""
 
     def __init__(self, path: Path, *, resumed: bool, lock: FolderLock | None) -> None:
         self.path = path
         self.resumed = resumed
-        self.notes = lock.notes if lock else ()  # for the start-up lines
+        self.notes = lock.notes if lock else ()  # lines to print at the start
         self._lock = lock
 
     def clear(self, needed: Iterable[Path] = ()) -> None:
-        """Delete what an overwritten run left; to be called once nothing can be wrong any more.
+        """Delete the files of an overwritten run. Call it after the new job has been built.
 
         Raises:
-            InputError: one of the `needed` files or folders lies in the folder.
-            RunError: something can't be deleted; the folder then still counts as a run.
+            InputError: one of the `needed` files or folders is inside the folder.
+            RunError: a file can't be deleted. The folder then still counts as a run.
         """
         inside = self.path.resolve()
         for path in needed:
@@ -51,7 +51,7 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Let other processes write in the folder. May be called twice."""
+        """Release the lock. May be called twice."""
         if self._lock is not None:
             self._lock.release()
 
@@ -70,32 +70,32 @@ class RunFolder:
 def open_run(
     out: Path | None, *, model_name: str, resume: bool = False, overwrite: bool = False
 ) -> RunFolder:
-    """Make the folder of a run, or take an existing one, and lock it.
+    """Create or open the folder of a run, and lock it.
 
     Args:
-        out: the folder; None makes a new one under `runs` named by UTC time and model.
-        model_name: hub id or path the new name ends in.
-        resume: an existing run is gone on with (`resumed` is then True); an empty folder starts,
-            and one where a start was cut short.
-        overwrite: an existing run is taken, for `RunFolder.clear` to delete.
+        out: the folder. None creates a new one under `runs`, named by UTC time and model.
+        model_name: hub id or path, from which the new folder gets its name.
+        resume: if the folder holds a run, continue it (`resumed` is then True). If it is empty, or
+            its run was killed while it started, start a new one.
+        overwrite: if the folder holds a run, `RunFolder.clear` will delete it.
 
     Raises:
         InputError: the folder has contents and neither flag allows that, is not a run, is not a
-            folder, can't be written in, or another process trains in it.
+            folder, can't be written to, or another process trains in it.
     """
     path = _new_name(model_name) if out is None else Path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path)
     except OSError as error:
-        what = "can't be written in" if path.is_dir() else "can't be made"
+        what = "can't be written to" if path.is_dir() else "can't be created"
         raise InputError(
-            f"the folder of the run {what}: {error.strerror or error}",
+            f"the run folder {what}: {error.strerror or error}",
             where=str(path),
             hint="give another folder with --out, or make this one writable",
         ) from error
     try:
-        resumed = _admit(path, resume=resume, overwrite=overwrite)
+        resumed = _check_contents(path, resume=resume, overwrite=overwrite)
     except BaseException:
         lock.release()
         raise
@@ -103,10 +103,10 @@ def open_run(
 
 
 def launched_run(launch: str | None) -> Path | None:
-    """The newest run under `runs` that this launch of torchrun began; None if it has begun none."""
+    """The newest run under `runs` that this launch of torchrun has started, or None."""
     found = [path for path in Path("runs").glob("*") if is_run(path)]
-    launched = [path for path in found if read_json(path / MARKERS[1]).get("launch", "") == launch]
-    return max(launched, key=lambda path: path.name, default=None)
+    started = [path for path in found if read_json(path / MARKERS[1]).get("launch", "") == launch]
+    return max(started, key=lambda path: path.name, default=None)
 
 
 def is_run(path: Path) -> bool:
@@ -123,36 +123,55 @@ def _new_name(model_name: str) -> Path:
     return path
 
 
-def _admit(path: Path, *, resume: bool, overwrite: bool) -> bool:
+def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> bool:
     contents = [entry for entry in path.iterdir() if entry.name != LOCK]
     if not contents:
         return False
     if not resume and not overwrite:
-        hint = "give another folder"
+        hint = "give another folder with --out"
         if is_run(path):
-            hint = "--resume goes on with this run, --overwrite deletes it and starts anew"
+            hint = "--resume continues this run, --overwrite deletes it and starts a new one"
         raise InputError("the folder is not empty", where=str(path), hint=hint)
     if not is_run(path):
-        if resume and all(_of_a_beginning(entry) for entry in contents):
+        if resume and all(_is_start_file(entry) for entry in contents):
             return False
         raise InputError(
-            f"the folder is not empty and not a run ({' and '.join(MARKERS)} mark one)",
+            f"the folder is not empty, and not a run ({' and '.join(MARKERS)} are missing)",
             where=str(path),
-            hint="give another folder, or empty this one by hand",
+            hint="give another folder with --out, or empty this one",
         )
     return resume
 
 
-def _of_a_beginning(entry: Path) -> bool:
+def _is_start_file(entry: Path) -> bool:
     known = entry.name.removeprefix(".").removesuffix(".tmp")
-    begun = known in BEGINNING or (known == "recipe.yaml" and entry.name != known)
+    begun = known in START_FILES or (known == "recipe.yaml" and entry.name != known)
     return begun and entry.is_file()
 
 
 def _empty(contents: list[Path]) -> None:
-    # The markers go last: a deletion cut short leaves a folder that is still known as a run.
+    # The markers are deleted last, so that after an interrupted deletion the folder still counts as
+    # a run, which --overwrite can delete.
     for entry in sorted(contents, key=lambda entry: entry.name in MARKERS):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """The paths of a run's files and folders, by name."""
+    names = {
+        "recipe": "recipe.yaml",
+        "machine": "machine.json",
+        "ledger": "ledger.json",
+        "metrics": "metrics.jsonl",
+        "rows": "rows.parquet",
+        "samples": "samples.jsonl",
+        "objective": "objective.py",
+        "faults": "faults.jsonl",
+        "model": "model",
+        "report": "report.html",
+        "checkpoints": "checkpoints",
+    }
+    return {name: folder / file for name, file in names.items()}

@@ -11,7 +11,7 @@ from tunesmith.build.job import Job
 from tunesmith.build.sources import make_sources
 from tunesmith.data.sources.sources import read_rows
 from tunesmith.storage.atomic import read_json
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.verify.outcome import Outcome
 
 COLUMNS = {

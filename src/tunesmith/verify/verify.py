@@ -21,7 +21,7 @@ from tunesmith.data.formats.examples import Example
 from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.metrics.environment import machine_record
 from tunesmith.storage.atomic import read_json
-from tunesmith.storage.run_files import run_files
+from tunesmith.storage.run_folder import run_files
 from tunesmith.types import Document
 from tunesmith.verify.exported import Exported, export_checks, write
 from tunesmith.verify.inference import examples, inference_faithful

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,8 @@ from numpy.typing import NDArray
 
 from tunesmith.doctor.checks.faults import EMPTY, fault_hits, refusal
 from tunesmith.doctor.corpus import ASSISTANT, Answer, Corpus, Setup
-from tunesmith.doctor.minhash import near_pairs
+from tunesmith.doctor.minhash import near_pairs, plain
 from tunesmith.doctor.outcome import Hit, Level, Outcome, by_share, quote
-from tunesmith.doctor.words import plain
 
 PLACEHOLDERS = frozenset(
     {"nan", "null", "undefined", "todo", "tbd", "[deleted]", "[removed]", "...", "…", "<answer>"}
@@ -39,6 +39,17 @@ _MARKERS = re.compile(
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 """Code, in which marks are talked about."""
 _STUCK = re.compile(rf"([^\s\-_=*#.~─━•|+/\\])\1{{{LOOP_CHARACTERS - 1},}}")
+SENTENCE_WORDS = 8
+"""Words from which an answer is a sentence and not a label."""
+_ENGLISH = """
+a an the and or but nor of to with from into onto upon than because although whereas if
+unless while my your his its our their
+"""
+_OPEN_WORDS = frozenset(_ENGLISH.split())
+"""Words that hardly ever end a sentence; without a mark after them something is missing."""
+_FENCE = re.compile(r"^ *```[^`\n]*$", re.MULTILINE)
+"""A line that opens or closes a code block; one with more backquotes is code in a sentence."""
+_LAST_WORD = re.compile(r"([a-z]+)\Z")
 
 
 def empty(corpus: Corpus, setup: Setup) -> Outcome:
@@ -186,3 +197,43 @@ def _long_stretches(same: NDArray[np.bool_], least: int) -> list[int]:
     edges = np.diff(np.concatenate([[False], same, [False]]).astype(np.int8))
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     return starts[ends - starts >= least].tolist()
+
+
+def cut_off(corpus: Corpus, setup: Setup) -> Outcome:
+    """Answers that end in an open code block, in unfinished JSON, at a comma or at a word like
+    `the`, of English sentences.
+    """
+    hits = [
+        Hit(answer.where, f"{reason}: {quote(answer.text[-40:])}")
+        for answer in corpus.answers
+        if (reason := _broken(answer.text.rstrip(), len(answer.words)))
+    ]
+    of = len(corpus.answers)
+    hint = "finish these answers or take them out: a model learns to stop where they do"
+    return Outcome(hits, of, "answers", by_share(hits, of), hint)
+
+
+def _broken(text: str, words: int) -> str | None:
+    if len(_FENCE.findall(text)) % 2:
+        return "a code block is not closed"
+    if text[:1] in ("{", "[") and _unfinished(text):
+        return "JSON is not finished"
+    if words < SENTENCE_WORDS:
+        return None
+    if text.endswith(","):
+        return "ends with a comma"
+    last = _LAST_WORD.search(text)
+    if last is not None and last.group() in _OPEN_WORDS:
+        return f"ends with {last.group()!r}"
+    return None
+
+
+def _unfinished(text: str) -> bool:
+    """True if JSON goes wrong only where the text ends."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) or error.msg.startswith("Unterminated string")
+    except RecursionError:
+        return False
+    return False

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from tunesmith.data.formats.examples import Completion, Parts, TemplatedText, Text, Tokens
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
-from tunesmith.doctor.minhash import near_pairs
+from tunesmith.doctor.minhash import near_pairs, plain
 from tunesmith.doctor.outcome import FEW, Hit, Outcome, by_share
-from tunesmith.doctor.words import plain
 
 ALIKE = 0.8
 """With runs of three words this is about one changed word in 27."""

@@ -10,15 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.data.row_errors import RowError
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError
 from tunesmith.export.gguf.back import read_encoder, read_model
+from tunesmith.export.merge import PROBES
 
 KL_ALLOWED = 0.01
 """Mean KL divergence, in nats for each token, of the file from the trained model."""
 TOLERANCE = 1e-4
 """Relative L2 distance of logits from the same rounded weights."""
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+_QUESTION = {"role": "user", "content": "What is 17 plus 25?"}
+_ANSWER = {"role": "assistant", "content": "17 + 25 = 42."}
+_FOLLOW_UP = {"role": "user", "content": "Schön! And  in words,\nplease?"}
+_SYSTEM = {"role": "system", "content": "You answer in one line."}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "a question": [_QUESTION],
+    "a second question": [_QUESTION, _ANSWER, _FOLLOW_UP],
+    "a system prompt and a question": [_SYSTEM, _QUESTION],
+    "a system prompt and two questions": [_SYSTEM, _QUESTION, _ANSWER, _FOLLOW_UP],
+    "three questions": [_QUESTION, _ANSWER, _FOLLOW_UP, _ANSWER, _QUESTION],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +102,21 @@ def _round(model: Any, dtype: torch.dtype) -> None:
     for tensor in model.parameters():
         if tensor.ndim > 1:
             tensor.copy_(tensor.to(dtype))
+
+
+def rendered_chats(template: Template) -> dict[str, str]:
+    """The probe chats that the template takes, ready for an answer."""
+    found: dict[str, str] = {}
+    if not template.has_chat_template:
+        return found
+    for name, chat in CHATS.items():
+        try:
+            found[name] = template.render(chat, add_generation_prompt=True)
+        except RowError:
+            continue  # no system prompts, say; then there is nothing to compare
+    return found
+
+
+def probe_texts(template: Template) -> list[str]:
+    """Plain texts, and the probe chats as the template writes them."""
+    return [*PROBES, *rendered_chats(template).values()]

@@ -10,11 +10,10 @@ import numpy as np
 
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
-from tunesmith.export.gguf.check import GgufReport, check_file
+from tunesmith.export.gguf.check import GgufReport, check_file, probe_texts
 from tunesmith.export.gguf.header import Header, read_header
 from tunesmith.export.gguf.tensors import named_tensors
 from tunesmith.export.gguf.tokens import Vocabulary, read_vocabulary
-from tunesmith.export.probes import probe_texts
 from tunesmith.model.causal_lm import CausalLM
 
 QUANTIZATIONS = ("f16", "bf16", "q8_0")
@@ -37,20 +36,20 @@ def export_gguf(
     header = read_header(base.config)
     vocabulary = read_vocabulary(template, base.get_input_embeddings().weight.shape[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")
     try:
-        _write(aside, base, header, _Words(template, vocabulary, name), quantize=quantize)
+        _write(temporary, base, header, _Words(template, vocabulary, name), quantize=quantize)
         with model.generation() as plain:
             report = check_file(
-                aside, plain, template, quantize=quantize, texts=probe_texts(template)
+                temporary, plain, template, quantize=quantize, texts=probe_texts(template)
             )
-        aside.rename(path)
+        temporary.rename(path)
     except OSError as error:
         raise RunError(f"can't be written: {error}", where=str(path)) from error
     except ModelError as error:
         raise ModelError(error.message, where=str(path), hint=error.hint) from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return report
 
 
