@@ -1,9 +1,9 @@
-"""A pool of forked worker processes that answer messages through pipes; a fork starts in
+"""Forked worker processes that answer messages through pipes (`os.fork`); a fork takes
 milliseconds.
 
-A copy has the one thread that asked for it, so copies are made only where no other thread of Python
-could hold a lock that the copy would wait for. Native threads, of torch say, may be there: a copy
-renders and tokenizes, and calls nothing that they serve.
+Only the thread that forks exists in the child. So a fork is made only where no other Python thread
+could hold a lock that the child would wait for. Native threads, such as torch's, may exist: the
+child renders and tokenizes, and calls nothing that they serve.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 HARMLESS = "documents"
-"""Name of our own threads that a copy does not need: they hold nothing that it waits for."""
-_WATCH = "templates"  # of the clock, which forgets it in a copy
+"""The name of our own threads that hold no lock which a child needs."""
+_WATCH = "templates"  # thread of the time limit, which resets itself in a child
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _PIPE_SIZE = 1 << 20
 
@@ -29,7 +29,7 @@ Serve = Callable[[BinaryIO, BinaryIO], None]
 
 
 def may_fork() -> bool:
-    """True where a copy of this process is safe: on Linux, with no other thread of Python."""
+    """True if a fork is safe: on Linux, from the main thread, with no other Python thread."""
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return False
     others = {thread.name for thread in threading.enumerate()} - {HARMLESS, _WATCH}
@@ -37,7 +37,9 @@ def may_fork() -> bool:
 
 
 class ForkedWorker:
-    """A copy that serves until its input ends; with the methods of `subprocess.Popen` we use."""
+    """A forked child that serves until its input ends; it has the methods of `subprocess.Popen`
+    that we use.
+    """
 
     def __init__(self, pid: int, stdin: BinaryIO, stdout: BinaryIO) -> None:
         self.pid = pid
@@ -46,13 +48,13 @@ class ForkedWorker:
         self._code: int | None = None
 
     def kill(self) -> None:
-        """End it at once, if it still runs."""
+        """Kill the child if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     def poll(self) -> int | None:
-        """Its exit code, below 0 for a signal; None while it runs."""
+        """Its exit code, negative for a signal; None while it runs."""
         return self._wait(os.WNOHANG)
 
     def wait(self) -> int:
@@ -66,7 +68,7 @@ class ForkedWorker:
             try:
                 pid, status = os.waitpid(self.pid, flags)
             except ChildProcessError:
-                self._code = 0  # somebody else of this program has waited for it
+                self._code = 0  # another part of this program has waited for it
             else:
                 if pid:
                     self._code = os.waitstatus_to_exitcode(status)
@@ -74,15 +76,15 @@ class ForkedWorker:
 
 
 def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
-    """A copy of this process that calls `serve` with its input and output, and ends.
+    """Fork a child that calls `serve` with its input and output pipe, and then ends.
 
-    `others` are the pipes to earlier copies, which it must not keep open. Raises OSError where
-    there can't be one.
+    `others` are the pipes to earlier children, which this child must close: they would keep those
+    children's inputs open. Raises OSError where the system can't fork.
     """
     down, up = os.pipe(), os.pipe()
     try:
         with warnings.catch_warnings():
-            # Python can't know which native threads matter to the copy.
+            # Python warns because it can't know which native threads matter to the child.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
     except OSError:
@@ -93,7 +95,7 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
         try:
             for end in (down[1], up[0], *(pipe.fileno() for pipe in others)):
                 os.close(end)
-            _settle()
+            _isolate_child()
             serve(os.fdopen(down[0], "rb"), os.fdopen(up[1], "wb"))
         finally:
             os._exit(0)
@@ -104,19 +106,22 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
     return ForkedWorker(pid, os.fdopen(down[1], "wb"), os.fdopen(up[0], "rb"))
 
 
-def _settle() -> None:
-    """Stand apart from the run: its signals, its output, its memory, but end when it ends."""
+def _isolate_child() -> None:
+    """Separate the child from the run's signals, output and memory; it ends when its parent
+    ends.
+    """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    # The parent may have ended before the signal was requested.
     if os.getppid() != parent:
         os._exit(0)
-    os.setsid()  # Ctrl-C is for the run, which then ends its copies
+    os.setsid()  # Ctrl-C reaches only the run, which then ends its children
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(2, 1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # looking at what was there would copy its memory
+    gc.freeze()  # garbage collection would write to, and so copy, the parent's pages
 
 
 def _grow_pipe(pipe: int) -> None:
