@@ -1,5 +1,6 @@
-"""Errors of single rows: a `Fault` is a value between stages, a `RowError` an exception inside
-one.
+"""Errors of single rows: a `Fault` is a value between stages, a `RowError` an exception inside one.
+
+Faults are collected over all rows and reported together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a row can't be trained on; `kind` is a stable slug to count by (`invalid-json`)."""
+    """The reason why a row can't be trained on; `kind` is a stable slug to count by
+    (`invalid-json`).
+    """
 
     kind: str
     message: str
@@ -45,11 +48,11 @@ _SHAPES = {
     "a list of whole numbers": "[17, 4, 203]",
     "a list of 0 and 1": "[0, 0, 1]",
 }
-"""What a value may be asked to be, and an example of it."""
+"""Expected types in words, and an example of each."""
 
 
 class RowError(Exception):
-    """A row is bad. `prepare` collects these, so none of them ever reaches the user as such."""
+    """A row is bad. `prepare` collects these, so the user never sees one as an exception."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.message)
@@ -57,12 +60,12 @@ class RowError(Exception):
 
 
 def listing(values: Mapping[str, Any]) -> str:
-    """The row's columns, for a message."""
+    """The names of the row's columns, for a message."""
     return ", ".join(f"`{name}`" for name in values) or "no columns"
 
 
 def kind_of(value: Any) -> str:
-    """The value's type in the words of JSON."""
+    """The value's type in JSON's words."""
     names = {
         "NoneType": "null",
         "bool": "true or false",
@@ -78,7 +81,7 @@ def kind_of(value: Any) -> str:
 
 
 def wrong_type(place: str, wanted: str, value: Any) -> NoReturn:
-    """Raises RowError: the value at `place` is not what is `wanted`."""
+    """Raises RowError because the value at `place` is not of the expected type."""
     hint = f"it is written like {_SHAPES[wanted]}"
     if place.isidentifier():
         hint += f"; if another column holds it: data.columns={{{place}: OTHER}}"
@@ -86,9 +89,9 @@ def wrong_type(place: str, wanted: str, value: Any) -> NoReturn:
 
 
 NOT_UTF8 = "save the file as UTF-8; half of a surrogate pair, as in \\ud83d, is no character"
-"""How text that no tokenizer can take is mended."""
+"""Hint for text that is not valid UTF-8."""
 NOT_JSON = "a row is one object on one line, with double quotes and without a comma at its end"
-"""How a line that is not JSON is mended."""
+"""Hint for a line that is not JSON."""
 
 
 def refuse(kind: str, message: str, hint: str) -> NoReturn:

@@ -1,9 +1,10 @@
 """The cache of prepared documents on disk, keyed by a hash of everything that they depend on.
 
-An entry is a folder with the arrays of `store.py` and `manifest.json`, which is written last and
-names size and checksum of each. A folder is made aside, flushed to disk and renamed, so that an
-entry is whole or not there, and runs may share it. An entry that is not what its manifest says is
-removed and made anew. Large files are read through again only when they changed (`known.py`).
+An entry is a folder with the arrays of `document_store.py` and `manifest.json`, which is written
+last and holds the size and checksum of each. The folder is written under a temporary name, flushed
+to disk and renamed, so an entry is complete or absent, and runs may share it. An entry that differs
+from its manifest is deleted and prepared anew. Large files are read for their checksum only when
+they changed (`digest_cache.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _BLOCK = 1 << 22
 _DAY = 86400.0
 _UNUSED_DAYS = 30
 _ASIDE_DAYS = 2
-"""How old a folder that was never finished must be before it counts as left over."""
+"""The age in days at which an unfinished folder counts as left over by a run that was killed."""
 
 
 def cache_key(
@@ -45,14 +46,18 @@ def cache_key(
     template: Template,
     settings: Mapping[str, Any],
 ) -> tuple[str, dict[str, str]] | None:
-    """A hash of the data's bytes and how it is read, the tokenizer, its template, the settings and
-    this program's own code, with the hashes of the sources; None where one of them can't be told by
-    its contents. Raises DataError where a source can't be read.
+    """The key of a cache entry, with the SHA-256 of each source; None where a source is not a file.
+
+    The key is a hash of the data's bytes and how they are read, the tokenizer, its template, the
+    settings, and this program's own code.
+
+    Raises:
+        DataError: a source can't be read.
     """
     tokenizer = _tokenizer_key(template)
     if tokenizer is None or any(source.path is None for source in sources):
         return None
-    hashes = _hashes(_known_files(cache), sources)
+    hashes = _hashes(_digest_cache(cache), sources)
     key = {
         "version": _VERSION,
         "sources": [[_source_key(source), hashes[source.name]] for source in sources],
@@ -63,8 +68,8 @@ def cache_key(
     return hashlib.sha256(canonical_json(key)).hexdigest()[:40], hashes
 
 
-def _known_files(cache: Path) -> DigestCache:
-    """What a cache folder knows of files, its own and those of the data."""
+def _digest_cache(cache: Path) -> DigestCache:
+    """The digest cache of a cache folder, for the data's files and its own."""
     return DigestCache(cache / "known")
 
 
@@ -78,7 +83,7 @@ def _hashes(known: DigestCache, sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _source_key(source: Source) -> dict[str, Any]:
-    """How the source is read: its fields, but for where it lies."""
+    """The settings by which the source is read: its fields except the path."""
     fields = {one.name for one in dataclasses.fields(source)} - {"path", "rows"}
     suffixes = "" if source.path is None else "".join(source.path.suffixes)
     return {"suffixes": suffixes, **{name: repr(getattr(source, name)) for name in sorted(fields)}}
@@ -95,7 +100,7 @@ def _tokenizer_key(template: Template) -> dict[str, Any] | None:
         "backend": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "named": {name: str(text) for name, text in tokenizer.special_tokens_map.items()},
         "template": [template.name == "none", template.sha256],
-        # A template that asks for the date writes another text each day.
+        # A template that writes the date gives other texts each day.
         "date": date.today().isoformat() if "strftime_now" in str(jinja) else None,
         "stops": sorted(template.stop_ids),
         "special": [sorted(template.special_ids), list(template.special_texts)],
@@ -114,25 +119,25 @@ def _code_key() -> list[str]:
 
 
 def _code_files() -> list[Path]:
-    """All that decides which ids a row becomes."""
+    """The source files that decide which ids a row becomes."""
     data = Path(tunesmith.data.__file__).parent
     return sorted([*data.rglob("*.py"), Path(tunesmith.types.__file__)])
 
 
 class CacheEntry:
-    """The place of one prepared data set in a cache folder."""
+    """One entry of the cache: the documents of one set of sources, template and settings."""
 
     def __init__(self, folder: Path, key: str, hashes: Mapping[str, str]) -> None:
         self.hashes = hashes
-        self._known = _known_files(folder)
+        self._known = _digest_cache(folder)
         self._root = folder / "documents"
         self.folder = self._root / key
 
     def read(self) -> tuple[Columns, dict[str, Any]] | None:
-        """The arrays and what else was kept; None where there is no entry.
+        """The arrays and the other values of the entry; None if there is no entry.
 
         Raises:
-            DamagedEntry: the entry is not what was written.
+            DamagedEntry: the entry differs from its manifest.
         """
         try:
             text = (self.folder / MANIFEST).read_text(encoding="utf-8")
@@ -156,13 +161,16 @@ class CacheEntry:
         return columns, manifest["kept"]
 
     def aside(self) -> Path:
-        """A new folder to write the arrays into, which only this process knows. Raises OSError."""
+        """A new temporary folder for the arrays, used by this process only. Raises OSError."""
         folder = self._root / f".{self.folder.name}.{uuid4().hex[:12]}.tmp"
         folder.mkdir(parents=True)
         return folder
 
     def commit(self, aside: Path, names: Sequence[str], kept: Mapping[str, Any]) -> None:
-        """Make the folder the entry, unless another run was first. Raises OSError."""
+        """Rename the temporary folder to the entry's name, unless another run was first. Raises
+        OSError.
+        """
+        # The manifest is written after the arrays are on disk: with it, the entry is complete.
         files = {f"{name}.bin": self._flushed(aside / f"{name}.bin") for name in TYPES}
         manifest = {
             "files": files,
@@ -185,14 +193,14 @@ class CacheEntry:
         self._prune()
 
     def remove(self) -> None:
-        """Take the entry away, in one step. Raises OSError."""
+        """Remove the entry in one step, by a rename. Raises OSError."""
         gone = self._root / f".{self.folder.name}.{uuid4().hex[:12]}.tmp"
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(gone)
             discard(gone)
 
     def _flushed(self, path: Path) -> tuple[int, int]:
-        """Size and checksum of a file that is now on the disk."""
+        """Flush a file to disk; its size and checksum."""
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         return path.stat().st_size, self._checksum(path, written_here=True)
@@ -211,7 +219,9 @@ class CacheEntry:
         )
 
     def _prune(self) -> None:
-        """Remove entries that nobody has used for long, and what killed runs left behind."""
+        """Remove entries that were not used for long, and temporary folders of runs that were
+        killed.
+        """
         now = time.time()
         self._known.prune(now - _UNUSED_DAYS * _DAY)
         for other in self._root.iterdir():
@@ -224,11 +234,13 @@ class CacheEntry:
 
 
 class DamagedEntry(Exception):
-    """An entry can't be used; the text says why. Preparing again mends it."""
+    """An entry can't be used, for the reason in the text; preparing the documents anew replaces
+    it.
+    """
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder as far as it can be removed; maps of its files stay readable."""
+    """Remove a folder as far as possible; memory maps of its files stay readable."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -246,7 +258,7 @@ def _checksum(path: Path) -> int:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
-        return  # folders can't be opened there
+        return  # Windows can't open a folder to flush it
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

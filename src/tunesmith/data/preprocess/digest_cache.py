@@ -1,8 +1,8 @@
-"""Cached SHA-256 digests of large files, so that an unchanged file is not read through again.
+"""Cached digests of large files, so that an unchanged file is not read through at each start.
 
-A file counts as unread as soon as its device, inode, size or one of its times is another than it
-was: the times are the system's, to the nanosecond, and the second of them can't be set back by a
-program. Small files are always read.
+A file counts as changed as soon as its device, inode, size, mtime or ctime differs. The times are
+the system's, to the nanosecond, and a program can't set the ctime back. Small files are always
+read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from pathlib import Path
 from uuid import uuid4
 
 LEAST = 1 << 28
-"""Bytes from which a file is worth remembering; fewer are read in less than a second."""
+"""Smaller files are always read, which takes less than a second."""
 SETTLED = 2.0
-"""Seconds since a file's last change, without which the next could bear the same time."""
+"""A digest is stored only if the file's last change is at least this many seconds ago: a write
+right after it could leave the same timestamp.
+"""
 
 
 class DigestCache:
-    """Digests of files in a folder of its own, one small file for each."""
+    """Digests of files, each stored in one small file of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,11 +32,13 @@ class DigestCache:
     def digest(
         self, path: Path, kind: str, compute: Callable[[], str], *, written_here: bool = False
     ) -> str:
-        """The digest of that kind: what `compute` returned for this state of the file, else what it
-        returns now. `written_here`: this process wrote the file, and nobody else does.
+        """The digest of a file: the stored one for this state of the file, else what `compute`
+        returns now.
+
+        `written_here`: this process wrote the file, and no other process does.
 
         Raises:
-            OSError: the file can't be read; never because nothing can be remembered.
+            OSError: the file can't be read. That a digest can't be stored is no error.
         """
         before = path.stat()
         if before.st_size < LEAST:
@@ -42,7 +46,7 @@ class DigestCache:
         place = self.folder / _name(before, kind)
         with contextlib.suppress(OSError, UnicodeDecodeError):
             known, ended, _ = place.read_text(encoding="ascii").partition("\n")
-            if ended:  # not what a machine that lost its power left empty
+            if ended:  # an empty file is what a power failure may leave
                 os.utime(place)
                 return known
         started = time.time()
@@ -60,7 +64,7 @@ class DigestCache:
         aside.rename(place)
 
     def prune(self, before: float) -> None:
-        """Forget what was not asked for since that time, in seconds since the epoch."""
+        """Remove digests that were not used since this time, in seconds since the epoch."""
         with contextlib.suppress(OSError):
             for place in self.folder.iterdir():
                 with contextlib.suppress(OSError):

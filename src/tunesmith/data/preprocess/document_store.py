@@ -1,7 +1,8 @@
 """A columnar store of documents: flat numpy arrays in memory or memory-mapped, documents built on
 access.
 
-A document costs its ids, 16 bytes for each run of targets, 24 for each segment and 40 for itself.
+A document takes its ids, 16 bytes for each run of targets, 24 bytes for each segment and 40 bytes
+for itself.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ DOCUMENT = np.dtype(
         ("longest", "<i4"),
     ]
 )
-"""`ids`, `runs` and `segments` are places where a record's share ends in the array of that name."""
+"""The fields `ids`, `runs` and `segments` are the ends of a record's part in the array of that
+name.
+"""
 TYPES = {"ids": np.dtype("<i4"), "runs": RUN, "segments": SEGMENT, "documents": DOCUMENT}
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Documents as arrays; `source` of a document is its place in `names`."""
+    """Documents as flat arrays; `source` of a document is an index into `names`."""
 
     ids: IntArray
     runs: Records
@@ -47,7 +50,7 @@ class Columns:
 
 
 def pack(documents: Sequence[Document]) -> Columns:
-    """The arrays of some documents."""
+    """Pack documents into flat arrays."""
     segments = [segment for document in documents for segment in document.segments]
     names = {document.origin.source: 0 for document in documents}
     numbers = {name: number for number, name in enumerate(names)}
@@ -68,13 +71,17 @@ def pack(documents: Sequence[Document]) -> Columns:
         rows["tokens"] = np.add.reduceat(lengths, starts)
         rows["targets"] = np.add.reduceat(counts, starts)
         rows["longest"] = np.maximum.reduceat(table["start"] + lengths, starts)
-    return Columns(_joined([segment.ids for segment in segments]), runs, table, rows, tuple(names))
+    return Columns(
+        _concatenated([segment.ids for segment in segments]), runs, table, rows, tuple(names)
+    )
 
 
 def _runs(segments: Sequence[Segment], counts: NDArray[np.int64]) -> tuple[Records, Records]:
-    """Targets in a row with one weight and message as one record, and where each segment's end."""
-    index = _joined([segment.index for segment in segments])
-    message = _joined([segment.message for segment in segments])
+    """Run-length encode the targets: consecutive targets of one weight and message are one record.
+    Returns the runs, and where each segment's runs end.
+    """
+    index = _concatenated([segment.index for segment in segments])
+    message = _concatenated([segment.message for segment in segments])
     weight = np.concatenate([np.empty(0, np.float32), *(one.weight for one in segments)])
     owner = np.repeat(np.arange(len(segments)), counts)
     begins = np.ones(len(index), bool)
@@ -89,22 +96,22 @@ def _runs(segments: Sequence[Segment], counts: NDArray[np.int64]) -> tuple[Recor
     return runs, np.searchsorted(owner[first], np.arange(len(segments)), side="right")
 
 
-def _joined(arrays: Iterable[IntArray]) -> IntArray:
+def _concatenated(arrays: Iterable[IntArray]) -> IntArray:
     return np.concatenate([np.empty(0, np.int32), *arrays])
 
 
 class Counted(Sequence[Document]):
-    """Documents whose sizes are known without building them."""
+    """A sequence of documents whose sizes are known without building them."""
 
-    names: tuple[str, ...]  # of the sources that the documents are from
-    sources: IntArray  # for each document the place of its source in `names`
+    names: tuple[str, ...]  # of the sources of the documents
+    sources: IntArray  # index into `names` of each document's source
     tokens: IntArray  # of each document
     target_tokens: IntArray  # targets of each document
     longest_paths: IntArray  # of each document, in tokens
 
 
 class Documents(Counted):
-    """The documents of `Columns`; each is built when it is asked for and shares their memory."""
+    """The documents of `Columns`; each is built on access and shares the arrays' memory."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
@@ -149,7 +156,7 @@ class Documents(Counted):
             index = np.arange(runs["first"][0], runs["end"][0], dtype=np.int32)
         else:
             spans = [np.arange(one["first"], one["end"], dtype=np.int32) for one in runs]
-            index = _joined(spans)
+            index = _concatenated(spans)
         return Segment(
             ids=columns.ids[ids_begin:ids_end],
             parent=parent,
@@ -161,9 +168,9 @@ class Documents(Counted):
 
 
 class StoreWriter:
-    """Takes packed documents one after the other; keeps them in memory, or in files of a folder.
+    """Appends packed documents to a store, in memory or in the files of a folder.
 
-    Raises OSError where the folder can't take them.
+    Raises OSError where the folder can't be written.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -176,7 +183,7 @@ class StoreWriter:
             self._files = {name: (folder / f"{name}.bin").open("wb") for name in TYPES}
 
     def add(self, columns: Columns) -> None:
-        """Put these documents after those that are there."""
+        """Append documents."""
         segments: Records = np.array(columns.segments)
         documents: Records = np.array(columns.documents)
         segments["ids"] += self._totals["ids"]
@@ -198,7 +205,7 @@ class StoreWriter:
                 self._files[name].write(part.tobytes())
 
     def finish(self) -> Columns:
-        """Everything added. The files, if any, are closed and read through memory maps."""
+        """The store of all documents. Files, if any, are closed and memory-mapped."""
         if self._folder is not None:
             self.close()
             return map_columns(self._folder, tuple(self._names))
@@ -209,13 +216,15 @@ class StoreWriter:
         return Columns(**joined, names=tuple(self._names))
 
     def close(self) -> None:
-        """Close the files; nothing can be added any more."""
+        """Close the files; no documents can be added after this."""
         for file in self._files.values():
             file.close()
 
 
 def map_columns(folder: Path, names: Sequence[str]) -> Columns:
-    """The arrays in a folder's files, read only where they are touched. Raises OSError."""
+    """Memory-map the arrays of a folder, which reads only the pages that are used. Raises
+    OSError.
+    """
     arrays = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in TYPES.items()}
     return Columns(**arrays, names=tuple(names))
 
@@ -228,7 +237,7 @@ def _mapped(path: Path, kind: np.dtype[Any]) -> Records:
 
 
 def source_numbers(documents: Sequence[Document]) -> tuple[tuple[str, ...], IntArray]:
-    """Names of the sources, and for each document the place of its own among them."""
+    """The names of the sources, and for each document the index of its source."""
     if isinstance(documents, Counted):
         return documents.names, documents.sources
     names: dict[str, int] = {}
@@ -237,21 +246,21 @@ def source_numbers(documents: Sequence[Document]) -> tuple[tuple[str, ...], IntA
 
 
 def token_counts(documents: Sequence[Document]) -> IntArray:
-    """Tokens of each document, without building them where they are stored."""
+    """The number of tokens of each document; stored documents need not be built."""
     if isinstance(documents, Counted):
         return documents.tokens
     return np.array([document.tokens for document in documents], np.int32)
 
 
 def target_counts(documents: Sequence[Document]) -> IntArray:
-    """Targets of each document, without building them where they are stored."""
+    """The number of targets of each document; stored documents need not be built."""
     if isinstance(documents, Counted):
         return documents.target_tokens
     return np.array([document.target_tokens for document in documents], np.int32)
 
 
 def longest_paths(documents: Sequence[Document]) -> IntArray:
-    """Longest path of each document in tokens, without building them where they are stored."""
+    """The longest path of each document in tokens; stored documents need not be built."""
     if isinstance(documents, Counted):
         return documents.longest_paths
     return np.array([document.longest_path for document in documents], np.int32)

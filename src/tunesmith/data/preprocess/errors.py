@@ -50,11 +50,11 @@ def refusal(
         lines.append(f"  all of them are listed in {faults_file}")
     ways: list[str] = []
     if set(counts) - {TOO_LONG}:
-        ways.append("data.bad_rows=drop goes on without the bad rows")
+        ways.append("data.bad_rows=drop leaves the bad rows out")
     if TOO_LONG in counts:
         ways.append(
-            "data.too_long=drop, truncate or split, or a larger data.max_length, "
-            "deals with the over-long ones"
+            "for rows that are too long: data.too_long=drop, truncate or split, or a larger "
+            "data.max_length"
         )
     sources = {origin.source for origin, _ in faults}
     where = sources.pop() if len(sources) == 1 else "data.train"
@@ -64,21 +64,21 @@ def refusal(
 def unknown_format(source: Source, first: Row) -> DataError:
     columns = ", ".join(f"`{name}`" for name in first.values or {}) or "no columns"
     return DataError(
-        f"no row has the columns of a format; they are {columns}",
+        f"no row has the columns of a known format; it has {columns}",
         where=source.name,
         hint="messages, conversations, prompt and completion, instruction and output, or text; "
         "other names: data.columns='{prompt: ..., completion: ...}'",
     )
 
 
-def hardly_data(faults: Sequence[tuple[Origin, Fault]], rows: int) -> DataError:
-    """The error where so many rows are bad that it is of no use to read on."""
+def mostly_faults(faults: Sequence[tuple[Origin, Fault]], rows: int) -> DataError:
+    """The error where so many of the first rows are bad that reading on is of no use."""
     origin, fault = faults[-1]
     return DataError(
         f"{len(faults):,} of the first {rows:,} rows can't be trained on, so the rest was not read;"
         f" the last is {origin}: {fault.message}",
         where=origin.source,
-        hint=fault.hint or "is the file what its name says?",
+        hint=fault.hint or "check that the file has the format that its name says",
     )
 
 

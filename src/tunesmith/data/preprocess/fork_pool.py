@@ -1,9 +1,9 @@
 """Worker processes (multiprocessing with the fork context) that answer messages through pipes; a
-fork starts in milliseconds.
+fork takes milliseconds.
 
-A copy has the one thread that asked for it, so copies are made only where no other thread of Python
-could hold a lock that the copy would wait for. Native threads, of torch say, may be there: a copy
-renders and tokenizes, and calls nothing that they serve.
+Only the thread that forks exists in the child. So a fork is made only where no other Python thread
+could hold a lock that the child would wait for. Native threads, such as torch's, may exist: the
+child renders and tokenizes, and calls nothing that they serve.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, BinaryIO
 
 HARMLESS = "documents"
-"""Name of our own threads that a copy does not need: they hold nothing that it waits for."""
-_WATCH = "templates"  # of the clock, which forgets it in a copy
+"""The name of our own threads that hold no lock which a child needs."""
+_WATCH = "templates"  # thread of the time limit, which resets itself in a child
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _PIPE_SIZE = 1 << 20
 
@@ -31,7 +31,7 @@ Serve = Callable[[BinaryIO, BinaryIO], None]
 
 
 def may_fork() -> bool:
-    """True where a copy of this process is safe: on Linux, with no other thread of Python."""
+    """True if a fork is safe: on Linux, from the main thread, with no other Python thread."""
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return False
     if current_process().daemon:  # multiprocessing lets a daemon start no other
@@ -41,7 +41,9 @@ def may_fork() -> bool:
 
 
 class ForkedWorker:
-    """A copy that serves until its input ends; with the methods of `subprocess.Popen` we use."""
+    """A forked child that serves until its input ends; it has the methods of `subprocess.Popen`
+    that we use.
+    """
 
     def __init__(self, process: BaseProcess, stdin: BinaryIO, stdout: BinaryIO) -> None:
         assert process.pid is not None
@@ -51,24 +53,24 @@ class ForkedWorker:
         self._process = process
 
     def kill(self) -> None:
-        """End it at once, if it still runs."""
+        """Kill the child if it still runs."""
         self._process.kill()
 
     def poll(self) -> int | None:
-        """Its exit code, below 0 for a signal; None while it runs."""
+        """Its exit code, negative for a signal; None while it runs."""
         return self._process.exitcode
 
     def wait(self) -> int:
         """Its exit code once it has ended."""
         self._process.join()
-        return self._process.exitcode or 0  # None: somebody else of this program waited for it
+        return self._process.exitcode or 0  # None: another part of this program has waited for it
 
 
 def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
-    """A copy of this process that calls `serve` with its input and output, and ends.
+    """Fork a child that calls `serve` with its input and output pipe, and then ends.
 
-    `others` are the pipes to earlier copies, which it must not keep open. Raises OSError where
-    there can't be one.
+    `others` are the pipes to earlier children, which this child must close: they would keep those
+    children's inputs open. Raises OSError where the system can't fork.
     """
     down, up = os.pipe(), os.pipe()
     unused = (down[1], up[0], *(pipe.fileno() for pipe in others))
@@ -78,7 +80,7 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
     )
     try:
         with warnings.catch_warnings():
-            # Python can't know which native threads matter to the copy.
+            # Python warns because it can't know which native threads matter to the child.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     except BaseException:
@@ -95,23 +97,26 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
 def _run(serve: Serve, unused: Iterable[int], source: int, out: int, parent: int) -> None:
     for end in unused:
         os.close(end)
-    _settle(parent)
+    _isolate_child(parent)
     with contextlib.suppress(OSError):  # the run has closed a pipe: nobody waits for the rest
         serve(os.fdopen(source, "rb"), os.fdopen(out, "wb"))
 
 
-def _settle(parent: int) -> None:
-    """Stand apart from the run: its signals, its output, its memory, but end when it ends."""
+def _isolate_child(parent: int) -> None:
+    """Separate the child from the run's signals, output and memory; it ends when its parent
+    ends.
+    """
     ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    # The parent may have ended before the signal was requested.
     if os.getppid() != parent:
         os._exit(0)
-    os.setsid()  # Ctrl-C is for the run, which then ends its copies
+    os.setsid()  # Ctrl-C reaches only the run, which then ends its children
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(2, 1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # looking at what was there would copy its memory
+    gc.freeze()  # garbage collection would write to, and so copy, the parent's pages
 
 
 def _grow_pipe(pipe: int) -> None:

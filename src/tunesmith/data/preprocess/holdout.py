@@ -1,4 +1,7 @@
-"""The held-out split: evaluation rows chosen by a hash of their content, not by their place."""
+"""The held-out split: evaluation rows chosen by a hash of their content, not by their position.
+
+So it does not change when rows are reordered or added, and equal rows are on the same side.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from tunesmith.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class HoldoutChoice:
-    """The contents that are held out, by hash, and how many rows have them."""
+    """The held-out contents by SHA-256, and the number of rows that have them."""
 
     digests: frozenset[bytes]
     rows: int
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """True if this row is for evaluation."""
+        """True if this row is held out for evaluation."""
         return row_digest(values) in self.digests
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The held-out rows of a choice, or the others; says of a row whether it is one of them."""
+    """A filter for rows: true for the held-out ones (`held`) or for the others."""
 
     choice: HoldoutChoice
     held: bool
@@ -37,13 +40,15 @@ class Side:
 
     @property
     def key(self) -> str:
-        """Hash in hex that tells this side from all others."""
+        """A hash in hex that identifies this filter, for the cache key."""
         contents = b"".join(sorted(self.choice.digests))
         return hashlib.sha256(bytes([self.held]) + contents).hexdigest()
 
 
 def row_digest(values: Mapping[str, Any]) -> bytes:
-    """sha256 of the row's canonical JSON: of the columns that are learned from, else of all."""
+    """The SHA-256 of a row's canonical JSON: of the columns that are learned from, or of all if it
+    has none.
+    """
     content = {name: values[name] for name in CONTENT if values.get(name) is not None}
     return hashlib.sha256(canonical_json(content or dict(values))).digest()
 
@@ -51,10 +56,13 @@ def row_digest(values: Mapping[str, Any]) -> bytes:
 def holdout_split(
     rows: Iterable[Mapping[str, Any]], *, share: float | None = None, count: int | None = None
 ) -> HoldoutChoice:
-    """Hold out the rows with the smallest hashes: `count` of them, or `share` (0..1) of all.
+    """Hold out the rows with the smallest hashes: `count` rows, or the fraction `share` of all.
 
-    Rows of one content stay together, so there may be a few more. The order of rows does not
-    matter. Raises DataError where nothing would be left to train on.
+    Rows of the same content stay together, so there may be a few more. The order of rows does not
+    matter.
+
+    Raises:
+        DataError: nothing would be left to train on.
     """
     if (share is None) == (count is None):
         raise ValueError("a hold-out is either a share or a number")
@@ -74,6 +82,6 @@ def holdout_split(
             f"holding out {asked} of {total} rows with {len(seen)} different contents leaves none "
             "to train on",
             where="data.eval",
-            hint="hold out fewer, or give evaluation files of their own",
+            hint="hold out fewer rows, or name evaluation files in data.eval",
         )
     return HoldoutChoice(frozenset(chosen), held)

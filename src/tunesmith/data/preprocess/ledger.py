@@ -1,4 +1,8 @@
-"""The ledger: what became of every row and every token of the input. Its columns add up."""
+"""The ledger: what became of every row and every token of the input (double-entry: columns add up).
+
+A row is trained on, truncated, dropped or held out. A token of a row is a target, context,
+truncated, dropped or unused. `check` verifies that the columns add up to the input.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,15 @@ _EXAMPLES = 3
 
 
 class LedgerError(AssertionError):
-    """The columns don't add up: a defect of this program, never of the data."""
+    """The columns don't add up, which is a bug of this program and never a fault of the data."""
 
 
 @dataclass(slots=True)
 class Totals:
     """Counts of rows and of tokens.
 
-    Every row is in one of the row columns, every token of a rendered row in one of the token
-    columns. Rows that could not be rendered, and held-out ones, have no tokens here.
+    Every row is counted in one of the row columns, every token of a rendered row in one of the
+    token columns. Rows that could not be rendered, and held-out rows, have no tokens here.
     """
 
     rows: int = 0
@@ -35,13 +39,13 @@ class Totals:
     rows_held_out: int = 0
     tokens: int = 0
     tokens_trained: int = 0  # targets
-    tokens_context: int = 0  # read by the model, never a target
+    tokens_context: int = 0  # seen by the model, but no target
     tokens_truncated: int = 0  # cut off a row that is trained on
     tokens_dropped: int = 0  # of dropped rows
-    tokens_unused: int = 0  # of a trained row, with nothing to learn after them
+    tokens_unused: int = 0  # of a trained row, after its last target
 
     def add(self, other: Totals) -> None:
-        """Add another's counts to these."""
+        """Add the counts of another."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -57,7 +61,7 @@ class Totals:
 
 @dataclass(slots=True)
 class Reason:
-    """The rows of one source that share a reason: all their numbers, and a few in words."""
+    """The rows of one source with the same reason: their numbers, and a few examples in words."""
 
     rows: list[int] = field(default_factory=list[int])
     tokens: int = 0
@@ -65,13 +69,13 @@ class Reason:
 
 
 class Ledger:
-    """Counts by source, and by source and reason whatever is not trained on in full."""
+    """Counts per source, and per source and reason all that is not trained on in full."""
 
     def __init__(self) -> None:
         self.sources: dict[str, Totals] = {}
         self.reasons: dict[str, dict[str, Reason]] = {}
         self.holdout: dict[str, Any] | None = None
-        self.plan: dict[str, Any] | None = None  # how often the run sees each source
+        self.plan: dict[str, Any] | None = None  # passes over each source in this run
 
     @property
     def totals(self) -> Totals:
@@ -84,7 +88,9 @@ class Ledger:
     def add_trained(
         self, origin: Origin, *, tokens: int, targets: int, context: int, unused: int = 0
     ) -> None:
-        """A row that is learned from; what is missing from its tokens was truncated."""
+        """Enter a row that is trained on; tokens that are missing from the counts were
+        truncated.
+        """
         truncated = tokens - targets - context - unused
         counts = self.sources.get(origin.source)
         if counts is None:
@@ -99,11 +105,11 @@ class Ledger:
         counts.tokens_unused += unused
 
     def add_dropped(self, origin: Origin, *, tokens: int = 0) -> None:
-        """A row that is not learned from; a bad row has no tokens."""
+        """Enter a row that is not trained on; a bad row has no tokens."""
         self._count(origin, Totals(rows=1, rows_dropped=1, tokens=tokens, tokens_dropped=tokens))
 
     def add_held_out(self, origin: Origin) -> None:
-        """A row kept for evaluation; its tokens are counted where it is evaluated."""
+        """Enter a row that is held out for evaluation; its tokens are counted there."""
         self._count(origin, Totals(rows=1, rows_held_out=1))
         self.explain(origin, HELD_OUT)
 
@@ -117,8 +123,9 @@ class Ledger:
         whole: bool,
         truncated: bool,
     ) -> None:
-        """Targets and context of a row that are not learned from or read after all: cut off, or
-        with `whole` all that was left of the row. `truncated`: it was cut before.
+        """Enter targets and context of a row that packing removed.
+
+        `whole`: nothing of the row is left. `truncated`: the row was truncated before.
         """
         counts = self.sources[origin.source]
         counts.tokens_trained -= targets
@@ -136,19 +143,21 @@ class Ledger:
         self.explain(origin, reason, tokens=targets + context)
 
     def relearn(self, source: str, *, targets: int) -> None:
-        """So many tokens of a source's context are targets now; below 0 the other way round."""
+        """Move tokens of a source from context to targets; a negative number moves them back."""
         self.sources[source].tokens_trained += targets
         self.sources[source].tokens_context -= targets
 
     def note_holdout(self, asked: str, choice: HoldoutChoice) -> None:
-        """What was asked to be held out, how many rows that is, and the hashes of them."""
+        """Enter the request for held-out rows, how many rows that is, and their hashes."""
         contents = sorted(digest.hex() for digest in choice.digests)
         self.holdout = {"asked": asked, "rows": choice.rows, "contents": contents}
 
     def explain(
         self, origin: Origin, reason: str, *, tokens: int = 0, detail: str | None = None
     ) -> None:
-        """Why `tokens` tokens of a row (or the whole row, where it has none) are not trained on."""
+        """Enter the reason why tokens of a row (or the row itself, if it has none) are not trained
+        on.
+        """
         entry = self.reasons.setdefault(origin.source, {}).setdefault(reason, Reason())
         entry.rows.append(origin.row)
         entry.tokens += tokens
@@ -156,7 +165,7 @@ class Ledger:
             entry.examples.append(f"{origin}: {detail}")
 
     def merge(self, other: Ledger) -> None:
-        """Add another ledger's rows to these."""
+        """Add the rows of another ledger."""
         self.holdout = self.holdout or other.holdout
         for name, counts in other.sources.items():
             self.sources.setdefault(name, Totals()).add(counts)
@@ -168,7 +177,9 @@ class Ledger:
                 mine.examples = (mine.examples + entry.examples)[:_EXAMPLES]
 
     def check(self) -> None:
-        """Raises LedgerError unless every source adds up and each of its losses has a reason."""
+        """Raises LedgerError unless the columns of every source add up and every loss has a
+        reason.
+        """
         for name, counts in self.sources.items():
             counts.check(name)
             explained = sum(entry.tokens for entry in self.reasons.get(name, {}).values())
@@ -180,7 +191,9 @@ class Ledger:
                 raise LedgerError(f"ledger of {name}: {reasons} reasons are too few for its rows")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `totals`, `sources`, `reasons`, `holdout`, `plan`."""
+        """The ledger as plain values for JSON: `totals`, `sources`, `reasons`, `holdout`,
+        `plan`.
+        """
         return {
             "holdout": self.holdout,
             "plan": self.plan,
@@ -206,7 +219,7 @@ class Ledger:
         return ledger
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; the file is whole or not there."""
+        """Write the ledger as JSON, atomically."""
         aside = path.with_name(path.name + ".tmp")
         aside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)

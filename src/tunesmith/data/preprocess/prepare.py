@@ -1,4 +1,8 @@
-"""Preprocessing of rows to documents: read, render, collect every bad row, fill the ledger."""
+"""Preprocessing: rows are read and rendered to documents, all bad rows are collected, the ledger is
+filled.
+
+Every row is looked at before an error is raised, so that one error shows all that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from tunesmith.data.formats.detect import detect_format
 from tunesmith.data.preprocess.cache import CacheEntry, DamagedEntry, cache_key, discard
 from tunesmith.data.preprocess.document_store import Columns, Documents, StoreWriter
 from tunesmith.data.preprocess.errors import (
-    hardly_data,
+    mostly_faults,
     nothing_left,
     refusal,
     unknown_format,
@@ -37,7 +41,7 @@ from tunesmith.errors import DataError
 from tunesmith.types import Document, Origin
 
 MOST_FAULTS = 1 << 20
-"""Bad rows after which reading ends if they are most of all rows."""
+"""Reading stops after this many bad rows if they are most of all rows."""
 UNUSED = "after the last answer"
 
 Keep = Callable[[Mapping[str, Any]], bool]
@@ -45,7 +49,7 @@ Keep = Callable[[Mapping[str, Any]], bool]
 
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
-    """One row of the input, in input order. `result` is None where `keep` set the row aside."""
+    """One row of the input, in input order. `result` is None where `keep` was false for the row."""
 
     origin: Origin
     values: dict[str, Any] | None
@@ -54,7 +58,7 @@ class PreparedRow:
 
 @dataclass(slots=True)
 class Prepared:
-    """The documents of some sources, and what became of all their rows."""
+    """The documents of some sources, and the outcome of all their rows."""
 
     documents: Sequence[Document]
     ledger: Ledger
@@ -62,7 +66,9 @@ class Prepared:
     sample_text: str  # the first document's first path, decoded
     faults: list[tuple[Origin, Fault]]
     content_hashes: dict[str, str] = field(default_factory=dict[str, str])  # by source name
-    notes: list[str] = field(default_factory=list[str])  # for the user, how it was prepared
+    notes: list[str] = field(
+        default_factory=list[str]
+    )  # messages to the user about the preparation
 
 
 def iter_prepared(
@@ -75,10 +81,13 @@ def iter_prepared(
     keep: Keep | None = None,
     formats: dict[str, str] | None = None,
 ) -> Iterator[PreparedRow]:
-    """Every row of the sources with what rendering made of it; bad rows are values, not errors.
+    """Yield every row of the sources with its rendering; bad rows are values, not errors.
 
-    `formats` is filled with the format of each source once it is read: that of its first row
-    which has one. Raises DataError where a source as a whole can't be read.
+    `formats` is filled with the format of each source once it is read, which is that of its first
+    row with a known format.
+
+    Raises:
+        DataError: a source as a whole can't be read.
     """
     encoder = Encoder(template)
     options = Options(train_on, max_length, too_long)
@@ -95,7 +104,7 @@ def iter_prepared(
 def _tasks(
     sources: Sequence[Source], keep: Keep | None, found: dict[str, str]
 ) -> Iterator[Task | PreparedRow]:
-    """Every row in order: one to render, or one whose outcome is known already."""
+    """Yield every row in order: a task to render, or a row whose outcome is known already."""
     for source in sources:
         chosen = None if source.format == "auto" else source.format
         first: Row | None = None
@@ -128,16 +137,18 @@ def prepare(
     cache: Path | None = None,
     processes: int | None = 1,
 ) -> Prepared:
-    """The documents of all rows for which `keep` is true.
+    """Prepare the documents of all rows for which `keep` is true.
 
-    All bad rows are found first. Under `bad_rows="error"` one DataError counts them by kind, shows
-    three of each and names `faults_file`, which lists them all; under "drop" they are in the
-    ledger. Over-long rows under `too_long="error"` are refused in the same way. Raises DataError
-    as well where no row is left to train on.
+    All bad rows are found first. With `bad_rows="error"` one DataError counts them by kind, shows
+    three of each and names `faults_file`, which lists them all; with "drop" they are entered in the
+    ledger. Rows over `max_length` with `too_long="error"` are refused in the same way.
 
-    `cache` is a folder in which documents from files are kept and looked for; those of rows in
-    memory, or chosen by a `keep` other than a `Side`, are not. `processes`: how many render, None
-    for more than one only where the data is large. Neither changes what is prepared.
+    `cache` is a folder for prepared documents of files. Documents of rows in memory, or chosen by a
+    `keep` other than a `Side`, are not cached. `processes` is the number of workers; None starts
+    workers only for large data. Neither changes the documents.
+
+    Raises:
+        DataError: rows are bad or too long, or no row is left to train on.
     """
     options = Options(train_on, max_length, too_long)
     work = _Work(sources, template, options, keep, processes)
@@ -170,13 +181,13 @@ class _Work:
 
 
 def _fresh(work: _Work, folder: Path | None = None) -> Prepared:
-    """Everything rendered anew; the documents are written to the folder, if there is one."""
+    """Render all rows; the documents are written to the folder, if one is given."""
     ledger = Ledger()
     formats: dict[str, str] = {}
     faults: list[tuple[Origin, Fault]] = []
     notes: list[str] = []
     writer = StoreWriter(folder)
-    # Rows in memory may be of classes that no other process knows.
+    # Rows in memory may be of classes that a worker process can't import.
     alone = any(source.path is None for source in work.sources)
     batches = in_batches(_tasks(work.sources, work.keep, formats))
     split = ((batch, [one for one in batch if isinstance(one, Task)]) for batch in batches)
@@ -197,7 +208,7 @@ def _fresh(work: _Work, folder: Path | None = None) -> Prepared:
                 if outcome is not None and outcome.fault is not None:
                     faults.append((one.origin, outcome.fault))
             if len(faults) > MOST_FAULTS and 2 * len(faults) > ledger.totals.rows:
-                raise hardly_data(faults, ledger.totals.rows)
+                raise mostly_faults(faults, ledger.totals.rows)
         documents = Documents(writer.finish())
     finally:
         writer.close()
@@ -210,7 +221,7 @@ def _hashes(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _entry(cache: Path, work: _Work) -> CacheEntry | None:
-    """Where these documents are, or would be; None where they can't be known again."""
+    """The cache entry of these documents; None where they can't be identified by a key."""
     side = work.keep.key if isinstance(work.keep, Side) else None
     if work.keep is not None and side is None:
         return None
@@ -218,19 +229,21 @@ def _entry(cache: Path, work: _Work) -> CacheEntry | None:
     try:
         key = cache_key(cache, work.sources, work.template, settings)
     except DataError:
-        return None  # reading the rows says better what is wrong with the source
+        return None  # reading the rows will raise a better error
     return None if key is None else CacheEntry(cache, *key)
 
 
 def _cached(entry: CacheEntry, work: _Work) -> Prepared:
-    """The documents from the cache, or rendered into it, or in memory if it can't be used."""
+    """The documents from the cache, or rendered into the cache, or in memory if it can't be
+    used.
+    """
     notes: list[str] = []
     try:
         found = entry.read()
         if found is not None:
             return _from_kept(*found, entry.hashes)
     except DamagedEntry as error:
-        notes.append(f"data: the cache is damaged ({error}), so it is made anew")
+        notes.append(f"data: the cache entry is damaged ({error}), so the data is prepared anew")
     aside: Path | None = None
     try:
         if notes:
@@ -238,14 +251,15 @@ def _cached(entry: CacheEntry, work: _Work) -> Prepared:
         before = _stamps(work.sources)
         aside = entry.aside()
         prepared = _fresh(work, aside)
-        # Not what nobody can train on, and not what changed while it was read.
+        # An entry without documents is of no use, and one of a file that changed meanwhile would be
+        # wrong.
         if len(prepared.documents) and _stamps(work.sources) == before:
             entry.commit(aside, _names(prepared), _kept(prepared))
             aside = None
     except OSError as error:
         reason = error.strerror or str(error)
         prepared = _fresh(work)
-        notes.append(f"data: not cached, since {entry.folder.parent} can't be written: {reason}")
+        notes.append(f"data: not cached, because {entry.folder.parent} can't be written: {reason}")
     finally:
         if aside is not None:
             discard(aside)
@@ -261,13 +275,13 @@ def _names(prepared: Prepared) -> tuple[str, ...]:
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:
-    """Size and time of each file, which change when it does."""
+    """Size and mtime of each file, which change when the file is written."""
     found = [source.path.stat() for source in sources if source.path is not None]
     return [(one.st_size, one.st_mtime_ns) for one in found]
 
 
 def _kept(prepared: Prepared) -> dict[str, Any]:
-    """All but the documents, in plain values."""
+    """All values but the documents, as plain values for the manifest."""
     return {
         "ledger": prepared.ledger.to_dict(),
         "formats": prepared.formats,
@@ -297,7 +311,7 @@ def _from_kept(columns: Columns, kept: Mapping[str, Any], hashes: Mapping[str, s
 
 
 def record_outcome(ledger: Ledger, origin: Origin, result: Rendered | Fault | None) -> None:
-    """Enter a row's outcome and the reason of whatever is not trained on."""
+    """Enter a row's outcome in the ledger, and the reason for all that is not trained on."""
     _record(ledger, origin, outcome_of(result))
 
 
@@ -325,7 +339,7 @@ def _record(ledger: Ledger, origin: Origin, outcome: Outcome | None) -> None:
 
 
 def _sample_text(document: Document, template: Template) -> str:
-    """The path from a root to the first leaf, decoded."""
+    """The path from a root to the first leaf, decoded to text."""
     segments = document.segments
     at = next(n for n in range(len(segments)) if all(other.parent != n for other in segments))
     ids: list[int] = []

@@ -1,4 +1,9 @@
-"""Batched rendering: rows are rendered one by one, and their texts are tokenized in one call."""
+"""Batched rendering: the rows of a batch are rendered one by one, their texts are tokenized in one
+call.
+
+Rendering a row is a generator that yields the texts it needs as ids. All rows of a batch run up to
+their next yield, then one tokenizer call serves all of them.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +22,23 @@ from tunesmith.data.templates.template import Template
 from tunesmith.types import IntArray, Origin
 
 ROWS = 128
-"""Rows of a full batch: enough to share texts, few enough to stay in cache."""
+"""Rows of a full batch: enough that texts repeat, few enough to stay in the CPU's cache."""
 
 T = TypeVar("T")
 
 
 class Task(NamedTuple):
-    """A row that is to be rendered, in the format that its source has."""
+    """A row to render, with the format of its source."""
 
     origin: Origin
     values: dict[str, Any]
-    format: str | None  # of the source; None where no row so far had one
-    detect: bool  # the format was found, not given: other rows may be of another
+    format: str | None  # of the source; None if no row so far had a known format
+    detect: bool  # the format was detected, so this row may have another one
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What besides the template decides how a row is rendered."""
+    """The settings, besides the template, by which a row is rendered."""
 
     train_on: str | list[str] = "auto"
     max_length: int | None = None
@@ -41,8 +46,8 @@ class Options:
 
 
 def in_batches(items: Iterable[T], size: int = ROWS) -> Iterator[list[T]]:
-    """The items in lists that double from one item up to `size`, so that the first come soon; a
-    long row ends its list.
+    """Batches whose size doubles from 1 to `size`, so that the first results come early; a long row
+    ends its batch.
     """
     batch: list[T] = []
     limit = 1
@@ -58,11 +63,11 @@ def in_batches(items: Iterable[T], size: int = ROWS) -> Iterator[list[T]]:
 def render_batch(
     tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
 ) -> list[Rendered | Fault]:
-    """What becomes of each row, exactly as if it were rendered alone."""
+    """The result of each row, equal to that of rendering it alone."""
     results: dict[int, Rendered | Fault] = {}
     waiting: list[tuple[int, Rendering, Sequence[Wanted]]] = []
 
-    def go_on(at: int, steps: Rendering, ids: Sequence[IntArray] | None) -> None:
+    def advance(at: int, steps: Rendering, ids: Sequence[IntArray] | None) -> None:
         try:
             wanted = next(steps) if ids is None else steps.send(ids)
         except StopIteration as finished:
@@ -78,12 +83,12 @@ def render_batch(
 
     retried = waiting
     for at, task in enumerate(tasks):
-        go_on(at, _start(task, template, options), None)
+        advance(at, _start(task, template, options), None)
     while waiting:
         found = iter(encoder.encode([text for _, _, wanted in waiting for text in wanted]))
         retried = []
         for at, steps, wanted in waiting:
-            go_on(at, steps, [next(found) for _ in wanted])
+            advance(at, steps, [next(found) for _ in wanted])
         waiting = retried
     return [results[at] for at in range(len(tasks))]
 
@@ -96,7 +101,7 @@ _BROKEN = Fault(
 
 
 def _broken(text: str) -> bool:
-    """True for text that no tokenizer takes, since it can't be written as UTF-8."""
+    """True for a text that can't be encoded as UTF-8, which no tokenizer accepts."""
     if text.isascii():
         return False
     try:
@@ -123,14 +128,14 @@ def _start(task: Task, template: Template, options: Options) -> Rendering:
 
 
 def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
-    """Raises RowError unless the row is of the source's format."""
+    """Raises RowError unless the row has the format of its source."""
     mine = _format_of(values) if detect else chosen
     if chosen is None or (mine is None and not set(FORMATS[chosen]) & set(values)):
         names = ", ".join(f"`{name}`" for name in values) or "none"
         raise RowError(
             Fault(
                 "unknown-format",
-                f"the columns of no format; it has {names}",
+                f"the row has the columns of no known format; it has {names}",
                 "columns with other names are named in data.columns",
             )
         )
@@ -152,7 +157,7 @@ def _format_of(values: Mapping[str, Any]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _format_by_columns(columns: tuple[str, ...]) -> str | None:
-    """The format of rows that have something in each of these columns."""
+    """The format of rows with a value in each of these columns."""
     return detect_format(dict.fromkeys(columns, True))
 
 
@@ -161,8 +166,10 @@ def _spoken(format: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """What became of a row, in numbers: of tokens those of the whole row, those that are learned,
-    those read only, and those after the last thing to learn. `trained`: it has a document.
+    """The outcome of a row in numbers: tokens of the whole row, targets, context, and unused
+    tokens.
+
+    `trained`: the row has a document.
     """
 
     trained: bool
@@ -185,7 +192,9 @@ class Packed:
 def pack_batch(
     tasks: Sequence[Task], template: Template, encoder: Encoder, options: Options
 ) -> Packed:
-    """`render_batch` in the form in which documents are kept and sent between processes."""
+    """Render a batch; the result is in the form in which documents are stored and sent between
+    processes.
+    """
     results = render_batch(tasks, template, encoder, options)
     documents = [
         one.document for one in results if not isinstance(one, Fault) and one.document is not None
@@ -194,7 +203,7 @@ def pack_batch(
 
 
 def outcome_of(result: Rendered | Fault | None) -> Outcome | None:
-    """The outcome in numbers; None for a row that was set aside."""
+    """The outcome of a row in numbers; None for a row that was held out."""
     return None if result is None else _outcome_of_some(result)
 
 

@@ -1,8 +1,9 @@
-"""Parallel preprocessing with worker processes, for data that takes longer than starting them.
+"""Parallel preprocessing with worker processes, which start only where the data takes longer than
+that.
 
-They talk through pipes. Where that is safe they are copies of this one, which are there at once;
-else interpreters of their own, in which the program that started the run is not imported again, so
-it may be a notebook or a script without a main guard.
+They communicate through pipes. Where a fork is safe they are forked, which takes milliseconds.
+Elsewhere they are new interpreters, which do not import the main module of the run again; so that
+may be a notebook, or a script without a main guard.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from tunesmith.errors import RunError, TunesmithError
 from tunesmith.types import Origin
 
 START_AFTER = 4.0
-"""Seconds of work in this process after which others are started: about what starting costs."""
+"""Seconds of work in this process before interpreters are started: about the time that they need to
+start.
+"""
 START_COPIES_AFTER = 0.05
-"""The same where they are copies of this one."""
+"""The same where workers can be forked."""
 _PREFETCH = 2
-"""Batches that each process has at hand or in work."""
+"""Batches in flight per process."""
 _MOST = 16
 _READY = "ready"
 
@@ -39,7 +42,7 @@ T = TypeVar("T")
 
 
 def processors() -> int:
-    """Processors that this process may use, at most 16: one reader can't feed more."""
+    """CPUs that this process may use, at most 16, since one reader can't feed more workers."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     return min(len(affinity(0)) if affinity is not None else os.cpu_count() or 1, _MOST)
 
@@ -52,13 +55,14 @@ def pack_batches(
     processes: int | None = 1,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[T, Packed]]:
-    """Each batch with its outcome, in order; the first of a pair is handed through.
+    """Render batches, in this process or in workers; yields each with its outcome, in order.
 
-    `processes`: how many to use; 1 for this one alone; None for as many as there are processors
-    once the work has gone on for some seconds. While others start, this one goes on.
+    The first item of a pair is passed through. `processes` is the number of workers: 1 for this
+    process alone, None for one per CPU once the work takes longer than their start. While workers
+    start, this process goes on rendering.
 
     Raises:
-        RunError: a process ended before its work was done.
+        RunError: a worker ended before its work was done.
     """
     encoder = Encoder(template)
     begun = time.monotonic()
@@ -71,7 +75,7 @@ def pack_batches(
             if pool is None and count > 1 and (processes is not None or _late(begun)):
                 pool = _Pool(count, template, options, encoder)
             if pool is not None and pool.failed is not None:
-                tell(f"data: prepared in one process, since others can't start: {pool.failed}")
+                tell(f"data: prepared in one process, because workers can't start: {pool.failed}")
                 pool.stop()
                 pool, count = None, 1
             if pool is None or not pool.ready:
@@ -101,7 +105,9 @@ def _silent(text: str) -> None:
 
 
 class _Pool:
-    """Some processes; batch n goes to process n modulo their count, so results come in order."""
+    """A pool of workers; batch n goes to worker n modulo their number, so results are read in
+    order.
+    """
 
     def __init__(self, count: int, template: Template, options: Options, encoder: Encoder) -> None:
         self._given = 0
@@ -116,29 +122,29 @@ class _Pool:
             for _ in range(count):
                 self._workers.append(_Worker(_interpreter(), setup))
         except Exception as error:
-            # A tokenizer of the user's own may refuse to be copied in any way it likes.
+            # A user's own tokenizer may fail to pickle with any exception.
             self.failed = f"{type(error).__name__}: {error}"
 
     @property
     def ready(self) -> bool:
-        """True once all have said so; says in `failed` why one never will."""
+        """True once all workers have started; sets `failed` to the reason if one never will."""
         states = [worker.state() for worker in self._workers]
         self.failed = next((state for state in states if state not in (None, _READY)), self.failed)
         return self.failed is None and all(state == _READY for state in states)
 
     def give(self, tasks: Sequence[Task]) -> int:
-        """Hand over a batch; its number."""
+        """Send a batch to its worker; returns the batch's number."""
         number = self._given
         self._given += 1
         self._workers[number % len(self._workers)].send(_dumped(tasks))
         return number
 
     def take(self, number: int) -> Packed:
-        """The outcome of a batch, to be asked for in order."""
+        """The outcome of a batch; batches must be taken in order."""
         return self._workers[number % len(self._workers)].receive()
 
     def stop(self) -> None:
-        """End all processes."""
+        """End all workers."""
         for worker in self._workers:
             worker.stop()
 
@@ -146,7 +152,7 @@ class _Pool:
 def _copies(
     count: int, template: Template, options: Options, encoder: Encoder
 ) -> list[ForkedWorker]:
-    """Copies of this process, all made before a thread that reads from one is started."""
+    """Forked workers, all made before the first thread that reads from one is started."""
     made: list[ForkedWorker] = []
 
     def serve(source: BinaryIO, out: BinaryIO) -> None:
@@ -166,7 +172,7 @@ def _interpreter() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # Ctrl-C is for the run, which then ends its processes
+        start_new_session=True,  # Ctrl-C reaches only the run, which then ends its workers
     )
 
 
@@ -177,12 +183,13 @@ class _Worker:
         self._results: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True, name=HARMLESS).start()
         if setup is not None:
-            # In a thread: the process reads this only when it has started.
+            # Sent by a thread, since the process reads it only after it has started and the pipe
+            # may be full.
             sending = threading.Thread(target=self._send_setup, args=(setup,), daemon=True)
             sending.start()
 
     def state(self) -> str | None:
-        """`ready`, why it can't be, or None while it starts."""
+        """`ready`, the reason why it will not be, or None while it starts."""
         if self._state is None and not self._results.empty():
             kind, value = self._results.get()
             self._state = _READY if kind == _READY else str(value).strip().splitlines()[-1]
@@ -212,20 +219,20 @@ class _Worker:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # what was still to be written no longer matters
+                    continue  # unsent bytes no longer matter
 
     def _send_setup(self, setup: bytes) -> None:
         try:
             _write(self._process.stdin, setup)
         except (OSError, ValueError):
-            return  # it ended, or was ended: the reader tells
+            return  # the process ended; the reader reports it
 
     def _read(self) -> None:
         try:
             while (message := _read(self._process.stdout)) is not None:
                 self._results.put(pickle.loads(message))
         except (OSError, ValueError, EOFError):
-            pass  # the pipe was closed under it: told as the end
+            pass  # the pipe was closed; reported as the end below
         self._results.put(("ended", "it ended while it started"))
 
     def _ended(self) -> RunError:
@@ -238,9 +245,9 @@ class _Worker:
 
 
 def serve() -> None:
-    """Render batches from standard input until it ends; runs in a process of its own."""
+    """Worker process: render batches from standard input until it ends."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what any library prints must not get between the answers
+    os.dup2(2, 1)  # prints of libraries must not mix with the results
     source = sys.stdin.buffer
 
     def begin() -> tuple[Template, Options, Encoder]:
@@ -260,7 +267,7 @@ def _answer(
             packed = pack_batch(_loaded(message), template, encoder, options)
             _write(out, pickle.dumps(("done", packed), protocol=5))
     except BrokenPipeError:
-        return  # the run is gone
+        return  # the run has ended
     except TunesmithError as error:
         _write(out, pickle.dumps(("refused", error)))
     except Exception:
@@ -268,7 +275,7 @@ def _answer(
 
 
 def _dumped(tasks: Sequence[Task]) -> bytes:
-    """Tasks in plain tuples, which take a third of the time."""
+    """Tasks pickled as plain tuples, which takes a third of the time."""
     plain = [(*one[1:], one.origin.source, one.origin.row) for one in tasks]
     return pickle.dumps(plain, protocol=5)
 
@@ -284,7 +291,7 @@ def _write(pipe: BinaryIO | Any, message: bytes) -> None:
 
 
 def _read(pipe: BinaryIO | Any) -> bytes | None:
-    """The next message; None at the end."""
+    """The next message; None at the end of the pipe."""
     size = pipe.read(8)
     if len(size) < 8:
         return None

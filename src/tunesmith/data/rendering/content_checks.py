@@ -1,5 +1,8 @@
-"""Checks of a rendered chat: every message's content is in the text, and no control token is in a
-content.
+"""Checks of a rendered chat: every message's content is in the text, and no content holds a control
+token.
+
+Templates may silently drop a field that they do not know. A content that holds the text of a
+control token would be read as one, which is a prompt injection.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ _THINK_END = "</think>"
 
 
 def check_special_tokens(chat: Chat, template: Template) -> None:
-    """Raises RowError if any string of the chat would be read as a control token."""
+    """Raises RowError if a string of the chat holds the text of a special token."""
     for number, message in enumerate(chat.messages):
         fields = [message.content, message.fields] if message.fields else message.content
         for text in _strings(fields):
@@ -42,14 +45,16 @@ def refuse_special_tokens(
             Fault(
                 "special-token-in-content",
                 f"{place} holds {token!r}, which the tokenizer reads as a control token",
-                hint or "take it out of the data, or write it so that it is not that token",
+                hint or "remove it from the data, or write it in another way",
             )
         )
 
 
 @lru_cache(maxsize=8)
 def _openings(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """What all texts begin with that begin with the same character."""
+    """The common beginning of the texts that begin with the same character, for a fast first
+    check.
+    """
     groups: dict[str, list[str]] = {}
     for text in texts:
         groups.setdefault(text[:1], []).append(text)
@@ -57,16 +62,19 @@ def _openings(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _shared(first: str, last: str) -> str:
-    """What both begin with."""
+    """The common beginning of both."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return "".join(one for one, _ in same)
 
 
 def check_contents(text: str, chat: Chat, last: int, *, target: str | None = None) -> None:
-    """Raises RowError unless all that messages 0 to `last` and the tools say stands in `text`.
+    """Check that the contents of messages 0 to `last` and of the tools are in `text`.
 
-    Reasoning of earlier turns may be missing, since templates leave it out on purpose; that of
-    message `last` must stand in `target`, as must its content.
+    The reasoning of earlier turns may be missing, since templates drop it on purpose. The content
+    and reasoning of message `last` must be in `target`.
+
+    Raises:
+        RowError: something is missing.
     """
     for name in _tool_names(chat.tools):
         if not _holds(text, name):
@@ -78,6 +86,7 @@ def check_contents(text: str, chat: Chat, last: int, *, target: str | None = Non
         if supervised:
             _check_reasoning(place, message, number)
         for piece in _content_pieces(message.content, whole=supervised):
+            # A content that two messages share must appear at least twice.
             wanted[piece] += 1
             if not (_holds(place, piece) and (wanted[piece] == 1 or _count(text, piece, wanted))):
                 raise _dropped(f"the content of message {number} ({message.role})", piece)
@@ -94,7 +103,7 @@ def _check_reasoning(text: str, message: Message, number: int) -> None:
 
 
 def _content_pieces(content: str | None, *, whole: bool) -> Iterator[str]:
-    """What must be found of a content: its reasoning only where the `whole` is asked for."""
+    """The pieces of a content that must be found; its reasoning only with `whole`."""
     parts = (content or "").split(_THINK_END)
     for part in parts if whole else parts[-1:]:
         piece = part.strip().removeprefix("<think>").strip() if len(parts) > 1 else part.strip()
@@ -117,7 +126,9 @@ def _tool_names(tools: Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Strings and numbers anywhere in a value; true, false and null are spelled in many ways."""
+    """Yield all strings and numbers in a value; templates write true, false and null in many
+    ways.
+    """
     if isinstance(value, Mapping):
         for key, item in cast("Mapping[str, Any]", value).items():
             yield str(key)
@@ -164,6 +175,6 @@ def _dropped(what: str, piece: str) -> RowError:
         Fault(
             "dropped-content",
             f"the chat template leaves out {what}: {shown!r} is not in its text",
-            "take it out of the data, or use a template that renders it: data.template=FILE.jinja",
+            "remove it from the data, or use a template that renders it: data.template=FILE.jinja",
         )
     )

@@ -1,6 +1,6 @@
-"""Pre-tokenized rows: token ids with targets, and text segments with their own control tokens.
+"""Pre-tokenized rows: token ids with a loss mask, and text segments with their own control tokens.
 
-Nothing is added to them, so what inference has to send is exactly what stands before a learned run.
+No token is added to them, so inference must send exactly the tokens that stand before a target.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from tunesmith.data.templates.template import Template
 from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
 _Run = tuple[int, int]
-"""Ids [start, end) that are learned together."""
+"""Ids [start, end) that are targets without a gap."""
 
 
 def render_parts(
     example: Parts, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
 ) -> Rendering:
-    """The document of texts side by side.
+    """Render text segments, concatenated, to a document.
 
-    Neighbours with the same wish are one text to the tokenizer, which sees each learned run apart
-    from what stands before it, as at inference. The last learned run must end with a stop token.
+    Neighbouring segments with the same `train` are one text to the tokenizer. Each learned run is
+    tokenized apart from what is before it, as at inference. The last learned run must end with a
+    stop token.
     """
     texts = _merged(example)
     found = yield [(text, False) for text, _ in texts]
@@ -54,7 +55,9 @@ def render_parts(
 def prompt_of_row_text(
     example: Parts | Tokens, template: Template
 ) -> tuple[list[int], list[int] | None]:
-    """Ids before the last learned run, and those of the run; all ids and None without one."""
+    """The ids before the last learned run, and those of the run; all ids and None if nothing is
+    learned.
+    """
     if isinstance(example, Tokens):
         ids = list(example.ids)
         runs = _runs(example.learned)
@@ -67,7 +70,7 @@ def prompt_of_row_text(
 
 
 def _merged(example: Parts) -> list[tuple[str, bool]]:
-    """The texts with neighbours of the same wish joined, none empty."""
+    """The texts, neighbours with the same `train` joined, and empty ones left out."""
     texts: list[tuple[str, bool]] = []
     for text, learned in example.parts:
         if texts and texts[-1][1] is learned:
@@ -80,9 +83,9 @@ def _merged(example: Parts) -> list[tuple[str, bool]]:
 def render_tokens(
     example: Tokens, template: Template, train_on: str | list[str], limit: Limit, origin: Origin
 ) -> Rendered:
-    """The document of ids that somebody else made.
+    """Render a row of token ids to a document.
 
-    Where some are learned and some are not, the last learned run must end with a stop token.
+    If some ids are targets and some are not, the last learned run must end with a stop token.
     """
     size = len(template.tokenizer)
     odd = next((token for token in example.ids if not 0 <= token < size), None)
@@ -90,7 +93,7 @@ def render_tokens(
         refuse(
             "unknown-token",
             f"`input_ids` holds {odd}, but the tokenizer has ids 0 to {size - 1}",
-            "the ids were made with another tokenizer",
+            "the ids are those of another tokenizer",
         )
     ids, runs = np.array(example.ids, np.int32), _runs(example.learned)
     refuse_roles(train_on)
@@ -109,7 +112,7 @@ def render_tokens(
 
 
 def _weighted(rendered: Rendered, weights: Sequence[float]) -> Rendered:
-    """With the weights of the row's ids; pieces of a row that was split lie end to end."""
+    """Set the target weights of a rendered row; pieces of a row that was split are in order."""
     if rendered.document is None:
         return rendered
     given, start = np.asarray(weights, np.float32), 0
@@ -127,7 +130,7 @@ def _runs(learned: Sequence[bool]) -> list[_Run]:
 
 
 def refuse_roles(train_on: str | list[str]) -> None:
-    """Raises RowError if `train_on` names roles, which these rows don't have."""
+    """Raises RowError if `train_on` names roles, which these rows do not have."""
     if isinstance(train_on, list):
         refuse(
             "conflicting-wishes",
@@ -142,8 +145,10 @@ def _wanted(runs: Sequence[_Run], train_on: str | list[str]) -> list[_Run]:
 
 
 def _document(ids: IntArray, runs: Sequence[_Run], limit: Limit, origin: Origin) -> Rendered:
-    """One segment up to the last learned run; of a row that is too long, only whole runs."""
-    # nothing can predict the first token of all
+    """A document of one segment up to the last learned run; a row that is too long keeps only whole
+    runs.
+    """
+    # The first token has no token before it that could predict it.
     spans = [(max(start, 1), end) for start, end in runs if end > max(start, 1)]
     if not spans:
         return Rendered(None, "dropped", NO_TARGETS, len(ids), 0)

@@ -1,5 +1,9 @@
 """The renderer: an example becomes a document with exactly the ids that inference sees, and its
-targets.
+loss mask.
+
+For each answer the prompt is what the chat template renders with `add_generation_prompt=True`, and
+the target is the rest of the rendered conversation up to the stop token. Prompt and target are
+tokenized apart, as a server does.
 """
 
 from __future__ import annotations
@@ -44,10 +48,10 @@ def render_example(
     too_long: str = "error",
     origin: Origin,
 ) -> Rendered:
-    """The document of one example, as `render_steps` describes it.
+    """Render one example to a document, as `render_steps` describes it.
 
     Raises:
-        RowError: the example can't be learned faithfully.
+        RowError: the example can't be learned as inference would see it.
     """
     steps = render_steps(
         example,
@@ -74,15 +78,17 @@ def render_steps(
     too_long: str = "error",
     origin: Origin,
 ) -> Rendering:
-    """Render one example; yields the texts whose ids it needs, so that many rows can share a call.
+    """Render one example; the generator yields texts and receives their ids, so rows can share a
+    call.
 
-    `max_length` bounds the longest path. Over it, `too_long` decides: `error` refuses the row and
-    `drop` leaves it out. `truncate` cuts a text; of a chat or completion it leaves out every answer
-    that does not fit with its stop token. `split` cuts a text or a raw completion into pieces, each
-    with a root of its own; a chat, whose answers need their prompts, goes as under `truncate`.
+    `max_length` bounds the longest path of the document. `too_long` decides what happens to a
+    longer row: `error` refuses it, `drop` leaves it out, `truncate` cuts a text, and of a chat or
+    completion leaves out every answer that does not fit with its stop token. `split` cuts a text or
+    raw completion into pieces, each with its own root; a chat is treated as with `truncate`, since
+    its answers need their prompts.
 
     Raises:
-        RowError: the example can't be learned faithfully.
+        RowError: the example can't be learned as inference would see it.
     """
     limit = (max_length, too_long)
     if isinstance(example, Chat):
@@ -97,17 +103,17 @@ def render_steps(
     if isinstance(example, Text):
         ids = yield from _text_ids(example, template)
         return fit_stream(ids, 1, limit, origin)
-    return (yield from _row_text(example, template, train_on, limit, origin))
+    return (yield from _pretokenized(example, template, train_on, limit, origin))
 
 
-def _row_text(
+def _pretokenized(
     example: Parts | TemplatedText | Tokens,
     template: Template,
     train_on: str | list[str],
     limit: Limit,
     origin: Origin,
 ) -> Rendering:
-    """A row that brings its own control tokens, or its own ids."""
+    """Render a row with its own control tokens or its own ids."""
     if isinstance(example, Tokens):
         return render_tokens(example, template, train_on, limit, origin)
     if isinstance(example, Parts):
@@ -146,7 +152,7 @@ def _chat(
 
 
 def _path(turn: Turn, prompt: IntArray, target: IntArray, template: Template) -> TokenPath | None:
-    """The turn's ids, cut after its stop token."""
+    """The token path of a turn, cut after its stop token."""
     stop = _first_stop(target, template)
     if stop is not None:
         _check_tail(turn, target[stop + 1 :].tolist(), template)
@@ -154,7 +160,7 @@ def _path(turn: Turn, prompt: IntArray, target: IntArray, template: Template) ->
     elif turn.answer:
         raise _no_stop(turn, target, template)
     ids = np.concatenate([prompt, target])
-    first = max(len(prompt), 1)  # nothing can predict the first token of all
+    first = max(len(prompt), 1)  # the first token has no token before it
     return TokenPath(ids, first, len(ids), turn.weight, turn.message) if first < len(ids) else None
 
 
@@ -165,7 +171,7 @@ def _first_stop(ids: IntArray, template: Template) -> int | None:
 
 def _check_tail(turn: Turn, tail: list[int], template: Template) -> None:
     if tail and tail[0] in template.special_ids and turn.prompt.endswith(template.decode(tail)):
-        return  # the generation prompt, which this template writes whether it is asked for or not
+        return  # the next generation prompt, which this template always writes
     words = [token for token in tail if token not in template.special_ids]
     left = template.decode(words).strip()
     if left:
@@ -193,7 +199,7 @@ def _no_stop(turn: Turn, target: IntArray, template: Template) -> RowError:
 
 
 def _conversation_ids(chat: Chat, template: Template) -> _Ids:
-    """The whole conversation as it is rendered, without what follows its last stop token."""
+    """The ids of the whole conversation, without what follows its last stop token."""
     wishes = [n for n, m in enumerate(chat.messages) if m.train is not None or m.weight is not None]
     if wishes:
         raise RowError(
@@ -230,12 +236,12 @@ def _text_ids(example: Text, template: Template) -> _Ids:
 def _completion_ids(
     example: Completion, template: Template, *, everything: bool
 ) -> Generator[Sequence[Wanted], Sequence[IntArray], tuple[IntArray, int]]:
-    """Prompt and completion as inference puts them together, and where the targets begin."""
+    """Prompt and completion as inference concatenates them, and the place of the first target."""
     _check_raw(example.prompt, template, "the prompt", bos=True)
     _check_raw(example.completion, template, "the completion", eos=True)
     prompt, completion = yield [(example.prompt, True), (example.completion, False)]
     if not example.prompt:
-        # An empty prompt is still opened by whatever the tokenizer puts before a text.
+        # The tokenizer may put BOS before an empty prompt.
         prompt = prompt[: int(len(prompt) > 0 and prompt[0] == template.bos_id)]
     while len(prompt) > 1 and prompt[-1] in template.stop_ids:
         prompt = prompt[:-1]
@@ -244,7 +250,7 @@ def _completion_ids(
 
 
 def _closed(ids: IntArray, template: Template) -> IntArray:
-    """The ids with the end token, which must be a stop token, once."""
+    """The ids with the EOS token at the end, once."""
     if template.eos_id is None:
         raise RowError(
             Fault(
@@ -267,7 +273,7 @@ def _check_raw(
     eos: bool = False,
     hint: str | None = None,
 ) -> None:
-    """Refuse control tokens in raw text, but for an opening BOS and a closing EOS."""
+    """Refuse control tokens in raw text, except for BOS at its beginning and EOS at its end."""
     if bos and template.bos_id is not None:
         text = text.removeprefix(template.token_text(template.bos_id))
     if eos and template.eos_id is not None:

@@ -1,6 +1,4 @@
-"""The result of rendering a row, and how a row that exceeds `max_length` is dropped or
-truncated.
-"""
+"""The result of rendering a row, and the error of a row that exceeds `max_length`."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.types import Document, IntArray
 
 Wanted = tuple[str, bool]
-"""A text, and whether the tokenizer puts its own special tokens around it."""
+"""A text to tokenize, and whether the tokenizer adds its special tokens."""
 
 TOO_LONG = "too-long"
 NO_TARGETS = "no-targets"
@@ -19,10 +17,10 @@ NO_TARGETS = "no-targets"
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What became of a row.
+    """The result of rendering a row.
 
-    `tokens` counts all of the row, kept or not; `unused` those after the last thing to learn, which
-    never were in the document. What is left over was cut off, for `reason`.
+    `tokens` counts all tokens of the row, kept or not. `unused` counts those after the last target,
+    which are never in a document. The tokens in neither were cut off, for `reason`.
     """
 
     document: Document | None
@@ -33,14 +31,16 @@ class Rendered:
 
 
 Rendering = Generator[Sequence[Wanted], Sequence[IntArray], Rendered]
-"""A row that is being rendered: it says which texts it wants as ids, and returns the outcome."""
+"""A row that is being rendered: a generator that yields texts, receives their ids and returns a
+result.
+"""
 
 Limit = tuple["int | None", str]
-"""The longest path allowed, and what to do with longer ones."""
+"""The longest path in tokens (None: no limit), and what happens to a longer one."""
 
 
 def over_long(length: int, max_length: int) -> RowError:
-    """The refusal of a row whose longest path has `length` tokens."""
+    """The error of a row whose longest path has `length` tokens."""
     return RowError(
         Fault(
             TOO_LONG,

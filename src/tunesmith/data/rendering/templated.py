@@ -1,7 +1,7 @@
-"""Rows of text in which a chat template was applied already: the assistant's answers are found and
+"""Rows of text to which a chat template was applied already: the assistant's answers are found and
 learned.
 
-What is learned, and after which ids, is what the same conversation as messages teaches.
+Targets, and the ids before them, are those of the same conversation given as messages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tunesmith.types import NO_MESSAGE, Origin
 _SHOWN = 40
 _OTHER_TEMPLATE = "if another model's template wrote the text: data.template=FOLDER or FILE"
 _Span = tuple[int, int]
-"""Characters [start, end) of an answer, its stop token included."""
+"""Characters [start, end) of an answer, with its stop token."""
 
 
 def render_templated(
@@ -30,14 +30,14 @@ def render_templated(
     limit: Limit,
     origin: Origin,
 ) -> Rendering:
-    """The document of a conversation that a template has written: the answers are learned.
+    """Render a conversation that a template has written; the answers are the targets.
 
-    An answer stands between the template's own opening of one and the next stop token, which
-    belongs to it. As at inference, all that stands before it is tokenised apart from it.
+    An answer reaches from the template's generation prompt to the next stop token, which is part of
+    it. As at inference, the text before it is tokenized apart from it.
 
     Raises:
-        RowError: the text is not as the template writes it, or its answers are not as the model
-            must write them.
+        RowError: the template does not write such a text, or its answers are not what the model
+            must generate.
     """
     text, spans = find_answers(example, template, last_only=train_on in ("last", "all"))
     refuse_roles(train_on)
@@ -57,7 +57,7 @@ def render_templated(
 def find_answers(
     example: TemplatedText, template: Template, *, last_only: bool = False
 ) -> tuple[str, list[_Span]]:
-    """The text, opened as the template opens it, and where its answers stand in it.
+    """The text, with the template's beginning, and the spans of its answers.
 
     Raises:
         RowError: as `render_templated`.
@@ -65,7 +65,7 @@ def find_answers(
     pattern = find_turn_pattern(template)
     text = example.text
     if not text.startswith(pattern.begins):
-        text = pattern.begins + text  # left to the tokenizer by whoever wrote it
+        text = pattern.begins + text  # whoever wrote the text left BOS to the tokenizer
     starts = _openings(text, pattern)
     if not starts:
         refuse(
@@ -88,7 +88,7 @@ def find_answers(
         limit = starts[number + 1] if number + 1 < len(starts) else len(text)
         if end is None or end > limit:
             if last_only and pattern.rewrites and number + 1 < len(starts):
-                continue  # as history it has another end, and it is not learned
+                continue  # an earlier answer is rendered with another end, and it is not learned
             shown = text[start:limit][-_SHOWN:]
             refuse(
                 "no-stop-token",
@@ -102,7 +102,7 @@ def find_answers(
 
 
 def _openings(text: str, pattern: TurnPattern) -> list[int]:
-    """Where answers begin, after what opens them."""
+    """The places where answers begin, after their generation prompt."""
     places: list[int] = []
     key, at = pattern.anchor + pattern.opening, 0
     while (at := text.find(key, at)) >= 0:
@@ -112,7 +112,7 @@ def _openings(text: str, pattern: TurnPattern) -> list[int]:
 
 
 def _check_pieces(text: str, pattern: TurnPattern) -> None:
-    """Raises RowError where a control token stands where the template writes none."""
+    """Raises RowError if a control token is at a place where the template writes none."""
     odd = pattern.odd_piece(text)
     if odd is None:
         return

@@ -1,4 +1,7 @@
-"""Token paths with targets, merged into the tree of segments of one document."""
+"""Token paths with targets, merged into the segments of one document (a radix tree of its paths).
+
+A chat whose template rewrites earlier turns has one path per answer; equal prefixes are kept once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from tunesmith.types import NO_MESSAGE, Document, IntArray, Origin, Segment
 
 @dataclass(frozen=True, slots=True)
 class TokenPath:
-    """Ids from a root on, of which [first, end), first >= 1, are targets of one message."""
+    """The ids of a path from the root, of which [first, end), first >= 1, are the targets of one
+    message.
+    """
 
     ids: IntArray
     first: int
@@ -34,7 +39,7 @@ class _Node:
 
 
 def merge_paths(paths: Sequence[TokenPath]) -> tuple[Segment, ...]:
-    """The segments of the prefix tree of the paths, parents first, without needless cuts.
+    """Merge paths to the segments of their radix tree, parents first, with no needless splits.
 
     No token may be a target of two paths.
     """
@@ -65,6 +70,7 @@ def _insert(root: _Node, ids: IntArray) -> None:
     while done < len(ids):
         child = node.children.get(int(ids[done]))
         if child is None:
+            # A leaf that the new path continues is extended in place instead of getting a child.
             if node.children or node is root:
                 node.children[int(ids[done])] = _Node(ids[done:], done, node)
             else:
@@ -78,16 +84,16 @@ def _insert(root: _Node, ids: IntArray) -> None:
 
 
 def _split(node: _Node, length: int) -> None:
-    """Keep the first `length` ids in `node` and move the rest into its only child."""
-    rest = _Node(node.ids[length:], node.start + length, node, node.children)
-    for child in rest.children.values():
-        child.parent = rest
+    """Keep the first `length` ids in `node` and move the rest into a new only child."""
+    lower = _Node(node.ids[length:], node.start + length, node, node.children)
+    for child in lower.children.values():
+        child.parent = lower
     node.ids = node.ids[:length]
-    node.children = {int(rest.ids[0]): rest}
+    node.children = {int(lower.ids[0]): lower}
 
 
 def _place(root: _Node, path: TokenPath) -> None:
-    """Give each node along the path the part of the targets that stands in it."""
+    """Give each node on the path its part of the targets."""
     node, done = root, 0
     while done < path.end:
         node = node.children[int(path.ids[done])]
@@ -117,7 +123,9 @@ def make_segment(
     parent: int = -1,
     start: int = 0,
 ) -> Segment:
-    """A segment with targets given as (first, end, weight, message), in any order, apart."""
+    """A segment with targets given as (first, end, weight, message), in any order, not
+    overlapping.
+    """
     ordered = sorted(targets)
     counts = [end - first for first, end, _, _ in ordered]
     ranges = [np.arange(first, end, dtype=np.int32) for first, end, _, _ in ordered]
@@ -132,10 +140,11 @@ def make_segment(
 
 
 def fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: int) -> Rendered:
-    """The paths' document; under a limit, of the paths that fit, since a path is never cut.
+    """The document of the paths; with a limit only of the paths that fit, since a path is never
+    cut.
 
     Raises:
-        RowError: a path is too long, and over-long rows are errors.
+        RowError: a path is too long, and `too_long` is error.
     """
     segments = merge_paths(paths)
     tokens = sum(len(segment.ids) for segment in segments) + unused
@@ -154,12 +163,13 @@ def fit_paths(paths: Sequence[TokenPath], limit: Limit, origin: Origin, unused: 
 def fit_stream(
     array: IntArray, first: int, limit: Limit, origin: Origin, *, whole: bool = False
 ) -> Rendered:
-    """One run of tokens, targets from `first` on; `whole`: it may not be cut before its end.
+    """The document of one run of tokens with targets from `first` on; `whole`: it can't be
+    truncated.
 
-    Under `split` it goes on in pieces, each a root of its own.
+    With `split` it becomes several pieces, each with its own root.
 
     Raises:
-        RowError: it is too long, and over-long rows are errors.
+        RowError: it is too long, and `too_long` is error.
     """
     max_length, too_long = limit
     if len(array) <= first:
@@ -176,7 +186,7 @@ def fit_stream(
         return Rendered(None, "dropped", TOO_LONG, len(array), 0)
     segments = [_piece(array, first, start, end) for start, end in pieces]
     kept = tuple(segment for segment in segments if len(segment.index))
-    if not kept:  # one token is left of it, and nothing before that to predict it from
+    if not kept:  # a single token is left, with nothing before it to predict it
         return Rendered(None, "dropped", TOO_LONG, len(array), 0)
     cut = sum(len(segment.ids) for segment in kept) < len(array)
     return Rendered(
@@ -195,7 +205,9 @@ def _piece(ids: IntArray, first: int, start: int, end: int) -> Segment:
 
 
 def _cuts(length: int, size: int) -> list[tuple[int, int]]:
-    """Pieces of at most `size` tokens; the last never of one token alone, if `size` allows it."""
+    """Pieces of at most `size` tokens; the last one is never a single token if `size` is above
+    2.
+    """
     starts = list(range(0, length, size))
     if length - starts[-1] == 1 and size > 2:
         starts[-1] -= 1
@@ -203,7 +215,7 @@ def _cuts(length: int, size: int) -> list[tuple[int, int]]:
 
 
 def common_length(a: IntArray, b: IntArray) -> int:
-    """How many ids the two share from their start."""
+    """The number of equal ids at the beginning of both."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length

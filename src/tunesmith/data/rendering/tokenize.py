@@ -1,4 +1,9 @@
-"""Batched tokenization: repeated texts are encoded once, and all ids are the tokenizer's own."""
+"""Batched tokenization: repeated texts are encoded once, and all ids are those of the tokenizer
+itself.
+
+Text between special tokens can be encoded apart from the rest, and words of byte-level BPE (GPT-2,
+2019) apart from each other, so each distinct word goes through the tokenizer once.
+"""
 
 from __future__ import annotations
 
@@ -35,25 +40,27 @@ _SPLITS = {
     _LONG.replace("DIGITS", ""): _long(""),
     _LONG.replace("DIGITS", "{1,3}"): _long("{1,3}"),
 }
-"""Patterns by which tokenizers cut text into words, and what they mean where all is ASCII."""
-# Letters come first because most words are of them: none begins as a contraction does.
+"""Pre-tokenizer patterns of known tokenizers, and equivalent ones for ASCII text with Python's
+`re`.
+"""
+# Letters are tried first because most words are letters; none of them begins like a contraction.
 _GPT2 = rf" ?[A-Za-z]+|{_CONTRACTIONS}| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
-# Digits are cut off first, so a run of spaces may end before one as it may end before a space.
+# Digits are split off first, so a run of spaces may end before a digit as before a space.
 _GPT2_DIGITS = rf" ?[A-Za-z]+|{_CONTRACTIONS}|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 _BETWEEN_WORDS = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
-"""Places where every pattern above ends a word, whatever else the text holds."""
+"""Places where every pattern above ends a word, whatever else is in the text."""
 _WORDS_KEPT = 1 << 17
 _CHARACTERS_KEPT = 1 << 23
 _PROBES = 48
 
 
 class Encoder:
-    """Encodes texts as `template.encode` does, to the id, with less work.
+    """Encodes texts to the same ids as `template.encode`, with less work.
 
-    Text between added tokens is encoded apart, each distinct piece once a call; ASCII pieces of the
-    usual byte-level tokenizers go word by word through a table that the tokenizer itself filled.
-    Both rest on what the tokenizer says of its parts, and are tried on made-up text first; where
-    they don't hold, whole texts go to the tokenizer.
+    Text between added tokens is encoded apart, each distinct piece once per call. ASCII pieces of
+    the usual byte-level tokenizers are split into words, whose ids come from a table that the
+    tokenizer itself filled. Both rely on the tokenizer's description of its parts and are tested on
+    random text first; where the ids differ, whole texts go to the tokenizer.
     """
 
     def __init__(self, template: Template) -> None:
@@ -65,7 +72,7 @@ class Encoder:
             self._parts = None
 
     def encode(self, wanted: Sequence[Wanted]) -> list[IntArray]:
-        """Ids of each text, in order. The arrays may be shared and can't be written to."""
+        """The ids of each text, in order. The arrays may be shared and are read-only."""
         found: dict[Wanted, IntArray] = {}
         if self._parts is None:
             for special in (False, True):
@@ -95,6 +102,7 @@ class Encoder:
     def _add_pieces(
         self, wanted: Iterable[str], words: re.Pattern[str], pieces: dict[str, bytes]
     ) -> None:
+        # The table is emptied when it is full, which bounds its memory.
         if len(self._table) > _WORDS_KEPT or self._characters > _CHARACTERS_KEPT:
             self._table.clear()
             self._characters = 0
@@ -115,7 +123,7 @@ class Encoder:
         return [_bytes(encoding.ids) for encoding in fast(texts, add_special_tokens=False)]
 
     def _agrees(self) -> bool:
-        """True if made-up texts get the ids that the tokenizer gives them as a whole."""
+        """True if random texts get the same ids as from the tokenizer itself."""
         texts = _probes(self._template)
         for special in (False, True):
             expected = self._template.encode(texts, add_special_tokens=special)
@@ -127,23 +135,23 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """How a text falls apart without changing its ids; ids as the bytes of int32."""
+    """How a text can be split without a change of its ids; ids as the bytes of int32."""
 
-    cutter: re.Pattern[str] | None  # added tokens, the longest first
-    words: re.Pattern[str]  # words of ASCII text
+    cutter: re.Pattern[str] | None  # matches added tokens, the longest first
+    words: re.Pattern[str]  # matches the words of ASCII text
     added: Mapping[str, bytes]
     before: bytes
     after: bytes
     bos: bytes | None
 
     def cut(self, text: str) -> list[str]:
-        """The text's pieces and added tokens in order, none empty."""
+        """The pieces and added tokens of the text in order, none empty."""
         pieces = self.cutter.split(text) if self.cutter is not None else [text]
         return [piece for piece in pieces if piece]
 
 
 def _words(piece: str, pattern: re.Pattern[str]) -> list[str]:
-    """The words of a piece; a stretch that is not ASCII counts as one."""
+    """The words of a piece; a stretch that is not ASCII counts as one word."""
     if piece.isascii():
         return pattern.findall(piece)
     words: list[str] = []
@@ -156,7 +164,7 @@ def _words(piece: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def _find_parts(template: Template) -> _Parts | None:
-    """None where texts can't be encoded in parts."""
+    """The parts of the template's tokenizer; None if texts can't be encoded in parts."""
     backend: Any = getattr(template.tokenizer, "backend_tokenizer", None)
     try:
         model = type(backend.model).__name__
@@ -192,7 +200,7 @@ def _find_parts(template: Template) -> _Parts | None:
 
 
 def _word_pattern(splitter: dict[str, Any]) -> str | None:
-    """The pattern of a byte-level tokenizer's words, None where it is not known."""
+    """The word pattern of a byte-level tokenizer; None if it is not known."""
     steps = splitter.get("pretokenizers", [splitter])
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
@@ -210,7 +218,7 @@ def _word_pattern(splitter: dict[str, Any]) -> str | None:
 
 
 def _surrounds(state: dict[str, Any]) -> bool:
-    """True if the post-processor does no more than put tokens around a text."""
+    """True if the post-processor only adds tokens around a text."""
     steps = state.get("processors", [state])
     return all(step.get("type") in (None, "ByteLevel", "TemplateProcessing") for step in steps)
 
@@ -224,7 +232,9 @@ def _bytes(ids: list[int]) -> bytes:
 
 
 def _probes(template: Template) -> list[str]:
-    """Texts that try what a pattern may get wrong: runs of spaces, digits, quotes, added tokens."""
+    """Random texts of what a pattern may get wrong: runs of spaces, digits, quotes, added
+    tokens.
+    """
     made = random.Random(0)
     added = [str(entry.content) for entry in template.tokenizer.added_tokens_decoder.values()]
     ends = added[:3] + added[-3:]

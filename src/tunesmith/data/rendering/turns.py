@@ -1,5 +1,9 @@
 """The loss mask of a chat: which turns are learned, with the prompt before each and the text to
 learn.
+
+The prompt of an answer is the chat template's text with `add_generation_prompt=True`, and must be a
+prefix of the text with the answer; otherwise the model would be trained on another prompt than it
+gets at inference.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ _SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Message `message` is learned as `target` after `prompt`; an `answer` must end with a stop."""
+    """One learned message: `target` is predicted after `prompt`; an `answer` must end with a stop
+    token.
+    """
 
     message: int
     prompt: str
@@ -29,7 +35,7 @@ class Turn:
 
 
 def read_turns(chat: Chat, template: Template, *, train_on: str | list[str]) -> list[Turn]:
-    """The supervised turns in order, each with the text the model will see before it.
+    """The learned turns in order, each with the prompt that the model sees before it.
 
     Raises:
         RowError: the template refuses, drops or rewrites what must be learned.
@@ -40,7 +46,7 @@ def read_turns(chat: Chat, template: Template, *, train_on: str | list[str]) -> 
     turns: list[Turn] = []
     for number, weight in choose_turns(chat, train_on):
         answer = chat.messages[number].role == ASSISTANT
-        turn = (_answer if answer else _stretch)(chat, messages, number, template)
+        turn = (_answer if answer else _other_turn)(chat, messages, number, template)
         if turn is None:
             continue
         prompt, target = turn
@@ -50,9 +56,9 @@ def read_turns(chat: Chat, template: Template, *, train_on: str | list[str]) -> 
 
 
 def choose_turns(chat: Chat, train_on: str | list[str]) -> list[tuple[int, float]]:
-    """Number and weight of each message that is to be learned.
+    """The number and weight of each message that is learned.
 
-    A message's own `train` outweighs `train_on`; its `weight` scales it, 0 takes it out.
+    A message's own `train` overrides `train_on`. Its `weight` scales its loss; 0 excludes it.
     """
     first = chat.first_completion
     if train_on == "completion" and first is None:
@@ -81,7 +87,7 @@ def choose_turns(chat: Chat, train_on: str | list[str]) -> list[tuple[int, float
 
 
 def render_all(chat: Chat, template: Template, end: int | None = None) -> str:
-    """The text of the first `end` messages, all by default."""
+    """The text of the first `end` messages, of all by default."""
     messages = [message.to_dict() for message in chat.messages[:end]]
     return _render(chat, messages, template)
 
@@ -89,7 +95,7 @@ def render_all(chat: Chat, template: Template, end: int | None = None) -> str:
 def _answer(
     chat: Chat, messages: list[dict[str, Any]], number: int, template: Template
 ) -> tuple[str, str] | None:
-    """What stands before and in an answer; None for a greeting that nothing can ask for."""
+    """The prompt and target of an answer; None for a first message that no prompt can precede."""
     opening = number == 0 and chat.messages[0].train is None
     try:
         prompt = _render(chat, messages[:number], template, add_generation_prompt=True)
@@ -118,10 +124,10 @@ def _answer(
     )
 
 
-def _stretch(
+def _other_turn(
     chat: Chat, messages: list[dict[str, Any]], number: int, template: Template
 ) -> tuple[str, str]:
-    """What stands before and in a message that is no answer: all that the template adds for it."""
+    """The prompt and target of a message of another role: all that the template adds for it."""
     full = _render(chat, messages[: number + 1], template)
     before = ""
     if number > 0:
@@ -152,7 +158,7 @@ def _render(
 
 
 def _check_null_contents(chat: Chat, messages: list[dict[str, Any]], template: Template) -> None:
-    """Raises RowError if the template spells out a content that is null."""
+    """Raises RowError if the template writes out a content that is null."""
     if not template.has_chat_template or all(m["content"] is not None for m in messages):
         return
     filled = [{**m, "content": "" if m["content"] is None else m["content"]} for m in messages]
