@@ -120,7 +120,8 @@ def _fill(
     stated = config.get("text_config") or config
     if template.added or stated.get("vocab_size") != model.config.get_text_config().vocab_size:
         config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
-    written = write_weights(model.base, folder, dtype=dtype)
+    base = None if source is None else source.folder
+    written = write_weights(model.base, folder, base=base, dtype=dtype)
     if adapter.untied:
         config = {**config, "tie_word_embeddings": False}
     quantized = bool(getattr(model.base, "is_quantized", False))

@@ -13,13 +13,15 @@ import torch
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
+from tunesmith.model.architecture import find_architecture
 from tunesmith.model.attention import dispatch as attention
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, find_decoder
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.model.ops.bf16_upcast import upcast_linear_layers
 from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
+from tunesmith.model.quiet import quiet
 from tunesmith.model.source import (
     ModelSource,
     read_json,
@@ -92,7 +94,7 @@ def load_causal_lm(
         cut_layers(config, layers)
     chosen = choose_dtype(dtype, device)
     notes = [chosen.note, *silence(config)]
-    options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": chosen.dtype}
     if quantization is not None:
         from tunesmith.model.quantization.load import loading_options
 
@@ -104,22 +106,18 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
         )
     with nullcontext() if quantization is None else freed_at_once():
-        model, native, unpacked = _from_pretrained(source, config, options)
+        model = _from_pretrained(source, config, trust_remote_code, options)
     if quantization is None:
         model = model.to(torch.device(device))
-    base, adapter = model, NO_ADAPTER
+    causal_lm = _wrapped(model)
+    adapter = NO_ADAPTER
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
         from tunesmith.model.resize_embeddings import make_room_for_adapter
 
         make_room_for_adapter(model, source.adapter_folder)
-        model, adapter = load_adapter(model, source.adapter_folder)
-    causal_lm = CausalLM(
-        model,
-        logits=read_logit_transform(base.config.get_text_config()),
-        native_attention=native,
-        unpacked=unpacked,
-    )
+        adapted, adapter = load_adapter(model, source.adapter_folder)
+        causal_lm.replace_model(adapted)
     if quantization is not None:
         from tunesmith.model.quantization.load import finish_loading
 
@@ -132,30 +130,28 @@ def wrap_causal_lm(model: Any) -> LoadedModel:
     `settings_kept` gives it back.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    _refuse_config(base.config, type(base).__name__)
+    notes = silence(base.config)
+    notes += _silence_modules(base)
+    causal_lm = _wrapped(model)
+    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)])
+
+
+def _wrapped(model: Any) -> CausalLM:
+    """A transformers or peft model as a CausalLM with our attention."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise ModelError(
             f"{type(base).__name__} has no language-model head",
             hint="load it as AutoModelForCausalLM",
         )
-    _refuse_config(base.config, type(base).__name__)
-    notes = silence(base.config)
-    notes += _silence_modules(base)
-    native = base.config._attn_implementation or "eager"
-    attention.register()
-    unpacked = False
-    try:
-        base.set_attn_implementation(attention.NAME)
-    except (ValueError, KeyError, ImportError):
-        unpacked = True
-    if base.config._attn_implementation != attention.NAME:
-        unpacked = True
     causal_lm = CausalLM(
         model,
         logits=read_logit_transform(base.config.get_text_config()),
-        native_attention=native,
-        unpacked=unpacked,
+        native_attention=find_decoder(base).config._attn_implementation or "eager",
     )
-    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)])
+    _use_our_attention(causal_lm)
+    return causal_lm
 
 
 @contextmanager
@@ -168,13 +164,14 @@ def settings_kept(model: Any) -> Iterator[None]:
     if config is None:
         yield
         return
-    native, training = config._attn_implementation, model.training
+    decoder = find_decoder(base) if hasattr(base, "get_decoder") else base
+    native, training = decoder.config._attn_implementation, model.training
     cache = getattr(config, "use_cache", True)
     try:
         yield
     finally:
         restore_all(model)
-        base.set_attn_implementation(native)
+        decoder.set_attn_implementation(native)
         config.use_cache = cache
         model.train(training)
 
@@ -242,6 +239,8 @@ def silence(config: Any) -> list[str]:
         for key, value in list(vars(part).items()):
             if not key.endswith(_NOISE) or not isinstance(value, int | float) or not value:
                 continue
+            if isinstance(value, bool):  # of esm: whether embeddings are scaled, without chance
+                continue
             if (part.model_type, key) in _NO_NOISE:
                 continue
             setattr(part, key, 0.0)
@@ -268,63 +267,34 @@ def _silence_modules(model: Any) -> list[str]:
     return [f"dropout of {changed} modules is set to 0"] if changed else []
 
 
-def _from_pretrained(
-    source: ModelSource, config: Any, options: dict[str, Any]
-) -> tuple[Any, str, bool]:
-    """(model, its own attention implementation, whether it takes ours)."""
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
-
-    def load(implementation: str | None) -> Any:
-        chosen = {} if implementation is None else {"attn_implementation": implementation}
+def _from_pretrained(source: ModelSource, config: Any, trust: bool, options: Any) -> Any:
+    """The transformers model, of the class that its configuration names."""
+    try:
+        architecture = find_architecture(config, source.name, trust_remote_code=trust)
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, info = architecture.from_pretrained(
                 source.folder,
-                config=config,
+                config,
                 output_loading_info=True,
                 use_safetensors=True,  # else a pickle beside them might be read
                 **options,
-                **chosen,
             )
-        model, info = loaded
         _refuse_missing(model, info, source)
         return model
-
-    try:
-        try:
-            model = load(attention.NAME)
-            native = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-            return model, native, model.config._attn_implementation != attention.NAME
-        except ValueError as error:
-            if attention.NAME not in str(error) and "ttention" not in str(error):
-                raise
-            model = load(None)
-            return model, model.config._attn_implementation or "eager", True
     except ModelError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        message = f"can't be loaded: {first_line(error)}"
-        if "Unrecognized configuration class" in str(error):
-            message = f"{config.model_type} is no causal language model"
-        raise ModelError(message, where=source.name) from error
+    except Exception as error:  # a model class may fail at a configuration in any way
+        raise ModelError(f"can't be loaded: {first_line(error)}", where=source.name) from error
 
 
-@contextmanager
-def quiet(*, reports: bool = True) -> Iterator[None]:
-    """Without transformers' progress bars, and without its `reports` on what it loads if asked."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    if not reports:
-        logging.set_verbosity_error()
+def _use_our_attention(causal_lm: CausalLM) -> None:
+    """Exchange the decoder's attention, or leave the model unpacked where it takes no other."""
+    attention.register()
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+        causal_lm.unpacked = not causal_lm.set_attention(attention.NAME)
+    except (ValueError, KeyError, ImportError):
+        causal_lm.unpacked = True
+        causal_lm.set_attention(causal_lm.native_attention)
 
 
 def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:

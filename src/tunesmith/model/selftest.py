@@ -9,12 +9,13 @@ tokens in all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.selftest_probe import Probe, in_float32, native
 
@@ -50,7 +51,7 @@ def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
 
 
 def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
-    where = str(getattr(causal_lm.config, "_name_or_path", "") or "model")
+    where = _place(causal_lm)
     if not math.isfinite(difference):  # `relative_difference` makes NaN infinite
         return ModelError(
             "what it computes is not a number (NaN); its weights hold NaN or infinity",
@@ -64,13 +65,34 @@ def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
     )
 
 
+def _place(causal_lm: CausalLM) -> str:
+    return str(getattr(causal_lm.config, "_name_or_path", "") or "model")
+
+
+@contextmanager
+def _on_text_alone(causal_lm: CausalLM) -> Iterator[None]:
+    """Whatever a model class raises at a row of text is an error of the model."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"it can't be run on text alone: {type(error).__name__}: {first_line(error)}",
+            where=_place(causal_lm),
+            hint="train a model that reads text without images or sound",
+        ) from error
+
+
 def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     probe = Probe(causal_lm, max_length)
     differences: dict[str, float] = {}
     with native(causal_lm), in_float32(causal_lm, probe.upcast):
-        probe.learn_references()
+        with _on_text_alone(causal_lm):
+            probe.learn_references()
         for name, check in (("head", probe.head), ("causal", probe.causal)):
-            differences[name] = check()
+            with _on_text_alone(causal_lm):
+                differences[name] = check()
             if not differences[name] <= probe.rounding:
                 raise _refusal(causal_lm, name, differences[name])
     reason = None

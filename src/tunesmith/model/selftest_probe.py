@@ -30,11 +30,11 @@ def native(causal_lm: CausalLM) -> Iterator[None]:
     if causal_lm.unpacked:
         yield
         return
-    causal_lm.base.set_attn_implementation(causal_lm.native_attention)
+    causal_lm.set_attention(causal_lm.native_attention)
     try:
         yield
     finally:
-        causal_lm.base.set_attn_implementation(NAME)
+        causal_lm.set_attention(NAME)
 
 
 @contextmanager

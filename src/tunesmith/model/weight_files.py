@@ -1,14 +1,31 @@
 """The safetensors files of a model folder, of which a slice of a tensor can be read at a time
-(`safe_open(...).get_slice`).
+(`safe_open(...).get_slice`), and a model's tensors by the names that they have there.
+
+Names in memory are not always names on disk: transformers renames, fuses and splits tensors while
+it reads them (`core_model_loading`), and leaves out what no module holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from tunesmith.model.source import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` reads, in the order of their names."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+    named: dict[str, str] = read_json(folder / INDEX).get("weight_map") or {}
+    return [folder / name for name in sorted(set(named.values()))]
 
 
 class WeightFiles:
@@ -19,20 +36,29 @@ class WeightFiles:
 
         self.placeholders = tuple(placeholders)
         self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             file = safe_open(path, framework="pt")
             self._files.update(dict.fromkeys(file.keys(), file))
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of the tensor of this name; None if there is none."""
         file = self._files.get(name)
         return None if file is None else tuple(file.get_slice(name).get_shape())
 
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self._files[name].get_tensor(name)
+
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The part of a tensor that begins at `offsets` and has `sizes`, and no more of it."""
         part = self._files[name].get_slice(name)
         if not sizes:
-            return self._files[name].get_tensor(name)
+            return self.tensor(name)
         return part[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
 
     def read_for(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -43,3 +69,63 @@ class WeightFiles:
 def file_name(name: str) -> str:
     """The name in the files of a parameter of a CausalLM, with or without an adapter around it."""
     return name.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensors:
+    """A model's tensors by the names in its files."""
+
+    known: Mapping[str, Tensor]  # that the files have too
+    new: Mapping[str, Tensor]  # that they lack, as a head that is no longer the embedding
+    unread: frozenset[str]  # names in the files of what no module holds, as the layers of an MTP
+
+
+def tensors_by_file_name(
+    model: Any, state: Mapping[str, Tensor], names: Collection[str]
+) -> FileTensors:
+    """`state`, the tensors of a transformers model, by the `names` of the files it was read from.
+
+    What one tensor is read into several modules as (a tied head) has one name in the files, or all.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    prefix = f"{model.base_model_prefix}."
+    known: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
+    for name, tensor in revert_weight_conversion(model, dict(state)).items():
+        # Files of old models may lack the prefix of the decoder, or have it too often.
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        found = next((spelling for spelling in spellings if spelling in names), None)
+        if found is None:
+            new[name] = tensor
+        else:
+            known[found] = tensor
+    written = {_storage(tensor) for tensor in known.values()}
+    new = {name: tensor for name, tensor in new.items() if _storage(tensor) not in written}
+    left = frozenset(names) - known.keys()
+    if new:
+        left = frozenset(name for name in left if not _is_read(model, name, state))
+    return FileTensors(known, new, left)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _is_read(model: Any, name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of the files became a part of the model, under any name."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamed, _ = rename_source_key(
+        name,
+        [one for one in conversions if isinstance(one, WeightRenaming)],
+        [one for one in conversions if isinstance(one, WeightConverter)],
+        model.base_model_prefix,
+        dict(state),
+    )
+    return renamed in state

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
+from tunesmith.model.architecture import empty_model
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.logit_transform import LogitTransform
 from tunesmith.model.quantization.load import Quantization, quantizable
@@ -72,19 +73,15 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
     Raises:
         ModelError: the config can't be made into a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    refuse_foreign_code(source, trusted=trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        model = empty_model(config, source.name, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # a model class may fail at a configuration in any way
         raise ModelError(
-            f"its config makes no causal language model: {reason}", where=source.name
+            f"its config makes no causal language model: {first_line(error)}", where=source.name
         ) from error
-    model.tie_weights()
     wrapped = CausalLM(model, logits=LogitTransform())
     found = candidates(wrapped)
     shapes = [_widths(model.get_submodule(name)) for name in found.linear]
