@@ -25,9 +25,10 @@ class CausalLM(nn.Module):
 
     `model` is a transformers model or one wrapped by peft, and may hold more than a language model:
     a vision tower, say. Only the decoder and the head inside it see text. The decoder's attention
-    is exchanged by name (`set_attn_implementation`). Single modules of it may compute by another forward or class: fused
-    kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised weights and tensor
-    parallelism set these with `tunesmith.module_swap`, which puts back what was there.
+    is exchanged by name (`set_attn_implementation`). Single modules of it may compute by another
+    forward or class: fused kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised
+    weights and tensor parallelism set these with `tunesmith.module_swap`, which puts back what was
+    there.
 
     `native_attention` is the implementation it uses outside of packed batches: for generation, and
     for batches without a layout. An `unpacked` model takes no other attention than its own.

@@ -27,7 +27,7 @@ def layer_values(config: Any, name: str) -> list[Any]:
     count = int(config.num_hidden_layers)
     if getattr(config, "is_heterogeneous", False):
         return [getattr(layer, name, None) for layer in config.per_layer_config]
-    value = getattr(config, name, None)
+    value: Any = getattr(config, name, None)
     return list(value) if per_layer(value, count) else [value] * count
 
 

@@ -81,8 +81,8 @@ def activation_bytes(
     if mode == "selective":
         kept = sum(7 * hidden + 2 * width for width in widths)
     else:
-        recomputed = [n for n in range(len(layers)) if mode == "layers" or n % mode == 0]
-        kept = whole - sum(layers[n] - hidden for n in recomputed)
+        every = mode if isinstance(mode, int) else 1
+        kept = whole - sum(layer - hidden for layer in layers[::every])
     return (kept + max(layers, default=0)) * dtype.itemsize
 
 
