@@ -148,7 +148,7 @@ def fit_to_device(
 ) -> Fitted:
     """Attach the adapter, replace modules by kernels, and size the micro-batches."""
     model = loaded.model
-    attached = choose_trained(recipe, model, loaded.adapter)
+    attached = choose_trained(recipe, model, loaded.adapter, loaded.unreached)
     kernels = choose_kernels(recipe, model, device)
     savings = sharded_savings(found.size, model, world, ranks_per_copy=found.ranks_per_copy)
     micro = choose_micro_batch(

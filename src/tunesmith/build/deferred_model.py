@@ -19,10 +19,11 @@ from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.state import AdapterState
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, outside_decoder
 from tunesmith.model.deferred_load import Traits, deferred_model, mismatch, trial_model
 from tunesmith.model.load import LoadedModel
 from tunesmith.model.ops.dtype import choose_dtype
+from tunesmith.model.reached import freeze_unreached, unreached_by_text
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.model.weight_files import WeightFiles
@@ -46,6 +47,7 @@ class TestedModel:
     notes: Sequence[str]
     adapter: AdapterState  # of the adapter that it came with
     unread: WeightFiles | None  # where the weights are, of a model without them
+    unreached: frozenset[str]  # parameters of the base that no text reaches; they are frozen
 
 
 def load_tested(
@@ -70,8 +72,11 @@ def load_tested(
     if recipe.device.attention == "unpacked":
         model.run_unpacked()
     tested = test_loaded(ranked, world, max_length=data.longest)
-    notes = [*loaded.notes, *tested.notes, *use_float8(recipe, model)]
-    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread)
+    whole = loaded.unread is None
+    unreached = unreached_by_text(model) if whole else outside_decoder(model)
+    frozen = freeze_unreached(model, unreached)
+    notes = [*loaded.notes, *tested.notes, *frozen, *use_float8(recipe, model)]
+    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread, unreached)
 
 
 def load_for_ranks(

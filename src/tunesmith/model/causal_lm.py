@@ -153,6 +153,13 @@ def find_decoder(base: Any) -> Any:
     return found
 
 
+def outside_decoder(causal_lm: CausalLM) -> frozenset[str]:
+    """Names of the base's parameters that are in neither its decoder nor its head."""
+    base = causal_lm.base
+    inside = {id(p) for part in (causal_lm.decoder, causal_lm.head) for p in part.parameters()}
+    return frozenset(name for name, p in base.named_parameters() if id(p) not in inside)
+
+
 def _has_head(module: Any) -> bool:
     ask = getattr(module, "get_output_embeddings", None)
     return ask is not None and ask() is not None

@@ -182,7 +182,7 @@ class Probe:
         ids = self.documents[0]
         chain = (Chain(0, len(ids), ()),)
         layout = None if self.causal_lm.unpacked else _layout(chain, torch.arange(len(ids)))
-        batch = self._batch(ids, torch.arange(len(ids)), layout)
+        batch = batch_of(ids, torch.arange(len(ids)), layout)
         calm = self.causal_lm.hidden(batch)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.causal_lm.train()
@@ -193,7 +193,7 @@ class Probe:
         return relative_difference(restless, calm, robust=True) > 1e-6
 
     def _alone(self, ids: Tensor) -> Tensor:
-        output = self.causal_lm.hidden(self._batch(ids, torch.arange(len(ids)), None))
+        output = self.causal_lm.hidden(batch_of(ids, torch.arange(len(ids)), None))
         width = self.causal_lm.head.weight.shape[1]
         if output.shape != (len(ids), width):
             raise ModelError(f"the decoder returns {tuple(output.shape)}, the head takes {width}")
@@ -215,22 +215,7 @@ class Probe:
             positions.append(torch.arange(above, above + len(ids)))
         where = torch.cat(positions) if position is None else position
         layout = _layout(tuple(chains), where)
-        return self.causal_lm.hidden(
-            self._batch(torch.cat([ids for ids, _ in rows]), where, layout)
-        )
-
-    def _batch(self, ids: Tensor, position: Tensor, layout: Layout | None) -> Batch:
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        nobody = np.empty(0, np.int32)
-        return Batch(
-            input_ids=ids,
-            position_ids=position.to(self.device),
-            layout=layout,
-            source=none,
-            target=none,
-            weight=none.float(),
-            owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
-        )
+        return self.causal_lm.hidden(batch_of(torch.cat([ids for ids, _ in rows]), where, layout))
 
     def _compare(self, found: Tensor, expected: Tensor) -> float:
         worst = relative_difference(found, expected, robust=not self.exact)
@@ -240,6 +225,21 @@ class Probe:
                 worst, relative_difference(found[tail], expected[tail], robust=not self.exact)
             )
         return worst
+
+
+def batch_of(ids: Tensor, position: Tensor, layout: Layout | None) -> Batch:
+    """These tokens without targets, on the device of `ids`."""
+    none = torch.empty(0, dtype=torch.int64, device=ids.device)
+    nobody = np.empty(0, np.int32)
+    return Batch(
+        input_ids=ids,
+        position_ids=position.to(ids.device),
+        layout=layout,
+        source=none,
+        target=none,
+        weight=none.float(),
+        owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
+    )
 
 
 def _small_window(config: Any) -> int:

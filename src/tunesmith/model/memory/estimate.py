@@ -16,7 +16,7 @@ from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.architecture import empty_model
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, outside_decoder
 from tunesmith.model.logit_transform import LogitTransform
 from tunesmith.model.quantization.load import Quantization, quantizable
 from tunesmith.model.source import ModelSource, refuse_foreign_code
@@ -65,6 +65,7 @@ class ModelSize:
     outputs: int = 0
     quantizable: int = 0  # parameters that a quantised base keeps in fewer bits
     quantizable_rows: int = 0
+    unread: int = 0  # parameters outside of the decoder, which text does not train
 
 
 def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
@@ -91,6 +92,8 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         experts, rows, columns = model.get_parameter(name).shape
         per_rank += experts * (rows + columns)
     total = sum(p.numel() for p in model.parameters())
+    outside = outside_decoder(wrapped)
+    unread = sum(p.numel() for name, p in model.named_parameters() if name in outside)
     packed = [_widths(model.get_submodule(name)) for name in quantizable(wrapped)]
     return ModelSize(
         total,
@@ -100,6 +103,7 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         outputs=outputs,
         quantizable=sum(width * rows for width, rows in packed),
         quantizable_rows=sum(rows for _, rows in packed),
+        unread=unread,
     )
 
 
@@ -162,7 +166,7 @@ def estimate(
     if rank is not None:
         added = adapter_parameters(size, kind, rank=rank, rotation_size=rotation_size)
     parameters = size.parameters + added
-    trained = parameters if rank is None else added
+    trained = parameters - size.unread if rank is None else added
     rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
     weights = parameters * dtype.itemsize
     if quantization is not None:
