@@ -27,7 +27,6 @@ from tunesmith.model.weight_files import (
     FileTensors,
     WeightFiles,
     tensors_by_file_name,
-    weight_files,
 )
 
 MAX_SHARD = "5GB"
@@ -44,15 +43,15 @@ def write_weights(
     the model holds. `dtype` rounds changed floating-point weights; None keeps what was computed
     with.
     """
-    files = [] if base is None else weight_files(base)
-    if base is None or not files:
+    files = None if base is None else WeightFiles(base)
+    if base is None or files is None or not files.paths:
         _save(model, folder, dtype)
     else:
-        found = tensors_by_file_name(model, model.state_dict(), WeightFiles(base).names)
-        for path in files:
-            _write_shard(path, folder / path.name, found, dtype, new=path == files[-1])
-        if files[0].name != SINGLE:
-            _write_index(base, folder, [path.name for path in files])
+        found = tensors_by_file_name(model, model.state_dict(), files.names)
+        for path in files.paths:
+            _write_shard(files, path, folder / path.name, found, dtype)
+        if files.paths[0].name != SINGLE:
+            _write_index(base, folder, [path.name for path in files.paths])
     return str(dtype or model.dtype).removeprefix("torch.")
 
 
@@ -65,23 +64,23 @@ def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
 
 
 def _write_shard(
-    source: Path, target: Path, found: FileTensors, dtype: torch.dtype | None, *, new: bool
+    files: WeightFiles, source: Path, target: Path, found: FileTensors, dtype: torch.dtype | None
 ) -> None:
-    """One file: the base's tensors with what changed of them put in, and `new` ones after them."""
+    """One file: the base's tensors with what changed of them put in, and in the last file the new
+    ones after them.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(source, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - the file is no mapping
-            trained = found.known.get(name)
-            if trained is not None:
-                original = file.get_tensor(name)
-                same = _unchanged(original, trained)
-                tensors[name] = original if same else _plain(trained, dtype)
-            elif name in found.unread:
-                tensors[name] = file.get_tensor(name)
-        metadata = file.metadata() or {"format": "pt"}
-    if new:
+    for name in files.names_in(source):
+        trained = found.known.get(name)
+        if trained is not None:
+            original = files.tensor(name)
+            same = _unchanged(original, trained)
+            tensors[name] = original if same else _plain(trained, dtype)
+        elif name in found.unread:
+            tensors[name] = files.tensor(name)
+    if source == files.paths[-1]:
         tensors |= {name: _plain(tensor, dtype) for name, tensor in found.new.items()}
-    save_file(tensors, target, metadata=metadata)
+    save_file(tensors, target, metadata=files.metadata(source))
 
 
 def _unchanged(original: torch.Tensor, trained: torch.Tensor) -> bool:

@@ -26,6 +26,8 @@ from tunesmith.model.load import (
     checked_config,
     finish,
     load_causal_lm,
+    published_as,
+    read_generation_config,
     silence,
 )
 from tunesmith.model.logit_transform import read_logit_transform
@@ -70,13 +72,10 @@ def deferred_model(
     """The whole model, its weights placeholders on the CPU that take no memory, and the files that
     they are still to be read from.
     """
-    from transformers import GenerationConfig
-
     config = checked_config(source, trust_remote_code)
-    notes = silence(config)
+    notes = [*published_as(source), *silence(config)]
     model = _without_weights(config, source.name, dtype, trust_remote_code)
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    read_generation_config(model, source)
     _replace_parameters(model, _placeholder, of=model.parameters())
     causal_lm = CausalLM(
         model.eval(),

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
-from tunesmith.model.architecture import find_architecture
+from tunesmith.model.architecture import Architecture, find_architecture
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM, find_decoder
 from tunesmith.model.layers import cut_layers
@@ -21,6 +21,7 @@ from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.model.ops.bf16_upcast import upcast_linear_layers
 from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
+from tunesmith.model.quantization.dequantize import check_readable
 from tunesmith.model.quiet import quiet
 from tunesmith.model.source import (
     ModelSource,
@@ -93,7 +94,7 @@ def load_causal_lm(
     if layers is not None:
         cut_layers(config, layers)
     chosen = choose_dtype(dtype, device)
-    notes = [chosen.note, *silence(config)]
+    notes = [chosen.note, *published_as(source), *silence(config)]
     options: dict[str, Any] = {"dtype": chosen.dtype}
     if quantization is not None:
         from tunesmith.model.quantization.load import loading_options
@@ -198,6 +199,7 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     raw = read_json(source.folder / "config.json")
+    check_readable(raw, source.name)
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -210,8 +212,22 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
         raise ModelError(
             message, where=source.name, hint="a newer transformers may know it"
         ) from error
+    _without_quantization(config)
     _refuse_config(config, source.name)
     return config
+
+
+def _without_quantization(config: Any) -> None:
+    """The configuration of the plain weights that quantised files are read as."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+
+
+def published_as(source: ModelSource) -> list[str]:
+    """A line on the quantisation of a model's files, if there is one."""
+    kind = check_readable(read_json(source.folder / "config.json"), source.name)
+    return [] if kind is None else [f"published in {kind}: read as bfloat16 weights"]
 
 
 def _refuse_config(config: Any, where: str) -> None:
@@ -272,19 +288,35 @@ def _from_pretrained(source: ModelSource, config: Any, trust: bool, options: Any
     try:
         architecture = find_architecture(config, source.name, trust_remote_code=trust)
         with quiet():
-            model, info = architecture.from_pretrained(
-                source.folder,
-                config,
-                output_loading_info=True,
-                use_safetensors=True,  # else a pickle beside them might be read
-                **options,
-            )
+            model, info = _read(architecture, source, config, options)
         _refuse_missing(model, info, source)
         return model
     except ModelError:
         raise
     except Exception as error:  # a model class may fail at a configuration in any way
         raise ModelError(f"can't be loaded: {first_line(error)}", where=source.name) from error
+
+
+def _read(architecture: Architecture, source: ModelSource, config: Any, options: Any) -> Any:
+    """The model, and what was found in the files; of quantised ones, each tensor is dequantised."""
+    options = {"output_loading_info": True, **options}
+    if check_readable(read_json(source.folder / "config.json"), source.name) is None:
+        # Without `use_safetensors` a pickle beside them might be read.
+        return architecture.from_pretrained(source.folder, config, use_safetensors=True, **options)
+    files = WeightFiles(source.folder)
+    state = {name: files.tensor(name) for name in files.names}
+    model, info = architecture.from_pretrained(None, config, state_dict=state, **options)
+    model.config._name_or_path = str(source.folder)
+    read_generation_config(model, source)
+    return model, info
+
+
+def read_generation_config(model: Any, source: ModelSource) -> None:
+    """Give a model that was not read from its folder the generation settings that lie there."""
+    from transformers import GenerationConfig
+
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
 
 
 def _use_our_attention(causal_lm: CausalLM) -> None:

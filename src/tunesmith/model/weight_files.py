@@ -1,19 +1,21 @@
 """The safetensors files of a model folder, of which a slice of a tensor can be read at a time
 (`safe_open(...).get_slice`), and a model's tensors by the names that they have there.
 
-Names in memory are not always names on disk: transformers renames, fuses and splits tensors while
-it reads them (`core_model_loading`), and leaves out what no module holds.
+The parts of a quantised tensor (`quantization/dequantize.py`) count as the one bfloat16 tensor that
+they stand for. Names in memory are not always names on disk: transformers renames, fuses and splits
+tensors while it reads them (`core_model_loading`), and leaves out what no module holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from tunesmith.model.quantization.dequantize import Packed, find_packed, quant_method
 from tunesmith.model.source import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -35,31 +37,61 @@ class WeightFiles:
         from safetensors import safe_open
 
         self.placeholders = tuple(placeholders)
+        self.paths = weight_files(folder)
         self._files: dict[str, Any] = {}
-        for path in weight_files(folder):
+        self._path: dict[str, Path] = {}
+        for path in self.paths:
             file = safe_open(path, framework="pt")
             self._files.update(dict.fromkeys(file.keys(), file))
+            self._path.update(dict.fromkeys(file.keys(), path))
+        self._packed: dict[str, Packed | None] = dict.fromkeys(self._files)
+        config = folder / "config.json"
+        if config.is_file() and quant_method(read_json(config)) is not None:
+            self._packed = find_packed(self._files)
 
     @property
     def names(self) -> Collection[str]:
         """Of all tensors."""
-        return self._files.keys()
+        return self._packed.keys()
+
+    def names_in(self, path: Path) -> Iterable[str]:
+        """The tensors of one file."""
+        places = ((n, n if p is None else p.main) for n, p in self._packed.items())
+        return [name for name, place in places if self._path[place] == path]
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """What one file says of itself."""
+        first = next((file for name, file in self._files.items() if self._path[name] == path), None)
+        return (first.metadata() if first is not None else None) or {"format": "pt"}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of the tensor of this name; None if there is none."""
-        file = self._files.get(name)
-        return None if file is None else tuple(file.get_slice(name).get_shape())
+        if name not in self._packed:
+            return None
+        packed = self._packed[name]
+        if packed is not None:
+            return packed.shape(self._raw_shape, self._raw)
+        return self._raw_shape(name)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        return self._files[name].get_tensor(name)
+        packed = self._packed[name]
+        return self._raw(name) if packed is None else packed.tensor(self._raw)
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The part of a tensor that begins at `offsets` and has `sizes`, and no more of it."""
-        part = self._files[name].get_slice(name)
-        if not sizes:
-            return self.tensor(name)
-        return part[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        """The part of a tensor that begins at `offsets` and has `sizes`, and no more of it, but for
+        a quantised one.
+        """
+        wanted = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        if not sizes or self._packed[name] is not None:
+            return self.tensor(name)[wanted]
+        return self._files[name].get_slice(name)[wanted]
+
+    def _raw(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def _raw_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def read_for(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The same for a parameter named as in a CausalLM, inside an adapter or not."""
