@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import candidates
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.kernels import float8
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 pytest.importorskip("torchao.float8")

@@ -11,13 +11,12 @@ from tunesmith.build.parity import (
     probe_plan,
     states_only,
 )
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
-from tunesmith.train.microbatches import local_part
+from tunesmith.train.microbatches import collate, local_part
 
 
 def check_model(model: CausalLM, cp: ContextParallel) -> None:

@@ -14,7 +14,6 @@ from tunesmith.build.parity import (
     probe_plan,
     states_only,
 )
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
@@ -24,6 +23,7 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
 from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
+from tunesmith.train.microbatches import collate
 
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
