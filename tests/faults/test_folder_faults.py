@@ -117,7 +117,7 @@ def test_a_folder_that_can_not_be_written_in(
         path.chmod(0o555 if path.is_dir() else 0o444)
     old = place.resume(run, prelude=WITHOUT_POWERS)
     assert_clean(old, code=2)
-    assert "can't be written in: Permission denied" in old.said
+    assert "can't be written to: Permission denied" in old.said
 
 
 @pytest.mark.usefixtures("writable_again")

@@ -60,7 +60,7 @@ class Trigger:
         )
 
 
-class Due(NamedTuple):
+class Scheduled(NamedTuple):
     """What is due after a step, the same on every rank."""
 
     evaluation: bool
@@ -75,13 +75,13 @@ class Schedule:
     def __init__(self, evaluations: Trigger, checkpoints: Trigger, world: World) -> None:
         self._evaluations, self._checkpoints, self._world = evaluations, checkpoints, world
 
-    def after(self, step: int, *, signal: int, writer: int) -> Due:
+    def after(self, step: int, *, signal: int, writer: int) -> Scheduled:
         """What is due, where `signal` and `writer` are this rank's."""
         main = self._world.is_main
         evaluates = main and self._evaluations.due(step)
         saves = main and self._checkpoints.due(step)
         due = self._world.all_reduce_max([evaluates, saves, signal, writer])
-        return Due(bool(due[0]), bool(due[1]), int(due[2]), int(due[3]))
+        return Scheduled(bool(due[0]), bool(due[1]), int(due[2]), int(due[3]))
 
 
 class AbandonedError(Exception):
