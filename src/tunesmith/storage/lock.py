@@ -37,7 +37,7 @@ class FolderLock:
         """Let other processes have the folder. May be called twice, and in a forked child."""
         # In a forked child filelock has closed its copy of the file, and nothing is held there.
         if self.held is not None and self.held.is_locked:
-            with suppress(FileNotFoundError):  # of a run that was refused, with its folder
+            with suppress(FileNotFoundError):  # the folder of a run that did not begin is removed
                 os.truncate(self.held.lock_file, 0)
             self.held.release()
 
