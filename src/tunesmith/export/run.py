@@ -13,8 +13,8 @@ from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import TemplateChoice, read_choice
-from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.folder import copy_subfolders
+from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.hub import files_to_push
 from tunesmith.export.merge import Part, merge_adapters
 from tunesmith.export.ollama import find_family, write_modelfile
