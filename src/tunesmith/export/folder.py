@@ -28,9 +28,11 @@ TOKENIZER_FILES = (
     "tokenization_*.py",
 )  # fmt: skip
 MODEL_FILES = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "*.py",    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "config.json", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
+    "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+SUBFOLDER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""What a model's subfolders hold for its processor, as `additional_chat_templates`."""
 
 
 def write_model(
@@ -96,6 +98,7 @@ def _fill(
         _copy(source.tokenizer_folder, folder, TOKENIZER_FILES)
         # The generation config beside an adapter may hold stop ids that its base lacks.
         _copy(source.folder, folder, MODEL_FILES)
+        copy_subfolders(source.folder, folder)
         if source.tokenizer_folder != source.folder:
             _copy(source.tokenizer_folder, folder, ("generation_config.json",))
     config_path = folder / "config.json"
@@ -203,6 +206,21 @@ def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, target / path.name)
+
+
+def copy_subfolders(source: Path, target: Path) -> None:
+    """The small files in the subfolders of a model. A subfolder that is a run, a checkpoint or a
+    model of its own stays behind.
+    """
+    for place in sorted(path for path in source.iterdir() if path.is_dir()):
+        own = any((place / name).exists() for name in ("recipe.yaml", "manifest.json"))
+        weights = any(place.glob("*.safetensors")) or any(place.glob("*.bin"))
+        wanted = [p for pattern in SUBFOLDER_FILES for p in place.glob(pattern) if p.is_file()]
+        if own or weights or not wanted or place.name.startswith("."):
+            continue
+        (target / place.name).mkdir(exist_ok=True)
+        for path in wanted:
+            shutil.copyfile(path, target / place.name / path.name)
 
 
 def _read_text(path: Path) -> str:

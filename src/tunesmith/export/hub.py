@@ -10,7 +10,8 @@ from tunesmith.errors import ModelError, RunError
 
 ALLOWED = (
     "README.md", "Modelfile", "config.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "tunesmith.json", "adapter_config.json", "adapter_model*.safetensors",
+    "processor_config.json", "video_preprocessor_config.json", "tunesmith.json",
+    "adapter_config.json", "adapter_model*.safetensors",
     "model*.safetensors", "model.safetensors.index.json", "*.gguf", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",

@@ -13,12 +13,14 @@ from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import TemplateChoice, read_choice
+from tunesmith.export.folder import copy_subfolders
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.hub import files_to_push
 from tunesmith.export.merge import Part, merge_adapters
 from tunesmith.export.ollama import find_family, write_modelfile
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.source import ModelSource, resolve_model
+from tunesmith.model.weight_files import weight_files
 
 FORMS = ("hf", "adapter", "gguf", "ollama")
 Status = Callable[[str], None]
@@ -87,6 +89,7 @@ def _copy(source: Path, folder: Path) -> dict[str, Any]:
     names = [*files_to_push_or_code(source)]
     for name in names:
         shutil.copyfile(source / name, folder / name)
+    copy_subfolders(source, folder)
     return {"files": sorted(names)}
 
 
@@ -94,7 +97,8 @@ def files_to_push_or_code(folder: Path) -> list[str]:
     """What `push` may send, and the Python files of a model with code of its own."""
     links = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_file()]
     code = [path.name for path in folder.glob("*.py")]
-    return sorted({*files_to_push(folder), *links, *code})
+    weights = [path.name for path in weight_files(folder)]
+    return sorted({*files_to_push(folder), *links, *code, *weights})
 
 
 def _gguf(

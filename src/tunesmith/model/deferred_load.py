@@ -21,6 +21,7 @@ from tunesmith.model.architecture import find_architecture
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM, find_decoder
 from tunesmith.model.layers import per_layer
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.load import (
     LoadedModel,
     checked_config,
@@ -30,7 +31,6 @@ from tunesmith.model.load import (
     read_generation_config,
     silence,
 )
-from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.model.quiet import quiet
 from tunesmith.model.source import ModelSource
 from tunesmith.model.weight_files import WeightFiles
