@@ -83,7 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def publish(
     folder: Path, kind: str, pack: Callable[[str, Tensor], dict[str, Tensor]],
-    wanted: Callable[[str, Tensor], bool],
+    wanted: Callable[[str, Tensor], bool], **settings: Any,
 ) -> None:  # fmt: skip
     """Quantise the `wanted` tensors of a folder's files in place."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -92,5 +92,5 @@ def publish(
             tensors |= pack(name, tensor) if wanted(name, tensor) else {name: tensor}
         save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = SETTINGS[kind]
+    config["quantization_config"] = {**SETTINGS[kind], **settings}
     (folder / "config.json").write_text(json.dumps(config))

@@ -25,7 +25,8 @@ from tunesmith.model.adapters import AdapterState, began_quantized
 from tunesmith.model.adapters.merge import add_difference, fold, merged_names, untie
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.source import ModelSource, resolve_model
+from tunesmith.model.quantization.dequantize import quant_method
+from tunesmith.model.source import ModelSource, read_json, resolve_model
 
 TOLERANCE = 1e-4
 """Relative L2 distance of logits that float32 arithmetic in another order may make."""
@@ -147,7 +148,9 @@ def merge_adapters(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in a model folder's files."""
+    """The dtype of most weights in a model folder's files, or what quantised ones are read as."""
+    if quant_method(read_json(folder / "config.json")) is not None:
+        return torch.bfloat16
     sizes: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -78,9 +78,10 @@ def _on_text_alone(causal_lm: CausalLM) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"it can't be run on text alone: {type(error).__name__}: {first_line(error)}",
+            f"a forward pass over text fails: {type(error).__name__}: {first_line(error)}",
             where=_place(causal_lm),
-            hint="train a model that reads text without images or sound",
+            hint="is its config.json the one of its weights? Train a model that reads text without images "
+            "or sound",
         ) from error
 
 

@@ -45,9 +45,10 @@ class WeightFiles:
             self._files.update(dict.fromkeys(file.keys(), file))
             self._path.update(dict.fromkeys(file.keys(), path))
         self._packed: dict[str, Packed | None] = dict.fromkeys(self._files)
-        config = folder / "config.json"
-        if config.is_file() and quant_method(read_json(config)) is not None:
-            self._packed = find_packed(self._files)
+        path = folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        if quant_method(config) is not None:
+            self._packed = find_packed(self._files, config)
 
     @property
     def names(self) -> Collection[str]:

@@ -6,7 +6,7 @@ What is in the files is read with safetensors alone, and models with plain trans
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.build.job import Job
-from tunesmith.model.weight_files import tensors_by_file_name, weight_files
+from tunesmith.model.weight_files import WeightFiles, tensors_by_file_name
 from tunesmith.types import Document
 from tunesmith.verify.exported import ADVICE, Exported, reload_plain, tolerance, unreadable
 from tunesmith.verify.outcome import Outcome, judged
@@ -37,14 +37,14 @@ def whole_checkpoint(subject: Exported) -> Outcome:
     """Every tensor of the base's files is in the result's, unchanged where it was not trained."""
     job = subject.job
     assert job.training.source is not None
-    base, result = _places(job.training.source.folder), _places(subject.folder)
-    trained = _trained(job, base)
+    base, result = WeightFiles(job.training.source.folder), WeightFiles(subject.folder)
+    trained = _trained(job, base.names)
     wrong: list[str] = []
     same = 0
-    for name in sorted(base):
-        if name not in result:
+    for name in sorted(base.names):
+        if name not in result.names:
             wrong.append(f"{name} is missing")
-        elif _equal(_read(base, name), _read(result, name)):
+        elif _equal(base.tensor(name), result.tensor(name)):
             same += 1
         elif name not in trained:
             wrong.append(f"{name} was not trained and is changed")
@@ -53,7 +53,7 @@ def whole_checkpoint(subject: Exported) -> Outcome:
         name="whole checkpoint",
         compared=f"{subject.what}: every tensor of the base is in it, unchanged where not trained",
         oracle="safetensors, reading both folders",
-        counts={"tensors": len(base), "unchanged": same},
+        counts={"tensors": len(base.names), "unchanged": same},
         difference=float(len(wrong)),
         tolerance=0.0,
         measure="missing or changed",
@@ -100,19 +100,6 @@ def adapter_fits(subject: Exported, documents: Sequence[Document]) -> Outcome:
     )
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
-def _read(places: Mapping[str, Path], name: str) -> Tensor:
-    with safe_open(places[name], framework="pt") as file:
-        return file.get_tensor(name)
-
-
 def _equal(one: Tensor, two: Tensor) -> bool:
     """To the bit, so that what is not a number is the same too."""
     if one.dtype != two.dtype or one.shape != two.shape:
@@ -121,7 +108,7 @@ def _equal(one: Tensor, two: Tensor) -> bool:
     return not one.numel() or torch.equal(*bits)
 
 
-def _trained(job: Job, base: Mapping[str, Path]) -> set[str]:
+def _trained(job: Job, base: Collection[str]) -> set[str]:
     """Names in the base's files of what is made from trained parameters."""
     model = job.training.model.base
     named = dict(model.named_parameters(remove_duplicate=False))

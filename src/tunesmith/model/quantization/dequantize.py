@@ -1,5 +1,5 @@
-"""Dequantisation of checkpoints as they are published: MXFP4 (OCP Microscaling Formats 1.0), FP8 with
-block scales (DeepSeek-V3, arXiv 2412.19437, section 3.3), and INT4 packed by compressed-tensors.
+"""Dequantisation of published checkpoints: MXFP4 (OCP Microscaling Formats 1.0), FP8 with block
+scales (DeepSeek-V3, arXiv 2412.19437, section 3.3), and INT4 packed by compressed-tensors.
 
 Each tensor that is not a plain one has several parts in the files. Here they become one bfloat16
 tensor, under the name that an unquantised checkpoint of the same model gives it.
@@ -37,6 +37,7 @@ class Packed:
 
     method: str
     parts: Mapping[str, str]
+    block: tuple[int, int] = (128, 128)  # rows and columns that share an FP8 factor
 
     @property
     def main(self) -> str:
@@ -46,7 +47,9 @@ class Packed:
     def tensor(self, read: Read) -> Tensor:
         """The tensor in bfloat16."""
         held = {kind: read(name) for kind, name in self.parts.items()}
-        return _DEQUANTIZE[self.method](**held)
+        if self.method == "fp8":
+            return dequantize_fp8(**held, block=self.block)
+        return dequantize_mxfp4(**held) if self.method == "mxfp4" else dequantize_int4(**held)
 
     def shape(self, shape_of: Callable[[str], tuple[int, ...]], read: Read) -> tuple[int, ...]:
         """The shape of the tensor, without reading its weights."""
@@ -108,17 +111,18 @@ def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [g for g in (settings.get("config_groups") or {}).values() if isinstance(g, Mapping)]
 
 
-def find_packed(names: Collection[str]) -> dict[str, Packed | None]:
-    """The plain names of all tensors in the files, each with what it is packed as; None for a
-    tensor that lies in the files as it is.
+def find_packed(names: Collection[str], config: Mapping[str, Any]) -> dict[str, Packed | None]:
+    """The plain names of all tensors in the files of a model with this config.json, each with what
+    it is packed as; None for a tensor that lies in the files as it is.
     """
-    packed = dict(_find(names))
+    stated: Any = _settings(config).get("weight_block_size") or (128, 128)
+    packed = dict(_find(names, (int(stated[0]), int(stated[1]))))
     used = {part for one in packed.values() for part in one.parts.values()}
     plain = (n for n in names if n not in used and not n.endswith(_ACTIVATIONS))
     return {**dict.fromkeys(plain), **packed}
 
 
-def _find(names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+def _find(names: Collection[str], block: tuple[int, int]) -> Iterator[tuple[str, Packed]]:
     for name in names:
         if name.endswith("_blocks"):
             stem = name.removesuffix("_blocks")
@@ -134,7 +138,7 @@ def _find(names: Collection[str]) -> Iterator[tuple[str, Packed]]:
             stem = name.removesuffix("weight")
             scale = next((stem + kind for kind in _SCALES if stem + kind in names), None)
             if scale is not None:
-                yield name, Packed("fp8", {"weight": name, "scale": scale})
+                yield name, Packed("fp8", {"weight": name, "scale": scale}, block)
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return plain.flatten(-2).transpose(-1, -2).contiguous()
 
 
-def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantize_fp8(weight: Tensor, scale: Tensor, *, block: tuple[int, int] = (128, 128)) -> Tensor:
     """[R, C] from FP8 numbers [R, C] and `scale`: the factor of the whole, of each row [R, 1], or
     of each block [R / b, C / b]; the last block of a dimension may be smaller.
     """
@@ -161,15 +165,12 @@ def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     factors = _e8m0(scale).float()
     if factors.ndim < 2:
         factors = factors.reshape(-1, 1)
-    for dim in (-2, -1):
+    for dim, length in zip((-2, -1), block, strict=True):
         size, blocks = weight.shape[dim], factors.shape[dim]
-        factors = factors.repeat_interleave(_block(size, blocks), dim).narrow(dim, 0, size)
+        if -(-size // length) != blocks:  # not the stated blocks: equal ones, such as whole rows
+            length = -(-size // blocks)
+        factors = factors.repeat_interleave(length, dim).narrow(dim, 0, size)
     return (weight.float() * factors).to(torch.bfloat16)
-
-
-def _block(size: int, blocks: int) -> int:
-    """The length of a block: publishers take 128 where `size` is no multiple of it."""
-    return size // blocks if size % blocks == 0 else max(128, -(-size // blocks))
 
 
 def _e8m0(scale: Tensor) -> Tensor:
@@ -199,10 +200,3 @@ def _unpack(packed: Tensor) -> Tensor:
     """[R, 8 n] numbers of 4 bits from int32 [R, n]."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((packed[..., None] >> shifts) & 0xF).flatten(-2)
-
-
-_DEQUANTIZE: Mapping[str, Callable[..., Tensor]] = {
-    "mxfp4": dequantize_mxfp4,
-    "fp8": dequantize_fp8,
-    "int4": dequantize_int4,
-}
