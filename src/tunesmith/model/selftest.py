@@ -80,8 +80,8 @@ def _on_text_alone(causal_lm: CausalLM) -> Iterator[None]:
         raise ModelError(
             f"a forward pass over text fails: {type(error).__name__}: {first_line(error)}",
             where=_place(causal_lm),
-            hint="is its config.json the one of its weights? Train a model that reads text without images "
-            "or sound",
+            hint="is its config.json the one of its weights? Train a model that reads text without "
+            "images or sound",
         ) from error
 
 
