@@ -140,9 +140,7 @@ def test_an_adapter_that_does_not_fit_its_class_fails(
     assert named in line.note
 
 
-def test_an_adapter_that_moves_the_logits_otherwise_fails(
-    adapter: Written, tmp_path: Path
-) -> None:
+def test_an_adapter_that_moves_the_logits_otherwise_fails(adapter: Written, tmp_path: Path) -> None:
     def stronger(state: State) -> State:
         return {name: t * 1.5 if "lora_B" in name else t for name, t in state.items()}
 
