@@ -11,15 +11,15 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-HIDDEN, FEED, LAYERS, VOCABULARY = 64, 96, 4, 448
+HIDDEN, FEED, VOCABULARY = 64, 96, 448
 _TEXT_NAMES: dict[Any, str] = {
     HIDDEN: """hidden_size d_model n_embd embed_dim dim model_dim embedding_size
         word_embed_proj_dim attention_hidden_size lru_width conv_dim""",
     FEED: """intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
         intermediate_size_mlp dense_intermediate_size block_ff_dim shared_intermediate_size n_inner
         ffn_inner_dim""",
-    LAYERS: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers",
-    4: """num_attention_heads n_head n_heads encoder_attention_heads decoder_attention_heads
+    4: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_attention_heads n_head n_heads encoder_attention_heads decoder_attention_heads
         swa_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts
         num_routed_experts linear_num_value_heads linear_num_heads""",
     2: """num_key_value_heads swa_num_key_value_heads multi_query_group_num num_experts_per_tok
