@@ -4,14 +4,12 @@ can.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from tiny import tiny_model
 from tunesmith.errors import ModelError
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.selftest import self_test
 
@@ -86,12 +84,24 @@ def test_position_encoding_that_looks_at_neighbours() -> None:
     assert not short.unpacked, short
 
 
-def test_wrong_logit_transform_is_refused() -> None:
-    right = wrap_causal_lm(tiny_model("cohere2", sliding_window=8)).model
-    wrong = dataclasses.replace(right.logits, scale=1.0)
-    causal_lm = CausalLM(right.model, logits=wrong, native_attention=right.native_attention)
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.0625), (30.0, 1.0), (5.0, 0.5)])
+def test_a_logit_transform_under_another_name_is_found_by_value(softcap, scale) -> None:
+    model = tiny_model("llama", my_output_softcap=softcap)
+    own = LogitTransform(softcap, scale)
+    model.lm_head.register_forward_hook(lambda _, __, logits: own.apply(logits))
+    causal_lm = wrap_causal_lm(model).model
+    assert causal_lm.logits.identity
+    found = self_test(causal_lm, max_length=100)
+    assert causal_lm.logits == own
+    assert found.logits == own
+    assert found.differences["head"] < 1e-5
+
+
+def test_logits_that_no_transform_gives_are_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + logits.square())
     with pytest.raises(ModelError, match="logits"):
-        self_test(causal_lm, max_length=100)
+        self_test(wrap_causal_lm(model).model, max_length=100)
 
 
 def test_model_that_sees_later_tokens_is_refused() -> None:

@@ -213,10 +213,10 @@ def copy_subfolders(source: Path, target: Path) -> None:
     model of its own stays behind.
     """
     for place in sorted(path for path in source.iterdir() if path.is_dir()):
-        own = any((place / name).exists() for name in ("recipe.yaml", "manifest.json"))
+        is_run = any((place / name).exists() for name in ("recipe.yaml", "manifest.json"))
         weights = any(place.glob("*.safetensors")) or any(place.glob("*.bin"))
         wanted = [p for pattern in SUBFOLDER_FILES for p in place.glob(pattern) if p.is_file()]
-        if own or weights or not wanted or place.name.startswith("."):
+        if is_run or weights or not wanted or place.name.startswith("."):
             continue
         (target / place.name).mkdir(exist_ok=True)
         for path in wanted:

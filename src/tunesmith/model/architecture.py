@@ -23,17 +23,17 @@ class Architecture:
     """A model class of transformers, or the auto class that imports a model's own code."""
 
     maker: Any
-    own_code: bool = False
+    custom_code: bool = False
 
     def from_pretrained(self, folder: Any, config: Any, **options: Any) -> Any:
         """The model with its weights; with `output_loading_info` what was found in the files."""
-        if self.own_code:
+        if self.custom_code:
             options["trust_remote_code"] = True
         return self.maker.from_pretrained(folder, config=config, **options)
 
     def from_config(self, config: Any, **options: Any) -> Any:
         """The model without its weights."""
-        if self.own_code:
+        if self.custom_code:
             return self.maker.from_config(config, trust_remote_code=True, **options)
         return self.maker._from_config(config, **options)
 
@@ -47,7 +47,7 @@ def find_architecture(config: Any, where: str, *, trust_remote_code: bool = Fals
     import transformers
 
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return Architecture(transformers.AutoModelForCausalLM, own_code=True)
+        return Architecture(transformers.AutoModelForCausalLM, custom_code=True)
     for name in getattr(config, "architectures", None) or []:
         named = getattr(transformers, name, None)
         if _fits(named, config):

@@ -17,6 +17,7 @@ import torch
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.selftest_probe import Probe, in_float32, native
 
 
@@ -29,6 +30,7 @@ class SelfTest:
     tolerance: float
     noisy: bool  # dropout or noise in routing: training mode gives other hidden states
     notes: tuple[str, ...]
+    logits: LogitTransform  # of the model; the one its config names, or one found by value
 
 
 def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
@@ -119,7 +121,9 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     noisy = probe.noisy()
     if noisy:
         notes.append("the model draws random numbers in training; layouts agree on average only")
-    return SelfTest(causal_lm.unpacked, differences, probe.tolerance, noisy, tuple(notes))
+    return SelfTest(
+        causal_lm.unpacked, differences, probe.tolerance, noisy, tuple(notes), causal_lm.logits
+    )
 
 
 _REFUSED = {
