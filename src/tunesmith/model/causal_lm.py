@@ -14,6 +14,8 @@ from tunesmith.model.lm_head import head_inputs
 from tunesmith.model.logit_transform import LogitTransform
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.model.ops.bf16_upcast import needs_upcast, upcast
+from tunesmith.model.recurrent import replace as recurrent
+from tunesmith.model.recurrent.active_layout import use_layout
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
 
@@ -21,9 +23,10 @@ class CausalLM(nn.Module):
     """A causal language model that takes a `Batch` and returns sums of losses.
 
     `model` is a transformers model or one wrapped by peft. Its attention is exchanged by name
-    (`set_attn_implementation`). Single modules of it may compute by another forward or class: fused
-    kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised weights and tensor
-    parallelism set these with `tunesmith.module_swap`, which puts back what was there.
+    (`set_attn_implementation`). Single modules of it may compute by another forward or class:
+    recurrent layers, fused kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised
+    weights and tensor parallelism set these with `tunesmith.module_swap`, which puts back what was
+    there.
 
     `native_attention` is the implementation it uses outside of packed batches: for generation, and
     for batches without a layout. An `unpacked` model takes no other attention than its own.
@@ -75,6 +78,7 @@ class CausalLM(nn.Module):
         attention.
         """
         self.unpacked = True
+        recurrent.restore(self.model)
         self.base.set_attn_implementation(self.native_attention)
 
     def hidden(self, batch: Batch, *, offload: bool = False) -> Tensor:
@@ -87,7 +91,7 @@ class CausalLM(nn.Module):
             # GPU has to be waited for.
             seen = torch.ones_like(batch.input_ids[None], dtype=torch.bool)
             keywords = {"layout": batch.layout, "attention_mask": seen}
-        with offloaded(self) if offload else nullcontext():
+        with use_layout(batch.layout), offloaded(self) if offload else nullcontext():
             output = self.decoder(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
