@@ -92,7 +92,7 @@ def _make_tree(layout: Layout, device: torch.device) -> RunTree:
     runs = split_runs(layout)
     total = len(layout.position)
     batches: list[LevelBatch] = []
-    order: list[IntArray] = []
+    order: list[np.ndarray] = []
     for level in _by_depth(runs):
         for group in _similar_lengths(level, runs):
             batches.append(_batch(group, runs, total, device))

@@ -93,11 +93,11 @@ def state_space_dual(layout: Layout, own: Own) -> Own:
     def scan(
         hidden_states: Tensor,
         dt: Tensor,
-        A: Tensor,  # noqa: N803
-        B: Tensor,  # noqa: N803
-        C: Tensor,  # noqa: N803
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
         chunk_size: int,
-        D: Tensor | None = None,  # noqa: N803
+        D: Tensor | None = None,
         dt_bias: Tensor | None = None,
         dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
@@ -138,10 +138,10 @@ def selective_scan(layout: Layout, own: Own) -> Own:
     def scan(
         hidden_states: Tensor,
         dt: Tensor,
-        A: Tensor,  # noqa: N803
-        B: Tensor,  # noqa: N803
-        C: Tensor,  # noqa: N803
-        D: Tensor | None = None,  # noqa: N803
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
         z: Tensor | None = None,
         delta_bias: Tensor | None = None,
         delta_softplus: bool = False,
@@ -176,14 +176,14 @@ def selective_scan(layout: Layout, own: Own) -> Own:
     return scan
 
 
-def _last_state(x: Tensor, step: Tensor, A: Tensor, b: Tensor) -> Tensor:  # noqa: N803
+def _last_state(x: Tensor, step: Tensor, A: Tensor, b: Tensor) -> Tensor:
     """[S, I, N]: the inputs of all steps, each with its decay up to the last step."""
     since = step.float().cumsum(1)
     decay = torch.exp(A.float() * (since[:, -1:] - since)[..., None])
     return torch.einsum("snid,sni,snd->sid", decay, (step * x).float(), b.float())
 
 
-def weighted_key_value(layout: Layout, own: Own) -> Own:  # noqa: ARG001
+def weighted_key_value(layout: Layout, own: Own) -> Own:
     """For `rwkv_linear_attention`: key and value [1, T, I], decay and bonus [I].
 
     Written out here: the decay of transformers' function is the same in every step, and one of
@@ -233,7 +233,7 @@ def _wkv(
     return torch.stack(outputs, 1), (numerator, denominator, scale)
 
 
-def no_fused_kernel(layout: Layout, own: Own) -> Own:  # noqa: ARG001
+def no_fused_kernel(layout: Layout, own: Own) -> Own:
     """For fused kernels of a whole mixer, which know no layout: None is transformers' word for
     "there is none", after which a mixer calls the functions above.
     """
