@@ -57,5 +57,6 @@ def recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
     """Contexts for a layer's forward pass and for its recomputation, as `context_fn` of
     torch.utils.checkpoint returns them.
     """
-    known = _ACTIVE.get()
-    return nullcontext(), nullcontext() if known is _UNKNOWN else use_layout(known)
+    found = _ACTIVE.get()
+    # a plain forward pass has no layout, and its recomputation must be told so
+    return nullcontext(), use_layout(None if found is _UNKNOWN else found)
