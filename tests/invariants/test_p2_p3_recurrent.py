@@ -175,5 +175,6 @@ def test_adapters_on_the_mixers_projections(family: str) -> None:
     expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
     assert expected
     for name, gradient in expected.items():
-        assert gradient is not None and found[name] is not None, name
+        assert gradient is not None, name
+        assert found[name] is not None, name
         assert (found[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name

@@ -17,6 +17,7 @@ from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
+from tunesmith.model.recurrent.replace import is_recurrent
 from tunesmith.train.microbatches import local_part
 
 
@@ -32,6 +33,12 @@ def check_model(model: CausalLM, cp: ContextParallel) -> None:
         raise ModelError(
             "this model runs one path at a time with its own attention, which needs all tokens "
             "of a path on one device",
+            where="device.context_parallel",
+            hint="device.context_parallel=1",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            "this model has recurrent layers, which need all tokens of a path on one device",
             where="device.context_parallel",
             hint="device.context_parallel=1",
         )

@@ -23,6 +23,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
 from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
+from tunesmith.model.recurrent.replace import is_recurrent
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 
 ROUGHER = 5
@@ -46,6 +47,10 @@ def _plan_of(model: CausalLM, world: World) -> LayerPlan:
             "this model runs one path at a time with its own attention, which is not divided",
             where=KEY,
             hint=f"{KEY}=1",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            "this model has recurrent layers, which are not divided", where=KEY, hint=f"{KEY}=1"
         )
     return layer_plan(model, world.tp.size)
 

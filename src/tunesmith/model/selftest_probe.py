@@ -49,11 +49,17 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
         return
     narrow: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def upcast(module: torch.nn.Module, _: Any) -> None:
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    def upcast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # a mixer reads the weights of its convolution without calling it
+        whole = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+        tensors = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
         narrow[module] = [(t, t.data) for t in tensors if t.dtype in NARROW]
         for tensor, data in narrow[module]:
             tensor.data = data.float()
+        # mamba gives its head hidden states in the precision of the head's weights
+        if not narrow[module] or not any(_is_narrow(each) for each in inputs):
+            return None
+        return tuple(each.float() if _is_narrow(each) else each for each in inputs)
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for tensor, data in narrow.pop(module, []):
@@ -134,8 +140,13 @@ class Probe:
         hidden, weight, bias = head_inputs(self.causal_lm.head, reference)
         some = slice(0, _SOME_LOGITS)
         bias = None if bias is None else bias[some].to(hidden.dtype)
-        ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()
-        return self._compare(self.causal_lm.logits.apply(ours), theirs[:, some])
+
+        def difference(hidden: Tensor) -> float:
+            ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()
+            return self._compare(self.causal_lm.logits.apply(ours), theirs[:, some])
+
+        # a model may round hidden states to the precision of its head first
+        return min(difference(hidden), difference(hidden.to(weight.dtype).to(hidden.dtype)))
 
     def causal(self) -> float:
         whole, half = self.reference["document 1"], len(self.documents[1]) // 2
@@ -240,6 +251,10 @@ class Probe:
                 worst, relative_difference(found[tail], expected[tail], robust=not self.exact)
             )
         return worst
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in NARROW
 
 
 def _small_window(config: Any) -> int:
