@@ -45,8 +45,8 @@ def compile_layers(
         SWAP.set_forward(layer, _forward(made[plain], plain, wrapped))
         for mixer in recurrent.SWAP.swapped(layer):
             swapped = mixer.__dict__.get("forward")
-            own = type(mixer).forward if swapped is None else swapped.__func__
-            SWAP.set_forward(mixer, torch.compiler.disable(own))
+            plain = type(mixer).forward if swapped is None else swapped.__func__
+            SWAP.set_forward(mixer, torch.compiler.disable(plain))
 
 
 def restore_layers(model: nn.Module) -> None:

@@ -128,8 +128,8 @@ def _selective_contexts(
     """What is kept and used again, and the layout for recurrent layers around both."""
     policy = functools.partial(_policy, biased_experts)
     keep, use = create_selective_checkpoint_contexts(policy)
-    first, again = recompute_contexts()
-    return _both(first, keep), _both(again, use)
+    forward, recompute = recompute_contexts()
+    return _both(forward, keep), _both(recompute, use)
 
 
 @contextmanager

@@ -51,13 +51,13 @@ def path_convolution(
     seen = inputs[0].index_select(1, edges.sources).view(-1, *edges.absent.shape)
     seen = seen.masked_fill(edges.absent, 0)
     # summed in float32 and rounded once, as kernels do
-    again = (seen.float() * weight.float()[:, None, :]).sum(-1)
+    redone = (seen.float() * weight.float()[:, None, :]).sum(-1)
     if bias is not None:
-        again = again + bias.float()[:, None]
-    again = again.to(weight.dtype)
+        redone = redone + bias.float()[:, None]
+    redone = redone.to(weight.dtype)
     if activation is not None:
-        again = activation(again)
-    return output.index_copy(2, edges.tokens, again[None].to(output.dtype))
+        redone = activation(redone)
+    return output.index_copy(2, edges.tokens, redone[None].to(output.dtype))
 
 
 def path_shift(layout: Layout, inputs: Tensor) -> Tensor:

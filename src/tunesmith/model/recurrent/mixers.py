@@ -37,12 +37,12 @@ class KnownMixer:
 
 
 def _lightning(module: Any, swap: ModuleSwap) -> None:
-    own = type(module).forward
+    original = type(module).forward
 
     def forward(self: Any, hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
         layout = active_layout()
         if layout is None:
-            return own(self, hidden_states, *inputs, **named)
+            return original(self, hidden_states, *inputs, **named)
         return lightning_attention(self, hidden_states, layout), None
 
     swap.set_forward(module, forward)
@@ -66,15 +66,15 @@ def lightning_attention(module: Any, hidden: Tensor, layout: Layout) -> Tensor:
 
 
 def _griffin(block: Any, swap: ModuleSwap) -> None:
-    own = type(block.conv_1d).forward
+    original = type(block.conv_1d).forward
 
     def convolve(self: nn.Conv1d, inputs: Tensor) -> Tensor:
         layout = active_layout()
         if layout is None:
-            return own(self, inputs)
+            return original(self, inputs)
 
         def whole(hidden: Tensor) -> Tensor:
-            return own(self, hidden)[..., : hidden.shape[-1]]
+            return original(self, hidden)[..., : hidden.shape[-1]]
 
         return path_convolution(whole, layout, inputs, self.weight[:, 0], self.bias)
 
@@ -82,14 +82,14 @@ def _griffin(block: Any, swap: ModuleSwap) -> None:
     swap.set_class(block.rg_lru, _following_lru(type(block.rg_lru)))
 
 
-def _following_lru(own: type[nn.Module]) -> type[nn.Module]:
+def _following_lru(original: type[nn.Module]) -> type[nn.Module]:
     def scan(
         self: Any, hidden_states: Tensor, recurrent_gate: Tensor, reset: Tensor, **named: Any
     ) -> tuple[Tensor, Tensor | None]:
         layout = active_layout()
         if layout is None:
             rest = {"recurrent_gate": recurrent_gate, "reset": reset, **named}
-            return own._rnn_scan(self, hidden_states=hidden_states, **rest)  # pyright: ignore
+            return original._rnn_scan(self, hidden_states=hidden_states, **rest)  # pyright: ignore
 
         def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
             output, final = diagonal_scan(*inputs, initial=None if initial is None else initial[0])
@@ -101,15 +101,15 @@ def _following_lru(own: type[nn.Module]) -> type[nn.Module]:
         output = run_over_tree(tree, recurrence, inputs, padding=(1.0, 0.0))
         return output[None].to(hidden_states.dtype), None
 
-    return type(own.__name__, (own,), {"_rnn_scan": scan})
+    return type(original.__name__, (original,), {"_rnn_scan": scan})
 
 
 def _rwkv(module: Any, swap: ModuleSwap) -> None:
-    own = type(module.time_shift).forward
+    original = type(module.time_shift).forward
 
     def shift(self: Any, inputs: Tensor) -> Tensor:
         layout = active_layout()
-        return own(self, inputs) if layout is None else path_shift(layout, inputs)
+        return original(self, inputs) if layout is None else path_shift(layout, inputs)
 
     swap.set_forward(module.time_shift, shift)
 

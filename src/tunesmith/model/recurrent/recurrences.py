@@ -27,11 +27,11 @@ from tunesmith.model.recurrent.handover import State, run_over_tree
 from tunesmith.model.recurrent.levels import run_tree
 from tunesmith.types import Layout
 
-Own = Callable[..., Any]
+Original = Callable[..., Any]
 """A function of transformers."""
 
 
-def causal_convolution(layout: Layout, own: Own) -> Own:
+def causal_convolution(layout: Layout, original: Original) -> Original:
     """For `causal_conv1d_fn`: inputs [1, C, T], weight [C, W]."""
     from transformers.activations import ACT2FN
 
@@ -43,7 +43,7 @@ def causal_convolution(layout: Layout, own: Own) -> Own:
         **_: Any,
     ) -> Tensor:
         def whole(inputs: Tensor) -> Tensor:
-            return own(inputs, weight, bias, activation=activation)
+            return original(inputs, weight, bias, activation=activation)
 
         activate = None if activation is None else ACT2FN[activation]
         return path_convolution(whole, layout, hidden_states, weight, bias, activate)
@@ -51,7 +51,7 @@ def causal_convolution(layout: Layout, own: Own) -> Own:
     return convolve
 
 
-def delta_rule(layout: Layout, own: Own) -> Own:
+def delta_rule(layout: Layout, original: Original) -> Original:
     """For `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention`: inputs [1, T, H, ...];
     returns outputs and no final state.
     """
@@ -68,7 +68,7 @@ def delta_rule(layout: Layout, own: Own) -> Own:
     ) -> tuple[Tensor, None]:
         def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
             q, k, v, decay, rate = inputs
-            output, final = own(
+            output, final = original(
                 q,
                 k,
                 v,
@@ -87,7 +87,7 @@ def delta_rule(layout: Layout, own: Own) -> Own:
     return rule
 
 
-def state_space_dual(layout: Layout, own: Own) -> Own:
+def state_space_dual(layout: Layout, original: Original) -> Original:
     """For `mamba2_chunk_scan`: inputs [1, T, H, ...], dt [1, T, H]."""
 
     def scan(
@@ -109,7 +109,7 @@ def state_space_dual(layout: Layout, own: Own) -> Own:
 
         def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
             x, step, b, c = inputs
-            output, final = own(
+            output, final = original(
                 x,
                 step,
                 A,
@@ -128,7 +128,7 @@ def state_space_dual(layout: Layout, own: Own) -> Own:
     return scan
 
 
-def selective_scan(layout: Layout, own: Own) -> Own:
+def selective_scan(layout: Layout, original: Original) -> Original:
     """For `mamba_selective_scan`: inputs [1, I, T], B and C [1, N, T], A [I, N].
 
     It takes no initial state. The recurrence is linear, so what the initial state adds to the
@@ -154,7 +154,9 @@ def selective_scan(layout: Layout, own: Own) -> Own:
         def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
             x, step, b, c = inputs  # [S, n, ...]
             rows = [each.transpose(1, 2) for each in (x, step, b, c)]
-            output, final = own(rows[0], rows[1], A, *rows[2:], return_last_state=True, **options)
+            output, final = original(
+                rows[0], rows[1], A, *rows[2:], return_last_state=True, **options
+            )
             output = output.transpose(1, 2)
             if x.is_cuda:
                 # the kernel of mamba-ssm has no gradient for its last state
@@ -183,7 +185,7 @@ def _last_state(x: Tensor, step: Tensor, A: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("snid,sni,snd->sid", decay, (step * x).float(), b.float())
 
 
-def weighted_key_value(layout: Layout, own: Own) -> Own:
+def weighted_key_value(layout: Layout, original: Original) -> Original:
     """For `rwkv_linear_attention`: key and value [1, T, I], decay and bonus [I].
 
     Written out here: the decay of transformers' function is the same in every step, and one of
@@ -233,21 +235,21 @@ def _wkv(
     return torch.stack(outputs, 1), (numerator, denominator, scale)
 
 
-def no_fused_kernel(layout: Layout, own: Own) -> Own:
+def no_fused_kernel(layout: Layout, original: Original) -> Original:
     """For fused kernels of a whole mixer, which know no layout: None is transformers' word for
     "there is none", after which a mixer calls the functions above.
     """
     return lambda *_, **__: None
 
 
-def _chunk(inputs: Tensor, own: int) -> dict[str, int]:
+def _chunk(inputs: Tensor, original: int) -> dict[str, int]:
     """The chunk of a chunked recurrence: on a CPU no longer than the longest run, since steps that
     fill up a chunk are computed too. It changes nothing else.
     """
-    return {} if inputs.is_cuda else {"chunk_size": min(own, inputs.shape[1])}
+    return {} if inputs.is_cuda else {"chunk_size": min(original, inputs.shape[1])}
 
 
-RECURRENCES: dict[str, Callable[[Layout, Own], Own]] = {
+RECURRENCES: dict[str, Callable[[Layout, Original], Original]] = {
     "causal_conv1d_fn": causal_convolution,
     "torch_chunk_gated_delta_rule": delta_rule,
     "chunk_kimi_delta_attention": delta_rule,
