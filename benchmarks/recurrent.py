@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from recurrent_models import ONE_OF_A_KIND, RECURRENT, edge_documents, paths, recurrent_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
@@ -21,6 +20,7 @@ from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.model.recurrent import replace as recurrent
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document
 
 TOLERANCE = 1e-5

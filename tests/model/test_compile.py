@@ -26,7 +26,6 @@ from tunesmith.build import compile as assembled
 from tunesmith.build.microbatch_size import made_up_batch
 from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
@@ -35,6 +34,7 @@ from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.model.recurrent import replace as recurrent
 from tunesmith.module_swap import RECORD
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 QUICK = "eager"
