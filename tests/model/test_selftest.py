@@ -88,7 +88,8 @@ def test_recurrent_layers_pack(family: str, dtype: torch.dtype) -> None:
     causal_lm, result = run(family, RECURRENT[family], dtype=dtype)
     assert not result.unpacked, result
     assert not causal_lm.unpacked
-    assert max(result.differences.values()) < 1e-5
+    # nemotron_h rounds hidden states to the precision of its weights between the layers
+    assert max(result.differences.values()) < (1e-4 if family == "nemotron_h" else 1e-5)
     assert all(p.dtype == dtype for p in causal_lm.parameters())
 
 
