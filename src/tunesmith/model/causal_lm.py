@@ -16,6 +16,8 @@ from tunesmith.model.lm_head import LogitTransform, head_inputs
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.model.ops.bf16_upcast import needs_upcast, upcast
 from tunesmith.model.quiet import quiet
+from tunesmith.model.recurrent import replace as recurrent
+from tunesmith.model.recurrent.active_layout import use_layout
 from tunesmith.types import Batch, HeadLoss, LossOutput
 
 
@@ -25,9 +27,9 @@ class CausalLM(nn.Module):
     `model` is a transformers model or one wrapped by peft, and may hold more than a language model:
     a vision tower, say. Only the decoder and the head inside it see text. The decoder's attention
     is exchanged by name (`set_attn_implementation`). Single modules of it may compute by another
-    forward or class: fused kernels, torch.compile, float8, upcast bfloat16, fused LoRA, dequantised
-    weights and tensor parallelism set these with `tunesmith.module_swap`, which puts back what was
-    there.
+    forward or class: recurrent layers, fused kernels, torch.compile, float8, upcast bfloat16, fused
+    LoRA, dequantised weights and tensor parallelism set these with `tunesmith.module_swap`, which
+    puts back what was there.
 
     `native_attention` is the implementation it uses outside of packed batches: for generation, and
     for batches without a layout. An `unpacked` model takes no other attention than its own.
@@ -77,6 +79,7 @@ class CausalLM(nn.Module):
         attention.
         """
         self.unpacked = True
+        recurrent.restore(self.model)
         self.set_attention(self.native_attention)
 
     def set_attention(self, name: str) -> bool:
@@ -101,7 +104,7 @@ class CausalLM(nn.Module):
             # GPU has to be waited for.
             seen = torch.ones_like(batch.input_ids[None], dtype=torch.bool)
             keywords |= {"layout": batch.layout, "attention_mask": seen}
-        with offloaded(self) if offload else nullcontext():
+        with use_layout(batch.layout), offloaded(self) if offload else nullcontext():
             output = decoder(input_ids=batch.input_ids[None], use_cache=False, **keywords)
         return self.before_head(output.last_hidden_state)[0]
 

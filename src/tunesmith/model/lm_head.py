@@ -66,16 +66,21 @@ class LogitTransform:
         return logits
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Of gemma2, recurrent_gemma and xlstm."""
+
+
 def read_logit_transform(config: Any) -> LogitTransform:
-    """The transform that the config names: `final_logit_softcapping`, `logit_scale` (cohere),
-    `logits_scaling` (granite).
+    """The transform that the config names: a soft cap (`final_logit_softcapping` of gemma2 and
+    others), `logit_scale` (cohere), `logits_scaling` (granite).
     """
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale *= float(config.logit_scale)
     if getattr(config, "logits_scaling", None):
         scale /= float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    softcap = next((cap for cap in caps if cap is not None), None)
     return LogitTransform(softcap=None if softcap is None else float(softcap), scale=scale)
 
 

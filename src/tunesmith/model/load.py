@@ -23,6 +23,7 @@ from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
 from tunesmith.model.quantization.dequantize import check_readable
 from tunesmith.model.quiet import quiet
+from tunesmith.model.recurrent.replace import follow_layouts
 from tunesmith.model.source import (
     ModelSource,
     read_json,
@@ -183,7 +184,9 @@ def finish(causal_lm: CausalLM) -> list[str]:
     causal_lm.base.config.use_cache = False
     if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
-    if causal_lm.unpacked:
+    if not causal_lm.unpacked:
+        follow_layouts(causal_lm.decoder)
+    else:
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"
         )

@@ -131,7 +131,7 @@ _REFUSED = {
     "causal": "the model's hidden states depend on later tokens, so it is no causal language model",
 }
 _FOUND = {
-    "packed": "this model's documents see each other when packed",
+    "packed": "this model gives other results where documents are packed",
     "tree": "this model gives other results where documents share a prefix",
     "neighbour": "this model's position encoding depends on the longest document in a call",
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.attention.dispatch import NAME
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.lm_head import fitted_transforms, head_inputs, logit_caps
+from tunesmith.model.lm_head import LogitTransform, fitted_transforms, head_inputs, logit_caps
 from tunesmith.model.ops.numerics import (
     NARROW,
     Comparison,
@@ -55,11 +55,17 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
         return
     narrow: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def upcast(module: torch.nn.Module, _: Any) -> None:
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    def upcast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # a mixer reads the weights of its convolution without calling it
+        whole = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+        tensors = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
         narrow[module] = [(t, t.data) for t in tensors if t.dtype in NARROW]
         for tensor, data in narrow[module]:
             tensor.data = data.float()
+        # mamba gives its head hidden states in the precision of the head's weights
+        if not narrow[module] or not any(_is_narrow(each) for each in inputs):
+            return None
+        return tuple(each.float() if _is_narrow(each) else each for each in inputs)
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for tensor, data in narrow.pop(module, []):
@@ -143,18 +149,27 @@ class Probe:
         hidden, weight, bias = head_inputs(self.causal_lm.head, reference)
         some = slice(0, _SOME_LOGITS)
         bias = None if bias is None else bias[some].to(hidden.dtype)
-        ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()
         theirs = theirs[:, some]
-        difference = self._compare(self.causal_lm.logits.apply(ours), theirs)
-        if difference <= self.rounding:
-            return difference
+        # A model may round hidden states to the precision of its head first.
+        rounded = hidden.to(weight.dtype).to(hidden.dtype)
+        ours = [
+            torch.nn.functional.linear(states, weight[some].to(hidden.dtype), bias).float()
+            for states in (hidden, rounded)
+        ]
+
+        def difference(transform: LogitTransform) -> float:
+            return min(self._compare(transform.apply(raw), theirs) for raw in ours)
+
+        stated = difference(self.causal_lm.logits)
+        if stated <= self.rounding:
+            return stated
         config = self.causal_lm.config.get_text_config()
-        for transform in fitted_transforms(ours, theirs, logit_caps(config)):
-            found = self._compare(transform.apply(ours), theirs)
-            if found <= self.rounding:
-                self.causal_lm.logits = transform
-                return found
-        return difference
+        for raw in ours:
+            for transform in fitted_transforms(raw, theirs, logit_caps(config)):
+                if (found := difference(transform)) <= self.rounding:
+                    self.causal_lm.logits = transform
+                    return found
+        return stated
 
     def causal(self) -> float:
         whole, half = self.reference["document 1"], len(self.documents[1]) // 2
@@ -261,6 +276,10 @@ def batch_of(ids: Tensor, position: Tensor, layout: Layout | None) -> Batch:
         weight=none.float(),
         owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
     )
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in NARROW
 
 
 def _small_window(config: Any) -> int:
