@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.row_errors import Fault
+from tunesmith.data.fields.normalize import PLAIN, Naming, normalize
+from tunesmith.data.row_errors import Fault, Field
 from tunesmith.data.sources.readers.columnar import without_filled
 from tunesmith.data.sources.readers.registry import file_rows
 from tunesmith.data.sources.readers.rows import LongRow, Raw
@@ -20,11 +21,14 @@ from tunesmith.types import Origin
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as read: its values, or why it could not be read."""
+    """One row as read: its values, or why it could not be read. `fields` says what was renamed or
+    taken out.
+    """
 
     origin: Origin
     values: dict[str, Any] | None
     fault: Fault | None = None
+    fields: tuple[Field, ...] = ()
 
 
 @dataclass(slots=True)
@@ -32,7 +36,7 @@ class Source:
     """A file (`path`) or an iterable of dicts (`rows`); exactly one of the two is given.
 
     `name` is what the user calls it and what errors and the ledger say. `columns` maps our names to
-    the data's. `limit` keeps the first rows only. `section` is its place in the recipe's list,
+    the data's, `naming` roles and fields to ignore; `verbatim` leaves all as written. `limit` keeps the first rows only. `section` is its place in the recipe's list,
     which the files of a folder share; `commit` that of the hub data set it is a file of. An
     iterator is kept as a list, since rows are read more than once; of a `DatasetDict` it is the
     split `train`, or the only one.
@@ -44,6 +48,8 @@ class Source:
     format: str = "auto"
     columns: Mapping[str, str] | None = None
     limit: int | None = None
+    naming: Naming = PLAIN
+    verbatim: bool = False
     section: int = 0
     commit: str | None = None
 
@@ -104,7 +110,12 @@ def read_rows(source: Source) -> Iterator[Row]:
         if not checked:
             _check_columns(source, values)
             checked = True
-        yield Row(origin, rename_columns(values, source.columns))
+        renamed = rename_columns(values, source.columns)
+        if source.verbatim:
+            yield Row(origin, renamed)
+            continue
+        read, fields = normalize(renamed, source.naming)
+        yield Row(origin, read, None, fields)
     if count == 0:
         raise DataError("there are no rows", where=source.name, hint="the file must hold data")
 
