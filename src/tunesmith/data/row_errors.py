@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NoReturn
 
 UNREAD = "unread-field"
-"""Kind of the fault of a row with a field that nothing reads and that looks like input or a wish."""
+"""Kind of the fault of a row whose input or wish stands in a field that nothing reads."""
 
 
 class Field(NamedTuple):

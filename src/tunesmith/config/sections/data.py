@@ -24,9 +24,11 @@ Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
 """Our name of a column to its name in the data: {prompt: question}."""
 
 
-Names = Annotated[
-    list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
-]
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
 """A name, or a list of them."""
 
 

@@ -1,1 +1,1 @@
-"""Field accounting: which columns and message fields each format reads, and what becomes of others."""
+"""Field accounting: what each format reads, and what becomes of other columns and fields."""

@@ -18,14 +18,9 @@ def meant_by(name: str, names: Iterable[str]) -> str | None:
     if name in NOT_MISSPELT:
         return None
     plain = _plain(name)
-    return next(
-        (
-            one
-            for one in names
-            if name != one and len(plain) >= _LEAST and _near(plain, _plain(one))
-        ),
-        None,
-    )
+    if len(plain) < _LEAST:
+        return None
+    return next((one for one in names if name != one and _near(plain, _plain(one))), None)
 
 
 def _plain(name: str) -> str:

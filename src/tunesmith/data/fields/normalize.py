@@ -63,9 +63,9 @@ def _turns(
         if not isinstance(turn, Mapping):
             continue
         message = cast("Mapping[str, Any]", turn)
-        if not naming.ignore and _usual(tuple(message)) and message.get("role") in STANDARD_ROLES:
-            if not naming.roles:
-                continue
+        plain = not naming.ignore and not naming.roles and message.get("role") in STANDARD_ROLES
+        if plain and _usual(tuple(message)):
+            continue
         read = _message(dict(message), column, naming, said)
         if read != message:
             made = list(turns) if made is None else made
@@ -137,7 +137,7 @@ def _respell(message: dict[str, Any], name: str, column: str, said: dict[Field, 
 
 def _value(ours: str, value: Any) -> Any:
     if ours == "train":
-        return bool(value) if value in (0, 1) and isinstance(value, bool | int | float) else None
+        return {True: True, False: False}.get(value) if isinstance(value, bool | int) else None
     if ours == "weight":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if number and 0 <= value < float("inf") else None

@@ -102,7 +102,9 @@ def _inside(path: str, name: str) -> Field:
 def unread_parts(values: Mapping[str, Any], column: str) -> Iterator[Field]:
     """The fields of content parts that hold something and are not read."""
     for turn in cast("Sequence[Any]", values.get(column) or ()):
-        message = cast("Mapping[str, Any]", turn) if isinstance(turn, Mapping) else {}
+        if not isinstance(turn, Mapping):
+            continue
+        message = cast("Mapping[str, Any]", turn)
         for place in ("content", "value"):
             parts = message.get(place)
             if isinstance(parts, list | tuple):

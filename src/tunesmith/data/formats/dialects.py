@@ -59,7 +59,9 @@ def with_system(
     if not isinstance(asked, list | tuple):
         return values  # reading it says what is wrong
     turns = list(cast("list[Any]", asked))
-    first = cast("Mapping[str, Any]", turns[0]) if turns and isinstance(turns[0], Mapping) else {}
+    first: Mapping[str, Any] = {}
+    if turns and isinstance(turns[0], Mapping):
+        first = cast("Mapping[str, Any]", turns[0])
     if first.get("role") not in ("system", "developer"):
         return {**values, column: [turn, *turns]}
     if first.get("content") != system:

@@ -34,18 +34,20 @@ def write_faults(path: Path, faults: Sequence[tuple[Origin, Fault]]) -> None:
 
 
 def refusal(
-    faults: Sequence[tuple[Origin, Fault]], ledger: Ledger, faults_file: Path | None
+    faults: Sequence[tuple[Origin, Fault]],
+    total: int,
+    faults_file: Path | None,
+    ledger: Ledger | None = None,
 ) -> DataError:
     """The error that counts bad rows by kind and shows some of each. Fields that nothing reads are
-    counted one by one.
+    counted one by one, as the ledger has them.
     """
-    total = ledger.totals.rows
     counts = Counter(fault.kind for _, fault in faults)
     by_kind = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     lines = [f"{len(faults)} of {total} rows can't be trained on: {by_kind}"]
     for kind, count in counts.most_common():
         lines.append(f"  {kind} ({count}):")
-        if kind == UNREAD:
+        if kind == UNREAD and ledger is not None:
             lines += _refused_fields(ledger)
             continue
         same = [(origin, fault) for origin, fault in faults if fault.kind == kind]

@@ -172,7 +172,7 @@ def prepare(
     if refused:
         if faults_file is not None:
             write_faults(faults_file, refused)
-        raise refusal(refused, prepared.ledger, faults_file)
+        raise refusal(refused, prepared.ledger.totals.rows, faults_file, prepared.ledger)
     prepared.notes += field_lines(prepared.ledger)
     prepared.ledger.check()
     if not prepared.documents:

@@ -20,8 +20,8 @@ class Rendered:
     """The result of rendering a row.
 
     `tokens` counts all tokens of the row, kept or not. `unused` counts those after the last target,
-    which are never in a document. The tokens in neither were cut off, for `reason`. `fields` are those
-    of the row that nothing reads.
+    which are never in a document. The tokens in neither were cut off, for `reason`. Nothing
+    reads the row's `fields`.
     """
 
     document: Document | None

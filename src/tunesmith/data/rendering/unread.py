@@ -1,9 +1,10 @@
 """Field accounting of a chat: differential rendering says which fields of its messages the chat
 template reads.
 
-A field is read if the text of the conversation changes when the field is taken out. The conversation
-is rendered to its end and up to the message itself, because templates may leave reasoning out of
-earlier turns. Answers of the same kind are kept with the template.
+A field is read if the text of the conversation changes when the field is taken out. The
+conversation is rendered to its end and up to the message itself, because templates may leave
+reasoning out of earlier turns. What was found is kept with the template, for other messages of the
+same kind.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _in_chat(
     roles: Collection[str],
 ) -> Iterator[Field]:
     columns = [name for name in MESSAGE_COLUMNS if name in COLUMNS[format] and name != "rejected"]
-    column = next((c for c in columns if isinstance(values.get(c), list | tuple)), columns[0])
+    lists = [c for c in columns if isinstance(values.get(c), list | tuple)]
+    column = lists[0] if lists else "messages"
     reads = Probe(chat, template)
     for number, message in enumerate(chat.messages):
         if message.fields:
@@ -80,37 +82,37 @@ def _in_chat(
         role = message.role
         if role not in STANDARD_ROLES and role not in roles and not template.names_role(role):
             yield unknown_role(column, role)
-    for name in columns:
-        if isinstance(values.get(name), list | tuple):
-            yield from unread_parts(values, name)
+    for name in lists:
+        yield from unread_parts(values, name)
 
 
 class Probe:
-    """Says whether the template reads a field of a message of this chat, by rendering it without."""
+    """Says whether the template reads a field of a message, by rendering the chat without it."""
 
     def __init__(self, chat: Chat, template: Template) -> None:
         self._chat = chat
         self._template = template
-        self._known: dict[tuple[Any, ...], bool] = template.memo.reads
 
     def __call__(self, number: int, name: str) -> bool:
         """True if the text changes without the field, or if the row can't be rendered at all."""
+        known = self._template.memo.reads
         message = self._chat.messages[number]
         last = number == len(self._chat.messages) - 1
-        if self._known.get((message.role, name)):
+        if known.get((message.role, name)):
             return True
         value = message.fields[name]
-        kind = (message.role, name, type(value), bool(value), last, bool(message.content))
-        found = self._known.get(kind)
+        shape = type(value).__name__
+        kind = (message.role, name, shape, bool(value), last, bool(message.content))
+        found = known.get(kind)
         if found is not None:
             return found
         try:
             found = self._differs(number, name)
         except RowError:
             return True  # rendering the row says what is wrong
-        self._known[kind] = found
+        known[kind] = found
         if found:
-            self._known[message.role, name] = True
+            known[message.role, name] = True
         return found
 
     def _differs(self, number: int, name: str) -> bool:

@@ -64,8 +64,9 @@ class Template:
         if not self.has_chat_template:
             return True
         own: Any = self.jinja or self.tokenizer.chat_template
-        texts = own.values() if isinstance(own, Mapping) else [own]
-        return any(f"'{role}'" in str(text) or f'"{role}"' in str(text) for text in texts)
+        named = cast("Mapping[str, Any]", own) if isinstance(own, Mapping) else {"": own}
+        text = "\n".join(str(one) for one in named.values())
+        return f"'{role}'" in text or f'"{role}"' in text
 
     def render(
         self,
