@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tunesmith.export.probes import CHATS
 
 import gotemplate_oracle as gotemplate
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.export.ollama import FAMILIES, find_family, modelfile
-from tunesmith.export.probes import CHATS
 
 GEMMA = (
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "

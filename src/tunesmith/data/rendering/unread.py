@@ -56,7 +56,8 @@ def account(
 
 def _fault(refused: list[Field], fields: tuple[Field, ...]) -> Fault:
     names = ", ".join(f"`{field.path}`" for field in refused)
-    dropped = all(field.path.rpartition(".")[2] in REASONING for field in refused)
+    dropped = all(field.path.rpartition("[].")[2] in REASONING and "[]" in field.path
+                  for field in refused)  # fmt: skip
     what = "the chat template leaves out" if dropped else "nothing reads"
     hint = "; ".join(dict.fromkeys(field.hint for field in refused))
     if dropped:

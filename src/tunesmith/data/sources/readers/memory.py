@@ -22,11 +22,11 @@ def memory_rows(rows: Any, name: str) -> Iterator[Raw]:
     Raises:
         DataError: two columns have the same name.
     """
-    kind = type(rows)
-    if kind.__module__.startswith("pandas.") and hasattr(rows, "columns"):
+    library = type(rows).__module__.split(".")[0]
+    if library == "pandas" and hasattr(rows, "columns"):
         yield from _data_frame(rows, name)
         return
-    if kind.__module__.startswith("pyarrow.") and hasattr(rows, "to_batches"):
+    if library == "pyarrow" and hasattr(rows, "to_batches"):
         for values in table_rows(rows, name):
             yield values, None
         return
