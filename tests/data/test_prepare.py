@@ -22,6 +22,8 @@ from tunesmith.types import Document, Segment
 class Words:
     """Stands for a Rendered: the fields that `prepare` reads."""
 
+    fields = ()
+
     document: Document | None
     status: str
     reason: str | None

@@ -15,6 +15,7 @@ from tunesmith.build.inputs import UserObjects
 from tunesmith.build.model import FoundModel, free_bytes, load_model
 from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
+from tunesmith.data.preprocess.document_store import highest_id
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
@@ -69,6 +70,7 @@ def load_tested(
     )
     loaded = ranked.loaded
     model = loaded.model
+    check_ids(data, model)
     if recipe.device.attention == "unpacked":
         model.run_unpacked()
     tested = test_loaded(ranked, world, max_length=data.longest)
@@ -77,6 +79,27 @@ def load_tested(
     frozen = freeze_unreached(model, unreached)
     notes = [*loaded.notes, *tested.notes, *frozen, *use_float8(recipe, model)]
     return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread, unreached)
+
+
+def check_ids(data: Data, model: CausalLM) -> None:
+    """Refuse ids for which the model has no embedding.
+
+    Raises:
+        ModelError: names the highest of them and a row that has it.
+    """
+    stated = int(getattr(model.config.get_text_config(), "vocab_size", None) or 0)
+    embedding = model.base.get_input_embeddings()
+    # A sharded embedding has fewer rows than the config states, a padded one has more.
+    size = max(stated, int(embedding.weight.shape[0]))
+    for documents in (data.prepared.documents, *(one.documents for one in data.eval_sets)):
+        found = highest_id(documents)
+        if found is not None and found[0] >= size:
+            raise ModelError(
+                f"ids without an embedding: id {found[0]}; the model has {size:,}",
+                where=str(found[1]),
+                hint="tokenizer and model don't belong together, or tokens were added without "
+                "embeddings: model.resize_token_embeddings(len(tokenizer)) before it is saved",
+            )
 
 
 def load_for_ranks(

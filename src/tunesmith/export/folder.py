@@ -15,6 +15,7 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
+from tunesmith.export.hub import NAMED_TEMPLATES
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
@@ -96,6 +97,10 @@ def _fill(
         _save_in_memory(folder, model, template)
     else:
         _copy(source.tokenizer_folder, folder, TOKENIZER_FILES)
+        if template.has_chat_template and template.jinja is None:
+            # The model has several templates, and the rows chose among them as inference does.
+            named = source.tokenizer_folder / NAMED_TEMPLATES
+            _copy(named, folder / NAMED_TEMPLATES, ("*.jinja",))
         # The generation config beside an adapter may hold stop ids that its base lacks.
         _copy(source.folder, folder, MODEL_FILES)
         copy_subfolders(source.folder, folder)
@@ -205,6 +210,7 @@ def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):
+                target.mkdir(exist_ok=True)
                 shutil.copyfile(path, target / path.name)
 
 

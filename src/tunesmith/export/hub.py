@@ -18,6 +18,8 @@ ALLOWED = (
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What may leave this machine. Rows, the ledger, metrics, samples and checkpoints are not here."""
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps every chat template but the one named default."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -32,13 +34,19 @@ def check_name(name: str) -> None:
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """The names of the folder's own files that may be sent; subfolders and links are left out."""
+    """The names of the folder's own files that may be sent, named chat templates included; other
+    subfolders and links are left out.
+    """
+    own = [
+        path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+    ]
+    named = folder / NAMED_TEMPLATES
+    if named.is_dir() and not named.is_symlink():
+        own += named.glob("*.jinja")
     return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file()
-        and not path.is_symlink()
-        and any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+        path.relative_to(folder).as_posix()
+        for path in own
+        if path.is_file() and not path.is_symlink()
     )
 
 
