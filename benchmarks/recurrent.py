@@ -145,8 +145,8 @@ def table(measured: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Recurrent layers: one row at a time, packed, packed with a shared prefix",
         "",
         f"{about['rows']} rows of 20 to 51 tokens behind a prefix of {about['prefix']}; models of "
-        f"8 layers, hidden size 256, float32, {about['threads']} thread(s) of a machine with 2 cores "
-        f"and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
+        f"8 layers, hidden size 256, float32, {about['threads']} thread(s) of a machine with 2 "
+        f"cores and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
         f"{tokens['alone']:,} tokens alone, {tokens['packed and shared']:,} shared.",
         "",
         "| model | recurrence | alone s | packed s | packed and shared s "
