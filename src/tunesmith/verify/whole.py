@@ -165,11 +165,11 @@ def _moved(job: Job, reloaded: Any, documents: Sequence[Document]) -> tuple[floa
     with torch.no_grad(), job.training.model.generation() as model:
         for document in documents:
             ids = torch.tensor(document.segments[0].ids.tolist(), device=job.training.device)[None]
-            own, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, reloaded))
+            ours, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, reloaded))
             with reloaded.disable_adapter():
                 plain = reloaded(input_ids=ids, use_cache=False).logits.float()
             size = float(plain.norm())
             moved = max(moved, float((theirs.float() - plain).norm()) / size)
-            difference = float((theirs.float() - own.float()).norm()) / size
+            difference = float((theirs.float() - ours.float()).norm()) / size
             apart = difference if not difference <= apart else apart
     return moved, apart
