@@ -170,6 +170,16 @@ def test_what_a_processor_reads_travels_along(tmp_path: Path) -> None:
     assert not (result / "other_run").exists()
 
 
+def test_the_start_says_what_is_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = wrapper_folder(tmp_path / "base", "llava")
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(8))
+    given = ["train", "--model", str(base), "--data", str(rows), "--out", str(tmp_path / "run")]
+    assert command([*given, *SHORT]) == 0
+    shown = capsys.readouterr()
+    (line,) = [line for line in (shown.out + shown.err).splitlines() if "no text reaches" in line]
+    assert "model.multi_modal_projector, model.vision_tower" in line
+
+
 # Adapters that are not those of the model.
 
 

@@ -80,7 +80,9 @@ def build(
     )
     choices = resolved_choices(job, loaded.tested, fitted.micro, fitted.kernels, trained.compiled)
     notes = [*data.prepared.notes, *loaded.notes, *steps.notes]
-    lines = summary_lines(job, fitted.report, choices, notes, longest=data.longest)
+    lines = summary_lines(
+        job, fitted.report, choices, notes, longest=data.longest, frozen=loaded.frozen
+    )
     return Job(job.data, job.training, Choices(resolved, choices, custom, lines), job.microbatching)
 
 

@@ -48,7 +48,8 @@ class TestedModel:
     notes: Sequence[str]
     adapter: AdapterState  # of the adapter that it came with
     unread: WeightFiles | None  # where the weights are, of a model without them
-    unreached: frozenset[str]  # parameters of the base that no text reaches; they are frozen
+    unreached: frozenset[str]  # parameters of the base that no text reaches
+    frozen: Sequence[str]  # the line that says so
 
 
 def load_tested(
@@ -77,8 +78,8 @@ def load_tested(
     whole = loaded.unread is None
     unreached = unreached_by_text(model) if whole else outside_decoder(model)
     frozen = freeze_unreached(model, unreached)
-    notes = [*loaded.notes, *tested.notes, *frozen, *use_float8(recipe, model)]
-    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread, unreached)
+    notes = [*loaded.notes, *tested.notes, *use_float8(recipe, model)]
+    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread, unreached, frozen)
 
 
 def check_ids(data: Data, model: CausalLM) -> None:

@@ -134,29 +134,29 @@ def _other_keys(reloaded: Any, keys: set[str]) -> list[str]:
 
 
 def _has_learned(job: Job) -> bool:
-    """Whether a trained part of the adapter is not where it began: B at zero."""
+    """Whether the adapter is not where it began, with B at zero. One that began as a part of the
+    base may stand anywhere.
+    """
+    if job.training.adapter.start is not None or job.training.adapter.of_quantized:
+        return False
     named = job.training.model.model.named_parameters()
     ups = [p for name, p in named if p.requires_grad and "lora_B" in name]
     return any(bool(p.any()) for p in ups)
 
 
 def _moved(job: Job, reloaded: Any, documents: Sequence[Document]) -> tuple[float, float]:
-    """How far the adapter moves the logits, and the largest difference from how the job's does,
-    both relative to the logits.
+    """How far the adapter moves the logits of the plain base, and the largest difference of where
+    it moves them to from the job's logits, both relative to the base's.
     """
     moved = apart = 0.0
     with torch.no_grad(), job.training.model.generation() as model:
         for document in documents:
             ids = torch.tensor(document.segments[0].ids.tolist(), device=job.training.device)[None]
-            moves: list[Tensor] = []
-            size = 1.0
-            for one in (model, reloaded):
-                adapted = one(input_ids=ids, use_cache=False).logits.float()
-                with one.disable_adapter():
-                    plain = one(input_ids=ids, use_cache=False).logits.float()
-                size = float(plain.norm())
-                moves.append(adapted - plain)
-            moved = max(moved, float(moves[1].norm()) / size)
-            difference = float((moves[0] - moves[1]).norm()) / size
+            ours, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, reloaded))
+            with reloaded.disable_adapter():
+                plain = reloaded(input_ids=ids, use_cache=False).logits.float()
+            size = float(plain.norm())
+            moved = max(moved, float((theirs.float() - plain).norm()) / size)
+            difference = float((theirs.float() - ours.float()).norm()) / size
             apart = difference if not difference <= apart else apart
     return moved, apart
