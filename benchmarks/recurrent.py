@@ -27,6 +27,7 @@ import torch
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
+from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
@@ -145,8 +146,8 @@ def table(measured: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Recurrent layers: one row at a time, packed, packed with a shared prefix",
         "",
         f"{about['rows']} rows of 20 to 51 tokens behind a prefix of {about['prefix']}; models of "
-        f"8 layers, hidden size 256, float32, {about['threads']} thread(s) of a machine with 2 cores "
-        f"and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
+        f"8 layers, hidden size 256, float32, {about['threads']} thread(s), on a machine with 2 "
+        f"cores and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
         f"{tokens['alone']:,} tokens alone, {tokens['packed and shared']:,} shared.",
         "",
         "| model | recurrence | alone s | packed s | packed and shared s "
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=48)
     parser.add_argument("--only", choices=list(MODELS), nargs="*", default=list(MODELS))
     arguments = parser.parse_args()
+    keep_freed_memory()
     rows = short_rows(arguments.rows, arguments.prefix)
     measured = [measure(family, rows, arguments.rounds) for family in arguments.only]
     about = {

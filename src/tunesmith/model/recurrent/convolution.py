@@ -1,9 +1,9 @@
 """Causal depthwise convolution along the path of each token (the short convolutions of Mamba, of
 linear attention and of LFM2).
 
-The model's own convolution runs over all packed tokens; a CUDA kernel stays in use. It is right
-wherever the tokens before are those of the path. The few tokens behind a branch point or at the
-start of a document are computed again from their own predecessors.
+The model's own convolution runs over all packed tokens. It is right wherever the tokens before are
+those of the path. The few tokens behind a branch point or at the start of a document are computed
+again from their own predecessors.
 
 Letters: C channels, T tokens, W width of the convolution, b tokens that are computed again.
 """

@@ -1,8 +1,8 @@
 """The functions that recurrent mixers of transformers call, made to follow a layout.
 
-Each takes the layout and transformers' own function, and returns what is called in its place with
-the same arguments. Transformers' function computes the runs of a level as one batch; where a CUDA
-kernel stands behind it, that is used. A layout is one row of tokens, so B = 1 outside.
+Each takes the layout and transformers' function in torch operations, and returns what is called in
+its place with the same arguments. Transformers' function computes the runs of a level as one batch.
+A layout is one row of tokens, so B = 1 outside.
 
 - Gated delta rule (arXiv 2412.06464) and Kimi delta attention (arXiv 2510.26692): a padded step has
   beta = 0 and log decay 0.
@@ -77,7 +77,7 @@ def delta_rule(layout: Layout, original: Original) -> Original:
                 initial_state=None if initial is None else initial[0],
                 output_final_state=True,
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                **_chunk(q, 64),
+                chunk_size=_chunk(q, 64),
             )
             return output, (final,)
 
@@ -115,7 +115,7 @@ def state_space_dual(layout: Layout, original: Original) -> Original:
                 A,
                 b,
                 c,
-                **{"chunk_size": chunk_size, **_chunk(x, chunk_size)},
+                chunk_size=_chunk(x, chunk_size),
                 D=D,
                 initial_states=None if initial is None else initial[0],
                 return_final_states=True,
@@ -158,9 +158,6 @@ def selective_scan(layout: Layout, original: Original) -> Original:
                 rows[0], rows[1], A, *rows[2:], return_last_state=True, **options
             )
             output = output.transpose(1, 2)
-            if x.is_cuda:
-                # the kernel of mamba-ssm has no gradient for its last state
-                final = _last_state(x, step, A, b)
             if initial is not None:
                 # decay from the start of the run to each of its steps, [S, n, I, N]
                 kept = torch.exp(A.float() * step.float().cumsum(1)[..., None])
@@ -176,13 +173,6 @@ def selective_scan(layout: Layout, original: Original) -> Original:
         return output if z is None else output * F.silu(z)
 
     return scan
-
-
-def _last_state(x: Tensor, step: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """[S, I, N]: the inputs of all steps, each with its decay up to the last step."""
-    since = step.float().cumsum(1)
-    decay = torch.exp(A.float() * (since[:, -1:] - since)[..., None])
-    return torch.einsum("snid,sni,snd->sid", decay, (step * x).float(), b.float())
 
 
 def weighted_key_value(layout: Layout, original: Original) -> Original:
@@ -242,11 +232,11 @@ def no_fused_kernel(layout: Layout, original: Original) -> Original:
     return lambda *_, **__: None
 
 
-def _chunk(inputs: Tensor, original: int) -> dict[str, int]:
-    """The chunk of a chunked recurrence: on a CPU no longer than the longest run, since steps that
-    fill up a chunk are computed too. It changes nothing else.
+def _chunk(inputs: Tensor, most: int) -> int:
+    """The chunk of a chunked recurrence, no longer than the longest run: steps that fill up a chunk
+    are computed too. It changes nothing else.
     """
-    return {} if inputs.is_cuda else {"chunk_size": min(original, inputs.shape[1])}
+    return min(most, inputs.shape[1])
 
 
 RECURRENCES: dict[str, Callable[[Layout, Original], Original]] = {
