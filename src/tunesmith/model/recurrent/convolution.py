@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tunesmith.model.attention.layout_cache import LayoutCache
 from tunesmith.model.recurrent.levels import run_tree
@@ -58,13 +57,6 @@ def path_convolution(
     if activation is not None:
         redone = activation(redone)
     return output.index_copy(2, edges.tokens, redone[None].to(output.dtype))
-
-
-def path_shift(layout: Layout, inputs: Tensor) -> Tensor:
-    """The inputs [1, T, ...] of each token's predecessor; zeros where there is none."""
-    before = run_tree(layout, inputs.device).predecessor
-    index = torch.from_numpy(before.astype(np.int64) + 1).to(inputs.device)
-    return F.pad(inputs[0], (0, 0, 1, 0)).index_select(0, index)[None]
 
 
 def path_edges(layout: Layout, width: int, device: torch.device) -> Edges:

@@ -8,7 +8,6 @@ A layout is one row of tokens, so B = 1 outside.
   beta = 0 and log decay 0.
 - State-space duality (Mamba 2, arXiv 2405.21060) and selective scan (Mamba 1, arXiv 2312.00752): a
   padded step has step size 0, which is a decay of 1 and no input.
-- WKV of RWKV 4 (arXiv 2305.13048).
 
 Letters: T tokens, S runs, n steps, H heads, I channels, N size of a channel's state.
 """
@@ -175,56 +174,6 @@ def selective_scan(layout: Layout, original: Original) -> Original:
     return scan
 
 
-def weighted_key_value(layout: Layout, original: Original) -> Original:
-    """For `rwkv_linear_attention`: key and value [1, T, I], decay and bonus [I].
-
-    Written out here: the decay of transformers' function is the same in every step, and one of
-    padding must not decay.
-    """
-
-    def attend(
-        time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, **_: Any
-    ) -> tuple[Tensor, None]:
-        decay = (-torch.exp(time_decay)).float().expand(key.shape[1], -1)
-
-        def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
-            return _wkv(*inputs, bonus=time_first.float(), initial=initial)
-
-        inputs = [key[0].float(), value[0].float(), decay]
-        tree = run_tree(layout, key.device)
-        found = run_over_tree(tree, recurrence, inputs, padding=(_NOTHING, 0.0, 0.0))
-        return found[None].to(key.dtype), None
-
-    return attend
-
-
-_NOTHING = -1e38
-"""Logarithm of a weight of 0, finite so that differences of two such are a number."""
-
-
-def _wkv(
-    key: Tensor, value: Tensor, decay: Tensor, *, bonus: Tensor, initial: State | None
-) -> tuple[Tensor, State]:
-    """Averages of values, weighted by exp(key) and decaying; [S, n, I].
-
-    Numerator and denominator are kept divided by exp(scale), so that neither overflows.
-    """
-    if initial is None:
-        zero = torch.zeros_like(key[:, 0])
-        initial = zero, zero, zero + _NOTHING
-    numerator, denominator, scale = initial
-    outputs: list[Tensor] = []
-    for k, v, d in zip(key.unbind(1), value.unbind(1), decay.unbind(1), strict=True):
-        here = torch.maximum(scale, k + bonus)
-        past, now = torch.exp(scale - here), torch.exp(k + bonus - here)
-        outputs.append((past * numerator + now * v) / (past * denominator + now))
-        after = torch.maximum(scale + d, k)
-        past, now = torch.exp(scale + d - after), torch.exp(k - after)
-        numerator, denominator = past * numerator + now * v, past * denominator + now
-        scale = after
-    return torch.stack(outputs, 1), (numerator, denominator, scale)
-
-
 def no_fused_kernel(layout: Layout, original: Original) -> Original:
     """For fused kernels of a whole mixer, which know no layout: None is transformers' word for
     "there is none", after which a mixer calls the functions above.
@@ -248,6 +197,5 @@ RECURRENCES: dict[str, Callable[[Layout, Original], Original]] = {
     "mamba_split_conv1d_scan_combined": no_fused_kernel,
     "mamba_selective_scan": selective_scan,
     "mamba_inner_fn": no_fused_kernel,
-    "rwkv_linear_attention": weighted_key_value,
 }
 """By the name under which a mixer's `forward` finds the function in its module."""
