@@ -27,6 +27,7 @@ import torch
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
+from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
 from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
@@ -37,7 +38,7 @@ SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -50,7 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": (
         "gated delta net",
         {
-            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
             "linear_num_key_heads": 4,
             "linear_num_value_heads": 8,
             "linear_key_head_dim": 64,
@@ -63,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": (
         "short convolution",
-        {"layer_types": (["conv"] * 3 + ["full_attention"]) * 2},
+        {"layer_types": ["conv"] * 3 + ["full_attention"]},
     ),
     "mamba": ("Mamba 1", {"state_size": 16, "intermediate_size": 512, "time_step_rank": 16}),
 }
@@ -145,7 +146,11 @@ def table(measured: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Recurrent layers: one row at a time, packed, packed with a shared prefix",
         "",
         f"{about['rows']} rows of 20 to 51 tokens behind a prefix of {about['prefix']}; models of "
+<<<<<<< HEAD
         f"8 layers, hidden size 256, float32, {about['threads']} thread(s) of a machine with 2 "
+=======
+        f"4 layers, hidden size 256, float32, {about['threads']} thread(s), on a machine with 2 "
+>>>>>>> recurrent
         f"cores and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
         f"{tokens['alone']:,} tokens alone, {tokens['packed and shared']:,} shared.",
         "",
@@ -172,6 +177,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=48)
     parser.add_argument("--only", choices=list(MODELS), nargs="*", default=list(MODELS))
     arguments = parser.parse_args()
+    keep_freed_memory()
     rows = short_rows(arguments.rows, arguments.prefix)
     measured = [measure(family, rows, arguments.rounds) for family in arguments.only]
     about = {

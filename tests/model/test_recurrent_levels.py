@@ -20,7 +20,7 @@ from tunesmith.model.recurrent.active_layout import (
     recompute_contexts,
     use_layout,
 )
-from tunesmith.model.recurrent.convolution import path_convolution, path_shift
+from tunesmith.model.recurrent.convolution import path_convolution
 from tunesmith.model.recurrent.handover import run_over_tree
 from tunesmith.model.recurrent.levels import SHORT, run_tree, split_runs
 from tunesmith.model.recurrent.linear_scan import decayed_attention, diagonal_scan
@@ -132,16 +132,6 @@ def packed_alone(path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution at the last token of one path, [C]."""
     last = path[:, -weight.shape[1] :]
     return (last * weight[:, weight.shape[1] - last.shape[1] :]).sum(-1) + bias
-
-
-@settings(max_examples=20, deadline=None)
-@given(layouts())
-def test_shifts_look_along_the_path(layout: Layout) -> None:
-    inputs = torch.randn(1, len(layout.position), 3)
-    found = path_shift(layout, inputs)
-    for token, path in enumerate(paths(layout)):
-        expected = inputs[0, path[-2]] if len(path) > 1 else torch.zeros(3)
-        assert torch.equal(found[0, token], expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

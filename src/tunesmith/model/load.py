@@ -185,7 +185,13 @@ def finish(causal_lm: CausalLM) -> list[str]:
     if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
     if not causal_lm.unpacked:
-        follow_layouts(causal_lm.decoder)
+        followed = follow_layouts(causal_lm.decoder)
+        if followed and causal_lm.head.weight.device.type != "cpu":
+            notes.append(
+                "recurrent layers are packed by torch operations, without the kernels of fla, "
+                "mamba-ssm and causal-conv1d: many small launches; device.attention=unpacked uses "
+                "the kernels, one path at a time"
+            )
     else:
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"

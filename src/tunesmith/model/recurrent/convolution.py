@@ -1,9 +1,9 @@
 """Causal depthwise convolution along the path of each token (the short convolutions of Mamba, of
 linear attention and of LFM2).
 
-The model's own convolution runs over all packed tokens; a CUDA kernel stays in use. It is right
-wherever the tokens before are those of the path. The few tokens behind a branch point or at the
-start of a document are computed again from their own predecessors.
+The model's own convolution runs over all packed tokens. It is right wherever the tokens before are
+those of the path. The few tokens behind a branch point or at the start of a document are computed
+again from their own predecessors.
 
 Letters: C channels, T tokens, W width of the convolution, b tokens that are computed again.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tunesmith.model.attention.layout_cache import LayoutCache
 from tunesmith.model.recurrent.levels import run_tree
@@ -58,13 +57,6 @@ def path_convolution(
     if activation is not None:
         redone = activation(redone)
     return output.index_copy(2, edges.tokens, redone[None].to(output.dtype))
-
-
-def path_shift(layout: Layout, inputs: Tensor) -> Tensor:
-    """The inputs [1, T, ...] of each token's predecessor; zeros where there is none."""
-    before = run_tree(layout, inputs.device).predecessor
-    index = torch.from_numpy(before.astype(np.int64) + 1).to(inputs.device)
-    return F.pad(inputs[0], (0, 0, 1, 0)).index_select(0, index)[None]
 
 
 def path_edges(layout: Layout, width: int, device: torch.device) -> Edges:

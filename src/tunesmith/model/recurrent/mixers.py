@@ -2,7 +2,6 @@
 
 - Lightning attention (MiniMax-01, arXiv 2501.08313).
 - RG-LRU (Griffin, arXiv 2402.19427): the recurrence, and the convolution before it.
-- The time shift of RWKV 4.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunesmith.model.recurrent.active_layout import active_layout
-from tunesmith.model.recurrent.convolution import path_convolution, path_shift
+from tunesmith.model.recurrent.convolution import path_convolution
 from tunesmith.model.recurrent.handover import State, run_over_tree
 from tunesmith.model.recurrent.levels import run_tree
 from tunesmith.model.recurrent.linear_scan import decayed_attention, diagonal_scan
@@ -104,20 +103,9 @@ def _following_lru(original: type[nn.Module]) -> type[nn.Module]:
     return type(original.__name__, (original,), {"_rnn_scan": scan})
 
 
-def _rwkv(module: Any, swap: ModuleSwap) -> None:
-    original = type(module.time_shift).forward
-
-    def shift(self: Any, inputs: Tensor) -> Tensor:
-        layout = active_layout()
-        return original(self, inputs) if layout is None else path_shift(layout, inputs)
-
-    swap.set_forward(module.time_shift, shift)
-
-
 MIXERS = (
     KnownMixer(
         frozenset({"qkv_proj", "output_gate", "out_proj", "norm", "slope_rate"}), _lightning
     ),
     KnownMixer(frozenset({"conv_1d", "rg_lru"}), _griffin),
-    KnownMixer(frozenset({"time_shift", "time_mix_key", "key", "receptance"}), _rwkv),
 )

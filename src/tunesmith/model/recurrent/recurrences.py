@@ -1,14 +1,13 @@
 """The functions that recurrent mixers of transformers call, made to follow a layout.
 
-Each takes the layout and transformers' own function, and returns what is called in its place with
-the same arguments. Transformers' function computes the runs of a level as one batch; where a CUDA
-kernel stands behind it, that is used. A layout is one row of tokens, so B = 1 outside.
+Each takes the layout and transformers' function in torch operations, and returns what is called in
+its place with the same arguments. Transformers' function computes the runs of a level as one batch.
+A layout is one row of tokens, so B = 1 outside.
 
 - Gated delta rule (arXiv 2412.06464) and Kimi delta attention (arXiv 2510.26692): a padded step has
   beta = 0 and log decay 0.
 - State-space duality (Mamba 2, arXiv 2405.21060) and selective scan (Mamba 1, arXiv 2312.00752): a
   padded step has step size 0, which is a decay of 1 and no input.
-- WKV of RWKV 4 (arXiv 2305.13048).
 
 Letters: T tokens, S runs, n steps, H heads, I channels, N size of a channel's state.
 """
@@ -77,7 +76,7 @@ def delta_rule(layout: Layout, original: Original) -> Original:
                 initial_state=None if initial is None else initial[0],
                 output_final_state=True,
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                **_chunk(q, 64),
+                chunk_size=_chunk(q, 64),
             )
             return output, (final,)
 
@@ -115,7 +114,7 @@ def state_space_dual(layout: Layout, original: Original) -> Original:
                 A,
                 b,
                 c,
-                **{"chunk_size": chunk_size, **_chunk(x, chunk_size)},
+                chunk_size=_chunk(x, chunk_size),
                 D=D,
                 initial_states=None if initial is None else initial[0],
                 return_final_states=True,
@@ -158,9 +157,6 @@ def selective_scan(layout: Layout, original: Original) -> Original:
                 rows[0], rows[1], A, *rows[2:], return_last_state=True, **options
             )
             output = output.transpose(1, 2)
-            if x.is_cuda:
-                # the kernel of mamba-ssm has no gradient for its last state
-                final = _last_state(x, step, A, b)
             if initial is not None:
                 # decay from the start of the run to each of its steps, [S, n, I, N]
                 kept = torch.exp(A.float() * step.float().cumsum(1)[..., None])
@@ -178,63 +174,6 @@ def selective_scan(layout: Layout, original: Original) -> Original:
     return scan
 
 
-def _last_state(x: Tensor, step: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """[S, I, N]: the inputs of all steps, each with its decay up to the last step."""
-    since = step.float().cumsum(1)
-    decay = torch.exp(A.float() * (since[:, -1:] - since)[..., None])
-    return torch.einsum("snid,sni,snd->sid", decay, (step * x).float(), b.float())
-
-
-def weighted_key_value(layout: Layout, original: Original) -> Original:
-    """For `rwkv_linear_attention`: key and value [1, T, I], decay and bonus [I].
-
-    Written out here: the decay of transformers' function is the same in every step, and one of
-    padding must not decay.
-    """
-
-    def attend(
-        time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, **_: Any
-    ) -> tuple[Tensor, None]:
-        decay = (-torch.exp(time_decay)).float().expand(key.shape[1], -1)
-
-        def recurrence(inputs: Sequence[Tensor], initial: State | None) -> tuple[Tensor, State]:
-            return _wkv(*inputs, bonus=time_first.float(), initial=initial)
-
-        inputs = [key[0].float(), value[0].float(), decay]
-        tree = run_tree(layout, key.device)
-        found = run_over_tree(tree, recurrence, inputs, padding=(_NOTHING, 0.0, 0.0))
-        return found[None].to(key.dtype), None
-
-    return attend
-
-
-_NOTHING = -1e38
-"""Logarithm of a weight of 0, finite so that differences of two such are a number."""
-
-
-def _wkv(
-    key: Tensor, value: Tensor, decay: Tensor, *, bonus: Tensor, initial: State | None
-) -> tuple[Tensor, State]:
-    """Averages of values, weighted by exp(key) and decaying; [S, n, I].
-
-    Numerator and denominator are kept divided by exp(scale), so that neither overflows.
-    """
-    if initial is None:
-        zero = torch.zeros_like(key[:, 0])
-        initial = zero, zero, zero + _NOTHING
-    numerator, denominator, scale = initial
-    outputs: list[Tensor] = []
-    for k, v, d in zip(key.unbind(1), value.unbind(1), decay.unbind(1), strict=True):
-        here = torch.maximum(scale, k + bonus)
-        past, now = torch.exp(scale - here), torch.exp(k + bonus - here)
-        outputs.append((past * numerator + now * v) / (past * denominator + now))
-        after = torch.maximum(scale + d, k)
-        past, now = torch.exp(scale + d - after), torch.exp(k - after)
-        numerator, denominator = past * numerator + now * v, past * denominator + now
-        scale = after
-    return torch.stack(outputs, 1), (numerator, denominator, scale)
-
-
 def no_fused_kernel(layout: Layout, original: Original) -> Original:
     """For fused kernels of a whole mixer, which know no layout: None is transformers' word for
     "there is none", after which a mixer calls the functions above.
@@ -242,11 +181,11 @@ def no_fused_kernel(layout: Layout, original: Original) -> Original:
     return lambda *_, **__: None
 
 
-def _chunk(inputs: Tensor, original: int) -> dict[str, int]:
-    """The chunk of a chunked recurrence: on a CPU no longer than the longest run, since steps that
-    fill up a chunk are computed too. It changes nothing else.
+def _chunk(inputs: Tensor, most: int) -> int:
+    """The chunk of a chunked recurrence, no longer than the longest run: steps that fill up a chunk
+    are computed too. It changes nothing else.
     """
-    return {} if inputs.is_cuda else {"chunk_size": min(original, inputs.shape[1])}
+    return min(most, inputs.shape[1])
 
 
 RECURRENCES: dict[str, Callable[[Layout, Original], Original]] = {
@@ -258,6 +197,5 @@ RECURRENCES: dict[str, Callable[[Layout, Original], Original]] = {
     "mamba_split_conv1d_scan_combined": no_fused_kernel,
     "mamba_selective_scan": selective_scan,
     "mamba_inner_fn": no_fused_kernel,
-    "rwkv_linear_attention": weighted_key_value,
 }
 """By the name under which a mixer's `forward` finds the function in its module."""

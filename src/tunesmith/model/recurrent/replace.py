@@ -3,6 +3,10 @@
 A mixer is known by what its `forward` calls. It keeps its own forward, run with other functions
 under the names it calls, and only while a layout is active: without one (generation, one document
 at a time) nothing is different. Transformers' modules are not changed.
+
+Under a layout the functions are transformers' torch operations, also where a kernel of fla,
+mamba-ssm or causal-conv1d would be called without one: the gradients of their initial and final
+states have not been tried.
 """
 
 from __future__ import annotations
@@ -64,7 +68,8 @@ def _following(mixer: type[nn.Module]) -> Callable[..., Any] | None:
 def _rebound(plain: Any, called: set[str], layout: Layout) -> Callable[..., Any]:
     """The same function, which finds other functions under the names of `called`."""
     around = plain.__globals__
-    others = {name: RECURRENCES[name](layout, around[name]) for name in called}
+    # unwrapped: what transformers puts around it looks for kernels
+    others = {name: RECURRENCES[name](layout, inspect.unwrap(around[name])) for name in called}
     found = types.FunctionType(
         plain.__code__, {**around, **others}, plain.__name__, plain.__defaults__, plain.__closure__
     )
