@@ -146,11 +146,7 @@ def table(measured: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Recurrent layers: one row at a time, packed, packed with a shared prefix",
         "",
         f"{about['rows']} rows of 20 to 51 tokens behind a prefix of {about['prefix']}; models of "
-<<<<<<< HEAD
-        f"8 layers, hidden size 256, float32, {about['threads']} thread(s) of a machine with 2 "
-=======
         f"4 layers, hidden size 256, float32, {about['threads']} thread(s), on a machine with 2 "
->>>>>>> recurrent
         f"cores and AVX2. CPU seconds of forward and backward, median of {about['rounds']} rounds; "
         f"{tokens['alone']:,} tokens alone, {tokens['packed and shared']:,} shared.",
         "",
