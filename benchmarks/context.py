@@ -44,14 +44,13 @@ def arguments() -> argparse.Namespace:
 def measure(place: int, tokens: int, count: int, port: int, results: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tunesmith.data.microbatch.collate import collate
     from tunesmith.data.microbatch.planner import plan_step
     from tunesmith.distributed.world import connect
     from tunesmith.model.load import wrap_causal_lm
     from tunesmith.model.memory.allocator import footprint
     from tunesmith.model.ops.activation_checkpointing import set_checkpointing
     from tunesmith.objectives import head_loss, nll
-    from tunesmith.train.microbatches import local_part
+    from tunesmith.train.microbatches import collate, local_part
     from tunesmith.types import Document, Origin, Segment
 
     if count > 1:

@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm, resolve_model
@@ -40,6 +39,7 @@ from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Batch, Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -11,6 +11,7 @@ entered, in all threads.
   of a class.
 - Lines are those of the functions entered, decorators, docstrings and comments included. A line of
   a function inside a function counts once. Bodies of modules and classes do not count.
+- Lines of code are those of them without docstrings, comments and empty lines.
 - The number of functions leaves comprehensions out, which newer Pythons do not enter.
 - A step is what is entered between the progress lines of two steps in the middle of the run: the
   step itself, the plan of the next one, the records, the progress line, and the questions of the
@@ -22,6 +23,7 @@ entered, in all threads.
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import json
 import os
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -113,6 +116,26 @@ def trace(checkout: Path, found: Path, arguments: Sequence[str]) -> None:
     found.write_text(json.dumps(record), encoding="utf-8")
 
 
+def code_lines(path: Path) -> set[int]:
+    """The numbers of the lines that hold code: no docstring, no comment alone, not empty."""
+    with tokenize.open(path) as text:
+        source = text.read()
+    prose = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    held = {
+        line
+        for line, text in enumerate(source.splitlines(), start=1)
+        if text.strip() and not text.lstrip().startswith("#")
+    }
+    return held - prose
+
+
 @dataclass(frozen=True)
 class Entered:
     """What was entered."""
@@ -120,9 +143,10 @@ class Entered:
     files: int
     functions: int
     lines: Counter[str]  # of functions, by file
+    code: int  # lines of functions without docstrings, comments and empty lines
 
     @classmethod
-    def count(cls, codes: Iterable[dict[str, Any]]) -> Entered:
+    def count(cls, codes: Iterable[dict[str, Any]], package: Path) -> Entered:
         codes = list(codes)
         functions = [code for code in codes if code["is_function"]]
         lines = {
@@ -134,6 +158,10 @@ class Entered:
             files=len({code["file"] for code in codes}),
             functions=sum(not code["is_comprehension"] for code in functions),
             lines=Counter(file for file, _ in lines),
+            code=sum(
+                len(code_lines(package / file) & {n for other, n in lines if other == file})
+                for file in {file for file, _ in lines}
+            ),
         )
 
 
@@ -160,7 +188,8 @@ def measure(checkout: Path) -> dict[str, Entered]:
         record = json.loads(found.read_text(encoding="utf-8"))
     if not record["step"]:
         raise SystemExit(f"error: {checkout} printed no progress line of step {STEP}")
-    return {name: Entered.count(codes) for name, codes in record.items()}
+    package = checkout / "src" / "tunesmith"
+    return {name: Entered.count(codes, package) for name, codes in record.items()}
 
 
 def name_of_num_proc(checkout: Path, environment: dict[str, str]) -> str:
@@ -179,10 +208,15 @@ def run(command: Sequence[str], environment: dict[str, str]) -> str:
 
 
 def table(measured: dict[str, dict[str, Entered]]) -> str:
-    lines = ["| checkout | | files | functions | lines of them |", "|---|---|---|---|---|"]
+    lines = [
+        "| checkout | | files | functions | lines of them | lines of code |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, parts in measured.items():
         for part, found in parts.items():
-            numbers = f"{found.files} | {found.functions:,} | {found.lines.total():,}"
+            numbers = (
+                f"{found.files} | {found.functions:,} | {found.lines.total():,} | {found.code:,}"
+            )
             lines.append(f"| {name} | {part} | {numbers} |")
     return "\n".join(lines) + "\n"
 

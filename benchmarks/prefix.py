@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.data.preprocess.prepare import prepare
 from tunesmith.data.sources.sources import Source
@@ -36,6 +35,7 @@ from tunesmith.model.attention.dispatch import layout_attention
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.ops.malloc import keep_freed_memory
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 RESULTS = Path(__file__).resolve().parent / "results"

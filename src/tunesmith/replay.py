@@ -187,7 +187,7 @@ def _document_gradient_norms(trainer: Trainer, documents: Sequence[Document]) ->
 
     Random numbers (dropout, noise) differ from those in the step.
     """
-    training, cut = trainer.training, trainer.microbatching
+    training, cut = trainer.training, trainer.oom_retry.cut
     model, device = training.model, training.device
     kept = capture_rng()
     total = sum(float(s.weight.sum(dtype=np.float64)) for d in documents for s in d.segments)

@@ -85,7 +85,7 @@ def test_scores_that_are_held_grow_with_the_square() -> None:
 
 
 def test_a_mode_that_runs_out_of_memory_is_passed_over(model, monkeypatch) -> None:
-    def fails(*_: object) -> int:
+    def fails(*_: object, **__: object) -> int:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(memory, "_bytes_of", fails)

@@ -123,8 +123,8 @@ def test_a_hub_data_set_is_pinned_to_its_commit(given: Path, tmp_path: Path, mon
     ("data", "message"),
     [
         ({"train": [{"path": "a", "weight": 1}, "b"]}, "b has no weight"),
-        ({"train": ["a"], "mix_by": "tokens"}, "no source has one"),
-        ({"train": ["a"], "mix_stop": "first_exhausted"}, "no source has one"),
+        ({"train": ["a"], "mix_by": "tokens"}, "no source has a weight"),
+        ({"train": ["a"], "mix_stop": "first_exhausted"}, "no source has a weight"),
         ({"train": [{"path": "a", "epochs": 2}, "a"]}, "twice"),
         ({"train": [{"path": "a", "weight": 0}]}, "above 0"),
         ({"train": ["a"], "eval": {"e": {"path": "a", "weight": 1}}}, "neither weight nor epochs"),

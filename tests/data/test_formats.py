@@ -343,7 +343,7 @@ def test_convert_writes_counts_and_refuses(
         assert part in said
     assert not out.exists()
     assert command(["convert", str(data), str(out), "--bad-rows", "drop"]) == 0
-    assert "1 bad rows left out" in capsys.readouterr().out
+    assert "left out 1 bad rows" in capsys.readouterr().out
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["messages"][-1]["content"] for row in rows] == ["so"] * 3
     assert command(["convert", str(data), str(out)]) == 2

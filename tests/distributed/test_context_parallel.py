@@ -25,7 +25,6 @@ from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.cli.plan import lines
 from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.world import World
@@ -34,7 +33,7 @@ from tunesmith.estimate import forecast
 from tunesmith.model.attention.dispatch import MaskRule, layout_attention
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.train.loss import path_lengths
-from tunesmith.train.microbatches import local_part
+from tunesmith.train.microbatches import collate, local_part
 from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 
@@ -309,9 +308,9 @@ def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         check_exact(model, ranks, **where)
         hidden = model.hidden
 
-        def shifted(batch: Any) -> Tensor:
+        def shifted(batch: Any, **options: Any) -> Tensor:
             moved = batch.layout is not None and batch.layout.shard is not None
-            return hidden(batch) + 0.01 * moved
+            return hidden(batch, **options) + 0.01 * moved
 
         model.hidden = shifted
         try:
@@ -341,7 +340,7 @@ def test_a_plan_is_of_one_rank(llama_folder: Path, chats: Path) -> None:
     )
     assert alone.context == ()
     assert "2 groups of 2 ranks" in shared.context[0]
-    assert "memory is of one rank" in "\n".join(lines(shared))
+    assert "memory is that of one rank" in "\n".join(lines(shared))
     assert shared.measured.activations < 0.6 * alone.measured.activations
     assert shared.work.computed == alone.work.computed
     with pytest.raises(RecipeError, match="3 ranks can't be divided"):

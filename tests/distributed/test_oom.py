@@ -33,7 +33,7 @@ def limited(self):
     between(self)
     if rank not in {ranks} or self.training.model.training != {training} or self.step < {step}:
         return
-    if self.microbatching.micro_tokens > {fits}:
+    if self.oom_retry.cut.micro_tokens > {fits}:
         torch.rand(7)  # what was drawn before the failure must not count
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

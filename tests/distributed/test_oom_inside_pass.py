@@ -43,7 +43,7 @@ armed = [""]
 def arming(self):
     between(self)
     wanted = {training} == self.training.model.training
-    large = self.microbatching.micro_tokens > {fits} and self.step >= {step}
+    large = self.oom_retry.cut.micro_tokens > {fits} and self.step >= {step}
     armed[0] = {where!r} if rank in {ranks} and wanted and large else ""
 
 def full(*_):

@@ -24,7 +24,6 @@ from tunesmith.build.tensor_parallel import tp_plan_of
 from tunesmith.checkpoint.folder import differences, load_checkpoint
 from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.distributed.tensor_parallel import TPPlan, apply_tensor_parallel
 from tunesmith.distributed.tensor_parallel_ops import TensorParallel
@@ -35,7 +34,7 @@ from tunesmith.model.adapters import AdapterSpec, add_adapter
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.microbatches import local_part
+from tunesmith.train.microbatches import collate, local_part
 from tunesmith.train.path_hash import target_keys
 from tunesmith.types import Document, Origin, Segment
 

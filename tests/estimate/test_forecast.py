@@ -101,7 +101,7 @@ def test_the_page_warns_of_few_steps(asked: list[str], capsys: pytest.CaptureFix
     assert command(["plan", *asked, "adapter=lora"]) == 0
     page = capsys.readouterr().out
     assert "warning: only 12 optimizer steps" in page
-    assert "padded to the longest of its step" in page
+    assert "padded to the longest row of each step" in page
 
 
 def test_a_run_that_does_not_fit_ends_with_1_and_what_would(

@@ -9,6 +9,7 @@ import gotemplate_oracle as gotemplate
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data.templates.load import wrap_tokenizer
 from tunesmith.errors import ModelError
+from tunesmith.export.gguf.check import CHATS
 from tunesmith.export.ollama import FAMILIES, find_family, modelfile
 
 GEMMA = (

@@ -110,14 +110,14 @@ def test_a_folder_that_can_not_be_written_in(
     closed.chmod(0o555)
     new = place.run(closed / "run", prelude=WITHOUT_POWERS)
     assert_clean(new, code=2)
-    assert "can't be made: Permission denied" in new.said
+    assert "can't be created: Permission denied" in new.said
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     for path in [run, *run.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     old = place.resume(run, prelude=WITHOUT_POWERS)
     assert_clean(old, code=2)
-    assert "can't be written in: Permission denied" in old.said
+    assert "can't be written to: Permission denied" in old.said
 
 
 @pytest.mark.usefixtures("writable_again")

@@ -127,7 +127,7 @@ def test_fewer_rows_than_steps_done_are_refused(place: Place, moving: tuple[Path
     write_jsonl(rows, chat_rows(4))
     done = place.resume(run, ["--changed-data"])
     assert_clean(done, code=1)
-    assert "has done 6 steps, and with this data it has 2" in done.said
+    assert "has done 6 steps, and with this data it would have only 2" in done.said
 
 
 def test_changed_held_out_rows_are_refused(place: Place, moving: tuple[Path, Path]) -> None:

@@ -14,9 +14,9 @@ from forked import Running
 NOISY = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "device.micro_tokens=120"]
 SLOW = """
 import pathlib, time
-from tunesmith.train import signals
+from tunesmith.train import triggers
 from tunesmith.train.trainer import Trainer
-signals.FINISH_SECONDS = 0.0  # as if each micro-batch took seconds
+triggers.FINISH_SECONDS = 0.0  # as if each micro-batch took seconds
 between = Trainer._between
 def slow(self):
     between(self)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tiny import tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.load import wrap_causal_lm
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 LAYOUTS = {

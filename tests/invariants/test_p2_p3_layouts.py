@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()

@@ -18,7 +18,7 @@ from tiny import tiny_model
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.moe_router import Routers
 from tunesmith.objectives import named_objective, with_terms
 from tunesmith.train.loss import ReferenceModel, RouterBalance, StepLoss

@@ -121,7 +121,7 @@ def test_a_start_takes_at_most_twelve_lines(count):
     assert len(lines) == min(count, 12)
     assert lines[2] == "line 2 [2]"
     if count > 12:
-        assert lines[-1] == f"and {count - 11} more, in machine.json"
+        assert lines[-1] == f"{count - 11} more lines are in machine.json"
 
 
 def test_a_step_without_some_values_shows_the_others():

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tiny import tiny_folder, tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import AdapterSpec, add_adapter, candidates, full_report
@@ -21,6 +20,7 @@ from tunesmith.model.load import load_causal_lm, wrap_causal_lm
 from tunesmith.model.source import resolve_model
 from tunesmith.objectives import head_loss, nll
 from tunesmith.optim import undecayed
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 ATTENTION = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4}

@@ -13,7 +13,6 @@ from torch import nn
 
 import tunesmith
 from tiny import tiny_folder, tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model import causal_lm as module
 from tunesmith.model.adapters import AdapterSpec, add_adapter
@@ -22,6 +21,7 @@ from tunesmith.model.load import load_causal_lm, wrap_causal_lm
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.model.source import resolve_model
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Batch, Document, Origin, Segment
 
 ROOT = Path(tunesmith.__file__).parent

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.memory.allocator import footprint
 from tunesmith.model.ops.activation_checkpointing import as_mode, recomputing, set_checkpointing
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()

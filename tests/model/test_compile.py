@@ -25,13 +25,13 @@ from tunesmith.build import compile as assembled
 from tunesmith.build.microbatch_size import made_up_batch
 from tunesmith.config.compatibility import Facts, check_together
 from tunesmith.config.read import read_recipe
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.compile import compile_layers, difference, restore_layers
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.module_swap import RECORD
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 QUICK = "eager"

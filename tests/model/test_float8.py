@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import candidates
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.kernels import float8
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
+from tunesmith.model.ops.numerics import Comparison, equivalence_trial
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 pytest.importorskip("torchao.float8")
@@ -144,22 +145,27 @@ def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with pytest.raises(ModelError, match="doesn't work"):  # there is no GPU here
         float8.check_device(gpu)
-    monkeypatch.setattr(float8, "_apart_of_products", lambda _: 0.5)
-    with pytest.raises(ModelError, match=r"differs by 5\.0e-01"):
+    ones = torch.ones(4)
+    half = [Comparison(1.5 * ones, ones, float8.ROUNDING)]
+    monkeypatch.setattr(float8, "_compared_products", lambda _: half)
+    with pytest.raises(ModelError, match=r"differs by 5\.0e\+01 times what rounding"):
         float8.check_device(gpu)
-    monkeypatch.setattr(float8, "_apart_of_products", lambda _: 1e-3)
+    near = [Comparison(1.001 * ones, ones, float8.ROUNDING)]
+    monkeypatch.setattr(float8, "_compared_products", lambda _: near)
     float8.check_device(gpu)
 
 
 def test_the_trial_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert float8._apart_of_products(cpu) == 0
-    assert float8._apart_of_casts(float8.to_float8, cpu) == 0
+    assert equivalence_trial(lambda: float8._compared_products(cpu)).excess == 0
+    casts = equivalence_trial(lambda: float8._compared_casts(float8.to_float8, cpu))
+    assert casts.excesses
+    assert casts.excess == 0
 
     def whole_only(values: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         return float8.to_float8(values, True)
 
-    assert float8._apart_of_casts(whole_only, cpu) > float8.ROUNDING
+    assert equivalence_trial(lambda: float8._compared_casts(whole_only, cpu)).excess > 1
 
 
 def rows() -> list[Document]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import tunesmith
 from gang import losses, weights
 from tiny import chat_inputs, four_steps, tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.attention import dispatch as attention
@@ -27,9 +26,10 @@ from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.kernels import Provider, restore_modules, use_kernels
 from tunesmith.model.kernels import provider as provider_module
 from tunesmith.model.kernels.trial import gate_variants, nearest, norm_variants
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
 
 attention.register()

@@ -24,7 +24,7 @@ from tunesmith.model import compile as compiled
 from tunesmith.model.adapters import fused_lora
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.kernels import Provider, float8, replace, use_kernels
-from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.ops import bf16_upcast
 from tunesmith.module_swap import RECORD, ModuleSwap, restore_all, without_forwards
 

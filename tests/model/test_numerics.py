@@ -10,6 +10,8 @@ import torch
 from tunesmith.model.ops.numerics import (
     NARROW,
     ONE_OPERATION,
+    Comparison,
+    equivalence_trial,
     relative_difference,
     whole_model_bound,
 )
@@ -50,3 +52,32 @@ def test_bounds_leave_room_for_one_rounding_and_not_for_a_wrong_value() -> None:
         torch.float32, torch.device("meta")
     )
     assert all(whole_model_bound(dtype, CPU) < 0.1 for dtype in NARROW)
+
+
+def test_a_trial_holds_each_result_to_its_bound() -> None:
+    ones = torch.ones(2, 3)
+    near = Comparison(1.001 * ones, ones, 1e-2)
+    far = Comparison(1.5 * ones, ones, 1e-2, rows=True)
+    assert equivalence_trial(lambda: [near]).problem is None
+    verdict = equivalence_trial(lambda: [near, far])
+    assert verdict.excesses == pytest.approx((0.1, 50.0), rel=1e-3)
+    assert verdict.problem == "it differs by 5.0e+01 times what rounding explains"
+
+
+def test_a_trial_of_other_shapes_or_no_numbers_does_not_pass() -> None:
+    ones = torch.ones(2, 3)
+    for found in (torch.ones(3, 2), ones * math.nan):
+        assert equivalence_trial(lambda found=found: [Comparison(found, ones, 1.0)]).excess == (
+            math.inf
+        )
+
+
+def test_a_trial_that_can_not_be_run_says_why() -> None:
+    def failing() -> list[Comparison]:
+        raise RuntimeError("no compiler\nand more")
+
+    verdict = equivalence_trial(failing)
+    assert verdict.problem == "no compiler"
+    assert verdict.excess == math.inf
+    with pytest.raises(RuntimeError):
+        equivalence_trial(failing, catch=(ValueError,))

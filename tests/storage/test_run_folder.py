@@ -112,9 +112,9 @@ def test_a_deletion_cut_short_leaves_a_run(tmp_path, monkeypatch):
 
 def test_what_can_not_be_a_folder_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="can't be made"):
+    with pytest.raises(InputError, match="can't be created"):
         open_run(tmp_path / "file", model_name="m")
-    with pytest.raises(InputError, match="can't be made"):
+    with pytest.raises(InputError, match="can't be created"):
         open_run(tmp_path / "file" / "below", model_name="m")
 
 

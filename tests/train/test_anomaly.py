@@ -19,7 +19,7 @@ from tunesmith.errors import NonFiniteError, RunError
 from tunesmith.metrics.records import read_records
 from tunesmith.run import Run, resume, train
 from tunesmith.train.anomaly import guard as guard_module
-from tunesmith.train.anomaly.spikes import LEAST, WINDOW, Spikes
+from tunesmith.train.anomaly.guard import LEAST, WINDOW, Spikes
 
 SECTIONS = {
     "batch": {"documents": 4},

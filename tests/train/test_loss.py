@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
-from tunesmith.metrics.histogram import log_histogram, quantiles
+from tunesmith.metrics.records import log_histogram, quantiles
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import read_logit_transform
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.neftune import EmbeddingNoise
 from tunesmith.objectives import named_objective
 from tunesmith.train.loss import StepLoss, path_lengths
+from tunesmith.train.microbatches import collate
 from tunesmith.train.old_policy import OldPolicy
 from tunesmith.train.path_hash import path_ends, target_keys, token_keys
 from tunesmith.types import Document, Origin, Segment

@@ -118,7 +118,7 @@ def test_a_step_that_stopped_the_run_is_shown(
     before = contents(tmp_path / "run")
     assert command(["replay", str(tmp_path / "run"), "--step", "5"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "no record of it" in said[1]
+    assert "no record of this step" in said[1]
     assert said[3].split()[1] == "nan"
     assert said[4].split()[1] != "nan"
     assert contents(tmp_path / "run") == before

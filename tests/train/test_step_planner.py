@@ -93,7 +93,7 @@ def test_a_plan_for_other_micro_tokens_is_not_used(tmp_path: Path) -> None:
     own._planner.prepare(1, cut)
     before = len(own._planner.step(1, cut).plans)
     own._planner.prepare(1, cut)
-    own.microbatching = replace(cut, micro_tokens=64)
+    own.oom_retry.cut = replace(cut, micro_tokens=64)
     documents, plans = own.planned(1)
     fresh = step_plans(
         documents,
@@ -105,7 +105,7 @@ def test_a_plan_for_other_micro_tokens_is_not_used(tmp_path: Path) -> None:
     assert len(plans) == len(fresh) > before
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(plans, fresh, strict=True))
     mine = local_plans(fresh, job.training.world, work_model=job.microbatching.work)
-    assert [plan.tokens for plan in own._planner.step(1, own.microbatching).local] == [
+    assert [plan.tokens for plan in own._planner.step(1, own.oom_retry.cut).local] == [
         plan.tokens for plan in mine
     ]
     job.training.loss.close()

@@ -145,7 +145,7 @@ def test_a_resume_with_other_micro_tokens_is_said_to_be_within_rounding(
     assert command(["resume", str(run), "device.micro_tokens=64"]) == 0
     said = capsys.readouterr().err
     assert "within rounding" in said
-    assert "micro_tokens was 1024, is 64" in said
+    assert "micro_tokens was 1024 and is 64" in said
     for name, tensor in weights(run).items():
         assert torch.allclose(tensor, weights(undisturbed)[name], atol=1e-6)
 

@@ -11,13 +11,17 @@ from tunesmith.build.parity import (
     probe_plan,
     states_only,
 )
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.context_parallel import ContextParallel, uneven_heads
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
-from tunesmith.train.microbatches import local_part
+from tunesmith.model.ops.numerics import (
+    NARROW,
+    Comparison,
+    equivalence_trial,
+    whole_model_bound,
+)
+from tunesmith.train.microbatches import collate, local_part
 
 
 def check_model(model: CausalLM, cp: ContextParallel) -> None:
@@ -53,8 +57,11 @@ def check_exact(
     """
     if world.cp.size == 1:
         return
-    difference = _difference(model, world.cp, device, narrow=compute in NARROW)
-    (worst,) = world.all_reduce_max([difference / whole_model_bound(compute, device)])
+    bound, narrow = whole_model_bound(compute, device), compute in NARROW
+    verdict = equivalence_trial(
+        lambda: _compared(model, world.cp, device, bound=bound, narrow=narrow), catch=()
+    )
+    (worst,) = world.all_reduce_max([verdict.excess])
     if not worst <= 1:
         raise ModelError(
             f"this model gives other results where ranks share its tokens, {worst:.1e} times what "
@@ -64,10 +71,10 @@ def check_exact(
         )
 
 
-def _difference(
-    model: CausalLM, cp: ContextParallel, device: torch.device, *, narrow: bool
-) -> float:
-    """How far this rank's hidden states are from those of one process."""
+def _compared(
+    model: CausalLM, cp: ContextParallel, device: torch.device, *, bound: float, narrow: bool
+) -> list[Comparison]:
+    """This rank's hidden states, and those of one process."""
     plan = probe_plan(model)
     part = local_part(plan, cp)
     training = model.training
@@ -82,8 +89,8 @@ def _difference(
     local = part.layout.local
     wanted = whole[local.start : local.stop]  # without what was added at the end
     if not len(wanted):
-        return 0.0
-    return relative_difference(found[: len(wanted)], wanted, rows=True, robust=narrow)
+        return []
+    return [Comparison(found[: len(wanted)], wanted, bound, rows=True, robust=narrow)]
 
 
 def context_line(context: int, ranks: int, *, longest: int) -> list[str]:

@@ -13,7 +13,6 @@ import torch
 
 from tunesmith.checkpoint.rng import capture_rng, restore_rng
 from tunesmith.config.schema import Recipe
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.errors import InputError
@@ -35,6 +34,7 @@ from tunesmith.model.ops.activation_checkpointing import (
     set_checkpointing,
 )
 from tunesmith.objectives import head_loss, nll
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Batch, Document, Origin, Segment
 
 PROBED_TOKENS = 512

@@ -4,7 +4,7 @@ machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from tunesmith.build.parity import (
     probe_plan,
     states_only,
 )
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.distributed.oom import is_out_of_memory
 from tunesmith.distributed.tensor_parallel import TensorParallelSync, TPPlan, tensor_parallelize
@@ -22,8 +21,14 @@ from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.bf16_upcast import restore_linear_layers
-from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
+from tunesmith.model.ops.numerics import (
+    NARROW,
+    Comparison,
+    equivalence_trial,
+    whole_model_bound,
+)
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
+from tunesmith.train.microbatches import collate
 
 ROUGHER = 5
 """How much more rounding to 16 bits may change a gradient than a hidden state. Where a rank's term
@@ -88,7 +93,9 @@ def tensor_parallelize_checked(
     try:
         with world.naming_lost_rank():
             found = _probe(model, probes, terms=world.tp.size)
-            apart = _difference(wanted, found, probes, world)
+            apart = equivalence_trial(
+                lambda: _compared(wanted, found, probes, world), catch=()
+            ).excess
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -155,22 +162,21 @@ def _probe(model: CausalLM, probes: Sequence[_Probed], *, terms: int) -> _Seen:
     return _Seen(hidden.detach(), gradients, model.head.weight.dtype)
 
 
-def _difference(wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: World) -> float:
-    """The largest relative difference of a token's hidden states, or of a gradient; over what
-    rounding may change.
-    """
+def _compared(
+    wanted: _Seen, found: _Seen, probes: Sequence[_Probed], world: World
+) -> Iterator[Comparison]:
+    """Hidden states, by token, and this rank's part of each gradient."""
     split, device = world.tp, found.hidden.device
     states, narrow = whole_model_bound(found.compute, device), found.compute in NARROW
     gradients = states * (ROUGHER if narrow else 1)
-    worst = relative_difference(found.hidden, wanted.hidden, rows=True, robust=narrow) / states
+    yield Comparison(found.hidden, wanted.hidden, states, rows=True, robust=narrow)
     for probe, one, local in zip(probes, wanted.gradients, found.gradients, strict=True):
         if probe.dimension is not None:
             one = one.chunk(split.size, probe.dimension)[split.rank]
         one, local = one.to(device).float(), local.float()
         if probe.partial_grad:
             local = split.all_reduce(local.clone())
-        worst = max(worst, relative_difference(local, one) / gradients)
-    return worst
+        yield Comparison(local, one, gradients)
 
 
 def tensor_line(world: World, grad_sync: NoSync) -> list[str]:

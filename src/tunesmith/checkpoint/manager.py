@@ -95,7 +95,7 @@ class CheckpointManager:
         self._versions = versions()  # reading them takes as long as a small model's save
         self._begun: int | None = None  # step of the newest checkpoint, whole or not
         self._good: int | None = None  # step of the newest that is known to be whole
-        self._flight: _PendingCheckpoint | None = None
+        self.pending: _PendingCheckpoint | None = None  # being written; the same on every rank
         self._work = BackgroundWriter()
         self._beside: bool | None = None  # whether steps go on while one is written
         self._optimizer_copy, self._other_copy = Snapshot(), Snapshot()
@@ -122,7 +122,7 @@ class CheckpointManager:
                 with writing_told(self._folder, progress.step):
                     (aside / "parts").mkdir()
         state = self._state(progress, stateful)
-        self._flight = _PendingCheckpoint(state, best)
+        self.pending = _PendingCheckpoint(state, best)
         if self._saved.sharded is None:
             self._complete()
         else:
@@ -141,11 +141,11 @@ class CheckpointManager:
         Raises:
             CheckpointError: it can't be written.
         """
-        flight = self._flight
+        flight = self.pending
         if flight is None or agreed == WriterState.BUSY:
             return
         if agreed == WriterState.FAILED:
-            self._flight = None
+            self.pending = None
             self._raise_error(flight)
         found = self._work.result()
         if flight.part is not None:
@@ -154,7 +154,7 @@ class CheckpointManager:
             flight.state = replace(flight.state, finish_parts=finish)
             self._complete()
             return
-        self._flight, self._good = None, flight.state.step
+        self.pending, self._good = None, flight.state.step
         self._told({"kind": "event", "event": "checkpoint", "step": flight.state.step})
 
     def wait(self) -> None:
@@ -163,7 +163,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: it can't be written.
         """
-        while self._flight is not None:
+        while self.pending is not None:
             self._work.join()
             self.poll(WriterState(int(self._world.all_reduce_max([self.state])[0])))
 
@@ -171,7 +171,7 @@ class CheckpointManager:
         """The run ends by an error: a checkpoint that this rank can complete alone is completed,
         one that can't be is told.
         """
-        flight, self._flight = self._flight, None
+        flight, self.pending = self.pending, None
         if flight is None:
             return
         if flight.part is not None or not isinstance(error, Exception):
@@ -249,7 +249,7 @@ class CheckpointManager:
         """Agree with the other ranks on the parts, and begin with this one's."""
         from tunesmith.checkpoint.sharded import SavedPart
 
-        flight, shards = self._flight, self._saved.sharded
+        flight, shards = self.pending, self._saved.sharded
         assert flight is not None
         assert shards is not None
         self._world.barrier()  # the first rank has made the folder
@@ -265,7 +265,7 @@ class CheckpointManager:
 
     def _complete(self) -> None:
         """Begin with what the first rank does alone."""
-        flight = self._flight
+        flight = self.pending
         assert flight is not None
 
         def write() -> None:

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tunesmith.build.job import Job
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.estimate.workload import Work, documents_of, evenly_spaced, planned
 from tunesmith.metrics.records import peak_memory
 from tunesmith.model.memory.allocator import footprint
 from tunesmith.train.evaluate import evaluate
-from tunesmith.train.microbatches import local_part
+from tunesmith.train.microbatches import collate, local_part
 from tunesmith.train.step import StepResult, train_step
 from tunesmith.train.warm_up import longest_document, run_longest
 

@@ -1,4 +1,5 @@
-"""Metric records of a run (JSON Lines): made, written to metrics.jsonl, and read back.
+"""Metric records of a run (JSON Lines): made, written to metrics.jsonl, and read back; and the
+weighted quantiles they hold, from log-scale histograms, which add up over micro-batches and ranks.
 
 A record is a flat mapping with `kind` train, eval or event, and the `step` it belongs to. Records
 of kind eval have the name of their `set`, those of kind event have its name in `event`.
@@ -10,11 +11,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tunesmith.errors import InputError, RunError
 
@@ -192,3 +195,41 @@ def _length_up_to(path: Path, step: int) -> int:
                 break
             length += len(line)
     return length
+
+
+LOWEST, HIGHEST, PER_UNIT = -8, 40, 8
+"""Range of the histograms in natural logarithms, and bins per unit: a bin is 13% wide."""
+SHOWN = (0.5, 0.9, 0.99)
+EMPTY_HISTOGRAM = np.zeros((2, (HIGHEST - LOWEST) * PER_UNIT))
+"""A histogram of no values, to which others are added."""
+
+
+def log_histogram(
+    values: NDArray[np.floating], weight: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """The histogram of values that are natural logarithms.
+
+    Returns:
+        [2, bins]: the sum of weights, and the sum of weight * value. Values outside the range are
+        clipped to it.
+    """
+    bins = (HIGHEST - LOWEST) * PER_UNIT
+    bounded = np.clip(values, LOWEST, HIGHEST)
+    places = np.minimum(((bounded - LOWEST) * PER_UNIT).astype(np.int64), bins - 1)
+    sums = [np.bincount(places, weights=w, minlength=bins) for w in (weight, weight * bounded)]
+    return np.stack(sums).astype(np.float64)
+
+
+def quantiles(
+    histogram: NDArray[np.float64], shares: Sequence[float] = SHOWN
+) -> dict[float, float]:
+    """The values (exp of the logarithms) below which the shares of the weight lie.
+
+    Each is the weighted mean of the bin in which the quantile falls. Empty without weight.
+    """
+    weight, summed = histogram
+    reached = np.cumsum(weight)
+    if reached[-1] == 0:
+        return {}
+    places = {share: int(np.searchsorted(reached, share * reached[-1])) for share in shares}
+    return {share: float(np.exp(summed[place] / weight[place])) for share, place in places.items()}

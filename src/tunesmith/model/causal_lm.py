@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.attention.dispatch import NAME
-from tunesmith.model.lm_head import head_inputs
-from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.lm_head import LogitTransform, head_inputs
 from tunesmith.model.ops.activation_offload import offloaded
 from tunesmith.model.ops.bf16_upcast import needs_upcast, upcast
 from tunesmith.types import Batch, HeadLoss, LossOutput

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
+from tunesmith.model.ops.numerics import ONE_OPERATION, Comparison, equivalence_trial
 from tunesmith.module_swap import ModuleSwap, without_forwards
 from tunesmith.types import Batch
 
@@ -57,21 +57,26 @@ def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> fl
     sizes come first in a run. Weights and gradients are left as they were.
     """
     training = model.training
-    rounding = ONE_OPERATION.get(model.head.weight.dtype, 0.0)
-    worst = 0.0
-    try:
-        model.train()
+    bound = ONE_OPERATION.get(model.head.weight.dtype)
+    if bound is None:
+        return math.inf
+
+    def compare() -> Iterator[Comparison]:
         for layer, inputs, named in _inputs(model, layers, batch):
             plain, _ = _plain_forward(type(layer))
             expected = _learned(functools.partial(plain, layer), layer, inputs, named)
             found = _learned(layer, layer, inputs, named)
-            worst = max(worst, _apart(found, expected))
+            yield from _comparisons(found, expected, bound)
+
+    try:
+        model.train()
+        excess = equivalence_trial(compare, catch=()).excess  # what it raises is told by the caller
         model.eval()
         with torch.no_grad():
             model.hidden(batch)
     finally:
         model.train(training)
-    return worst / rounding if rounding else math.inf
+    return excess
 
 
 def _plain_forward(layer: type[nn.Module]) -> tuple[Callable[..., Any], bool]:
@@ -133,14 +138,12 @@ def _learned(
     return [output.detach(), *(g for g in gradients if g is not None)]
 
 
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference; of tokens in 16 bits the median one, since rounding can
-    flip an expert of a token.
+def _comparisons(
+    found: Sequence[Tensor], expected: Sequence[Tensor], bound: float
+) -> Iterator[Comparison]:
+    """Output, gradient of the input, gradients of what is trained. Of tokens in 16 bits the median
+    difference counts, since rounding can send a token to another expert.
     """
-    if len(found) != len(expected):
-        return math.inf
-    worst = 0.0
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         tokens = number < 2 and other.dtype != torch.float32
-        worst = max(worst, relative_difference(one, other, robust=tokens))
-    return worst
+        yield Comparison(one, other, bound, robust=tokens)

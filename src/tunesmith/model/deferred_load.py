@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.layers import per_layer
+from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.load import (
     LoadedModel,
     checked_config,
@@ -28,7 +29,6 @@ from tunesmith.model.load import (
     quiet,
     silence,
 )
-from tunesmith.model.logit_transform import read_logit_transform
 from tunesmith.model.source import ModelSource
 from tunesmith.model.weight_files import WeightFiles
 

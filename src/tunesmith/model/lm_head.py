@@ -1,7 +1,10 @@
-"""The output embedding (LM head) as weight and bias, also inside peft's wrappers."""
+"""The output embedding (LM head) with its bias, also inside peft's wrappers, and what follows it:
+logit scale and logit soft-capping (as in Gemma 2), read from the config.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,3 +43,36 @@ def _read_off(head: Any, base: Any) -> Tensor:
     if base.bias is not None:
         mapped = mapped - base.bias
     return mapped.T
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """logits -> softcap * tanh(scale * logits / softcap), or scale * logits without a softcap."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @property
+    def identity(self) -> bool:
+        return self.softcap is None and self.scale == 1.0
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The model's logits from the raw products of the head; any shape."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def read_logit_transform(config: Any) -> LogitTransform:
+    """The transform that the config names: `final_logit_softcapping`, `logit_scale` (cohere),
+    `logits_scaling` (granite).
+    """
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        scale /= float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LogitTransform(softcap=None if softcap is None else float(softcap), scale=scale)

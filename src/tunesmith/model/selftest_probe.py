@@ -17,7 +17,13 @@ from tunesmith.errors import ModelError
 from tunesmith.model.attention.dispatch import NAME
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.lm_head import head_inputs
-from tunesmith.model.ops.numerics import NARROW, relative_difference, whole_model_bound
+from tunesmith.model.ops.numerics import (
+    NARROW,
+    Comparison,
+    equivalence_trial,
+    relative_difference,
+    whole_model_bound,
+)
 from tunesmith.types import Batch, Chain, Layout, TargetOwners
 
 _LARGEST_WINDOW = 512
@@ -233,13 +239,15 @@ class Probe:
         )
 
     def _compare(self, found: Tensor, expected: Tensor) -> float:
-        worst = relative_difference(found, expected, robust=not self.exact)
-        if self.beyond and len(found) > self.beyond:
-            tail = slice(-self.beyond, None)
-            worst = max(
-                worst, relative_difference(found[tail], expected[tail], robust=not self.exact)
-            )
-        return worst
+        """The difference of hidden states, also of those beyond the window alone; relative."""
+
+        def compare() -> Iterator[Comparison]:
+            yield Comparison(found, expected, 1.0, robust=not self.exact)
+            if self.beyond and len(found) > self.beyond:
+                tail = slice(-self.beyond, None)
+                yield Comparison(found[tail], expected[tail], 1.0, robust=not self.exact)
+
+        return equivalence_trial(compare, catch=()).excess
 
 
 def _small_window(config: Any) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
 from tunesmith.objectives.head import ObjectiveInputs, ReferenceHidden, argmax_tokens, head_loss
-from tunesmith.objectives.losses import nll
+from tunesmith.objectives.losses import Chunk, Objective, make_chunk, nll
 from tunesmith.objectives.registry import OBJECTIVES, named_objective, with_terms
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tunesmith.objectives.chunk import Objective, make_chunk
+from tunesmith.objectives.losses import Objective, make_chunk
 
 ROWS, VOCABULARY = 5, 11
 STEP = 1e-6

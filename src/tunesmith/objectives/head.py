@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tunesmith.objectives.chunk import Chunk, Objective, make_chunk
+from tunesmith.objectives.losses import Chunk, Objective, make_chunk
 from tunesmith.types import LossOutput
 
 Transform = Callable[[Tensor], Tensor]

@@ -7,8 +7,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tunesmith.objectives.chunk import Chunk, Objective
-from tunesmith.objectives.losses import cross_entropy, dft, divergence, eaft, nll, psft, z_loss
+from tunesmith.objectives.losses import (
+    Chunk,
+    Objective,
+    cross_entropy,
+    dft,
+    divergence,
+    eaft,
+    nll,
+    psft,
+    z_loss,
+)
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "nll": nll,

@@ -1,8 +1,7 @@
 """Optimizers with float32-exact updates, and learning-rate schedules."""
 
 from tunesmith.optim.adamw import AdamW, AdamW8bit
-from tunesmith.optim.clipping import clip_factor, grad_norm
-from tunesmith.optim.optimizer import Optimizer
+from tunesmith.optim.optimizer import Optimizer, clip_factor, grad_norm
 from tunesmith.optim.paging import Pages
 from tunesmith.optim.rules import SGD, Adafactor, Lion, Muon
 from tunesmith.optim.schedules import auto_lr, schedule, warmup_steps

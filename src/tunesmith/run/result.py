@@ -60,9 +60,9 @@ def sampler(job: Job, path: Path, *, after_step: int) -> Callable[[int], None] |
 
 def take_best(trainer: Trainer, job: Job) -> None:
     """Load the weights of the best evaluation, if `train.result` is best."""
-    if job.choices.recipe.train.result != "best" or trainer.best is None:
+    if job.choices.recipe.train.result != "best" or trainer.evaluations.best is None:
         return
-    step = int(trainer.best["step"])
+    step = int(trainer.evaluations.best["step"])
     if step != trainer.step:
         checkpoint = run_files(trainer.folder)["checkpoints"] / f"step-{step}"
         saved_optimizer(job).load(checkpoint, load_checkpoint(checkpoint))

@@ -111,10 +111,11 @@ def _lower_micro_tokens(
     It is that of the checkpoint's `meta`, or less if the last attempt ran out of memory and could
     not retry.
     """
-    requested = trainer.microbatching.micro_tokens
+    retry = trainer.oom_retry
+    requested = retry.requested
     saved = requested if meta is None else saved_micro_tokens(meta, asked=requested)
     now = read_hint(path, asked=requested, micro_tokens=saved)
-    trainer.microbatching = replace(trainer.microbatching, micro_tokens=now)
+    retry.cut = replace(retry.cut, micro_tokens=now)
     if now == saved:
         return []
     return [f"resume: memory ran out with device.micro_tokens={requested}, so it is now {now}"]

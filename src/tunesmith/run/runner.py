@@ -104,7 +104,7 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     if job.training.world.is_main:
         sinks = _sinks(folder, job, after_step=kept if folder.resumed else None, progress=progress)
         samples = sampler(job, files["samples"], after_step=kept)
-    trainer.sinks, trainer.on_eval = sinks, samples
+    trainer.sinks, trainer.evaluations.on_eval = sinks, samples
     try:
         trainer.fit()
     except BaseException:

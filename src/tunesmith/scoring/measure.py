@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan, plan_step
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import Chunk, head_loss, nll
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
+from tunesmith.train.microbatches import collate
 from tunesmith.types import Document
 
 Floats = NDArray[np.float64]

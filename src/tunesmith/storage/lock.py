@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class FolderLock:
         """Let other processes have the folder. May be called twice, and in a forked child."""
         # In a forked child filelock has closed its copy of the file, and nothing is held there.
         if self.held is not None and self.held.is_locked:
-            os.truncate(self.held.lock_file, 0)
+            with suppress(FileNotFoundError):  # the folder of a run that did not begin is removed
+                os.truncate(self.held.lock_file, 0)
             self.held.release()
 
 

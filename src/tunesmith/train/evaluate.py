@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.distributed.world import World
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.objectives import head_loss, nll
-from tunesmith.train.microbatches import WorkModel, local_plans, step_plans
+from tunesmith.train.microbatches import WorkModel, collate, local_plans, step_plans
 from tunesmith.train.step import add_document_losses, read_figures
 from tunesmith.types import Document, LossOutput
 

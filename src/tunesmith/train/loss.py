@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.data.microbatch.collate import collate
 from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.model.causal_lm import CausalLM
@@ -31,7 +30,7 @@ from tunesmith.objectives import (
     head_loss,
     nll,
 )
-from tunesmith.train.microbatches import local_part
+from tunesmith.train.microbatches import collate, local_part
 from tunesmith.train.old_policy import OldPolicy
 from tunesmith.train.path_hash import path_ends, token_keys
 from tunesmith.transfer import to_device
@@ -122,7 +121,8 @@ class StepLoss:
 
     def __call__(self, model: CausalLM, plan: MicrobatchPlan, device: torch.device) -> LossOutput:
         """The loss of one micro-batch, differentiable."""
-        return self._loss(model, plan, device, old=self._old_logprob(plan, device))
+        old = None if self.old_policy is None else self._old_logprob(self.old_policy, plan, device)
+        return self._loss(model, plan, device, old=old)
 
     def probe(
         self, model: CausalLM, document: Document, plan: MicrobatchPlan, device: torch.device
@@ -135,7 +135,9 @@ class StepLoss:
     def _loss(
         self, model: CausalLM, plan: MicrobatchPlan, device: torch.device, *, old: Tensor | None
     ) -> LossOutput:
-        batch = self._with_guesses(model, collate(plan, device), plan)
+        batch = collate(plan, device)
+        if self.sampling:
+            batch = self._with_guesses(model, batch, plan)
         sides = ObjectiveInputs(
             progress=self.step / self.steps,
             old_logprob=old,
@@ -191,10 +193,12 @@ class StepLoss:
         whole[to_device(part.part.targets.astype(np.int64), device)] = found
         return self.group.all_reduce(whole)
 
-    def _old_logprob(self, plan: MicrobatchPlan, device: torch.device) -> Tensor | None:
-        if self.old_policy is None or self.old_policy.empty or self.step < self.old_policy.first:
+    def _old_logprob(
+        self, policy: OldPolicy, plan: MicrobatchPlan, device: torch.device
+    ) -> Tensor | None:
+        if policy.empty or self.step < policy.first:
             return None
-        return to_device(self.old_policy.find(plan), device)
+        return to_device(policy.find(plan), device)
 
     def _with_guesses(self, model: CausalLM, batch: Batch, plan: MicrobatchPlan) -> Batch:
         """The batch with some target tokens replaced, where they are read, by the likeliest token

@@ -16,13 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from tunesmith.data.microbatch.planner import MicrobatchPlan, Part, plan_step
 from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction
 from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.distributed.world import World
-from tunesmith.types import Document, IntArray, TargetOwners
+from tunesmith.transfer import to_device
+from tunesmith.types import Batch, Document, IntArray, TargetOwners
 
 TRIES = 5
 """How often a step is cut anew to find micro-batches that fill the ranks."""
@@ -276,3 +279,22 @@ class StepPlanner:
             share_prefixes=cut.share_prefixes, unpacked=self._unpacked(),
         )  # fmt: skip
         return PlannedStep(documents, plans, local_plans(plans, self._world, work_model=cut.work))
+
+
+def collate(plan: MicrobatchPlan, device: torch.device | str = "cpu") -> Batch:
+    """The plan's arrays as tensors on the device; ids and positions as int64, weights as
+    float32.
+    """
+
+    def tensor(array: NDArray[np.int32]) -> torch.Tensor:
+        return to_device(array.astype(np.int64), device)
+
+    return Batch(
+        input_ids=tensor(plan.ids),
+        position_ids=tensor(plan.layout.position[plan.layout.local]),
+        layout=plan.layout if plan.packed else None,
+        source=tensor(plan.source),
+        target=tensor(plan.target),
+        weight=to_device(plan.weight, device),
+        owners=plan.owners,
+    )

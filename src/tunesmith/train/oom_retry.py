@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,60 +23,78 @@ from tunesmith.storage.atomic import read_json, write_json
 from tunesmith.train.evaluate import GROUP_TOKENS, document_groups
 from tunesmith.train.job import MicroBatching, Training
 from tunesmith.train.microbatches import step_plans
-from tunesmith.train.signals import AbandonedError
+from tunesmith.train.triggers import AbandonedError
 from tunesmith.types import Document
 
 HINT_FILE = "less-memory.json"
 T = TypeVar("T")
 
-Shrink = Callable[[int, int, Sequence[int]], None]
-"""Sets `micro_tokens` from the first value to the second; memory ran out on these ranks."""
 
-
-def retry_on_oom(
-    attempt: Callable[[], T],
-    training: Training,
-    *,
-    micro_tokens: int,
-    largest: Callable[[int], int],
-    shrink: Shrink,
-    leave: Callable[[int], None],
-) -> T:
-    """The result of `attempt`. After each out-of-memory error `micro_tokens` is halved until
-    micro-batches become smaller, `shrink` sets the new value, and `attempt` is called again.
-
-    `largest` gives the tokens of the largest micro-batch at some `micro_tokens`, the same on every
-    rank. Several ranks retry where all of them know that one ran out of memory. Where only one
-    knows, outside of micro-batches or where ranks do not check their peers, this is an error, and
-    `leave` is told what the next start should try.
-
-    Raises:
-        RunError: out of memory, and nothing smaller is left to try, or weights had already begun
-            to change.
-        AbandonedError: as the attempt did; everything is then as it was before it.
+class OOMRetry:
+    """Runs the steps and evaluations of a run, again with smaller micro-batches where memory ran
+    out. `cut` is how they are cut now; `requested` is the `micro_tokens` of the start.
     """
-    while True:
-        state, steps = capture_rng(), training.optimizer.steps
-        try:
-            return attempt()
-        except AbandonedError:
-            _set_back(training, state)
-            raise
-        except Exception as error:
-            if not is_out_of_memory(error):
+
+    def __init__(
+        self, training: Training, cut: MicroBatching, folder: Path,
+        emit: Callable[[Mapping[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self.cut, self.requested = cut, cut.micro_tokens
+        self._training, self._folder, self._emit = training, folder, emit
+
+    def run(
+        self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int,
+        *, grouped: bool = False,
+    ) -> T:  # fmt: skip
+        """The result of `attempt`. After each out-of-memory error `micro_tokens` is halved until
+        the micro-batches of these documents become smaller, and `attempt` is called again.
+
+        Several ranks retry where all of them know that one ran out of memory. Where only one knows,
+        outside of micro-batches or where ranks do not check their peers, this is an error, and a
+        file in the run's folder says what the next start should try. `grouped`: the documents are
+        cut as in an evaluation.
+
+        Raises:
+            RunError: out of memory, and nothing smaller is left to try, or weights had already
+                begun to change.
+            AbandonedError: as the attempt did; everything is then as it was before it.
+        """
+        while True:
+            state, steps = capture_rng(), self._training.optimizer.steps
+            try:
+                return attempt()
+            except AbandonedError:
+                _set_back(self._training, state)
                 raise
-            now = smaller(micro_tokens, largest)
-            ranks = error.ranks if isinstance(error, CollectiveOOM) else None
-            known = training.world.is_single or ranks is not None
-            if not known and now is not None:
-                leave(now)
-                raise out_of_memory_on(training.world.rank, micro_tokens, now) from error
-            if now is None or training.optimizer.steps != steps:
-                raise out_of_memory(micro_tokens, largest(micro_tokens), error) from error
-        # Out here the error is gone, and with it the tensors that its frames held.
-        _set_back(training, state)
-        shrink(micro_tokens, now, ranks or ())
-        micro_tokens = now
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                changed = self._training.optimizer.steps != steps
+                now, ranks = self._next(error, documents, changed=changed, grouped=grouped)
+            # Out here the error is gone, and with it the tensors that its frames held.
+            _set_back(self._training, state)
+            before, self.cut = self.cut.micro_tokens, replace(self.cut, micro_tokens=now)
+            self._emit(retry_record(where, step, before, now, ranks=ranks))
+
+    def _next(
+        self, error: Exception, documents: Sequence[Document], *, changed: bool, grouped: bool
+    ) -> tuple[int, Sequence[int]]:
+        """The `micro_tokens` of the next attempt, and the ranks on which memory ran out."""
+
+        def largest(tokens: int) -> int:
+            return _largest_microbatch(
+                self._training, self.cut, documents, micro_tokens=tokens, grouped=grouped
+            )
+
+        world, micro_tokens = self._training.world, self.cut.micro_tokens
+        now = smaller(micro_tokens, largest)
+        ranks = error.ranks if isinstance(error, CollectiveOOM) else None
+        if not (world.is_single or ranks is not None) and now is not None:
+            write_hint(self._folder, asked=self.requested, now=now)
+            raise out_of_memory_on(world.rank, micro_tokens, now) from error
+        if now is None or changed:
+            raise out_of_memory(micro_tokens, largest(micro_tokens), error) from error
+        return now, ranks or ()
 
 
 def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
@@ -90,7 +109,7 @@ def smaller(micro_tokens: int, largest: Callable[[int], int]) -> int | None:
     return None
 
 
-def largest_microbatch(
+def _largest_microbatch(
     training: Training,
     cut: MicroBatching,
     documents: Sequence[Document],

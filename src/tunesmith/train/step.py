@@ -22,7 +22,7 @@ from torch import Tensor
 from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.distributed.grad_sync import NoSync
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.histogram import EMPTY_HISTOGRAM, log_histogram, quantiles
+from tunesmith.metrics.records import EMPTY_HISTOGRAM, log_histogram, quantiles
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.optim import clip_factor
 from tunesmith.transfer import to_host
@@ -116,7 +116,7 @@ def train_step(
             grad_sync.begin_microbatch(last=number == len(plans))
             output = loss(model, plan, device)
             (output.loss_sum / total).backward()
-            outputs.append(_detached(output))
+            outputs.append(replace(output, loss_sum=output.loss_sum.detach()))
     grad_sync.sync_gradients()
     norm = optimizer.grad_norm()
     if meanwhile is not None:
@@ -129,10 +129,6 @@ def train_step(
     optimizer.step(lr, clip_factor(grad_norm, max_grad_norm))
     optimizer.zero_grad()
     return result
-
-
-def _detached(output: LossOutput) -> LossOutput:
-    return replace(output, loss_sum=output.loss_sum.detach())
 
 
 def _total_weight(plans: Sequence[MicrobatchPlan], grad_sync: GradSync) -> float:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,25 +20,19 @@ from tunesmith.checkpoint.rng import preserved_rng, seed_step
 from tunesmith.checkpoint.writer_thread import WriterState
 from tunesmith.data.microbatch.planner import MicrobatchPlan
 from tunesmith.errors import InterruptedRun
-from tunesmith.metrics.records import Sink, eval_record, interrupted_record, peak_memory
+from tunesmith.metrics.records import Sink, interrupted_record, peak_memory
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.train.anomaly.guard import Guard
-from tunesmith.train.evaluate import evaluate
-from tunesmith.train.job import EvalSet, MicroBatching, RunData, TrainerOptions, Training
+from tunesmith.train.evaluations import Evaluations
+from tunesmith.train.job import MicroBatching, RunData, TrainerOptions, Training
 from tunesmith.train.microbatches import StepPlanner
-from tunesmith.train.oom_retry import largest_microbatch, retry_on_oom, retry_record, write_hint
+from tunesmith.train.oom_retry import OOMRetry
 from tunesmith.train.row_losses import RowLosses
-from tunesmith.train.signals import AbandonedError, SignalHandler
 from tunesmith.train.step import NonFiniteStep, StepResult, step_metrics, train_step
-from tunesmith.train.triggers import Trigger
+from tunesmith.train.triggers import AbandonedError, Schedule, SignalHandler, Trigger
 from tunesmith.train.warm_up import longest_document, run_longest
 from tunesmith.train.watchdog import Watchdog
 from tunesmith.types import Document, LossOutput
-
-T = TypeVar("T")
-
-OnEval = Callable[[int], None]
-"""Called after each evaluation with the step."""
 
 
 class Trainer:
@@ -56,15 +49,11 @@ class Trainer:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self.data, self.training, self.options = data, training, options
-        self.microbatching = microbatching  # replaced when a retry lowers micro_tokens
         self.folder = folder
         self.sinks = sinks
-        self.on_eval: OnEval | None = None
         self.step = 0
-        self.best: dict[str, float] | None = None  # {"step", "nll"} of the first held-out set
         self.rows = RowLosses()
-        self._asked_micro_tokens = microbatching.micro_tokens
-        self._owed = False  # an evaluation of this step was interrupted
+        self.oom_retry = OOMRetry(training, microbatching, folder, self._emit)
         world, sampler = training.world, data.sampler
         self._planner = StepPlanner(
             data.documents, sampler.step_indices, training.total_steps, world,
@@ -79,8 +68,15 @@ class Trainer:
         self.watchdog = Watchdog(options.watchdog, folder, rank=rank)
         saved = SavedOptimizer(training.optimizer, training.grad_sync.sharded, world)
         self.checkpoints = CheckpointManager(saved, options.checkpoint, folder, self._emit)
-        self._eval_trigger = Trigger(options.eval_every, sampler.epoch_after)
-        self._save_trigger = Trigger(options.save_every, sampler.epoch_after)
+        self.evaluations = Evaluations(
+            data.eval_sets, training, self.oom_retry, self.watchdog,
+            between=self._between, emit=self._emit,
+        )  # fmt: skip
+        self._schedule = Schedule(
+            Trigger(options.eval_every, sampler.epoch_after),
+            Trigger(options.save_every, sampler.epoch_after),
+            world,
+        )
 
     def fit(self) -> None:
         """Train to the last step, with an evaluation before the first and after the last step. The
@@ -94,7 +90,7 @@ class Trainer:
         world = self.training.world
         with self.watchdog.watching(), world.naming_lost_rank(), self._writer_closed():
             self._try_longest()
-            if self.step == 0 or self._owed:
+            if self.step == 0 or self.evaluations.owed:
                 self._evaluate()
             with self.signals.listening():
                 while self.step < self.training.total_steps:
@@ -108,19 +104,22 @@ class Trainer:
         """One step, and then the evaluation, checkpoint or stop that is due after it."""
         self._one_step()
         last = self.step == self.training.total_steps
-        evaluates, saves, stop, writing = self._agreed(self.signals.signal)
-        self.checkpoints.poll(writing)
-        if last or evaluates:
+        # The same on every rank: all save together or none.
+        writer = WriterState.DONE if self.checkpoints.pending is None else self.checkpoints.state
+        due = self._schedule.after(self.step, signal=self.signals.signal, writer=writer)
+        if self.checkpoints.pending is not None:
+            self.checkpoints.poll(WriterState(due.writer))
+        if last or due.evaluation:
             self._evaluate()
-        if last or stop or saves:
+        if last or due.signal or due.checkpoint:
             self.save()
-        if stop and not last:
-            self._stop(stop)
+        if due.signal and not last:
+            self._stop(due.signal)
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, to the bit."""
         at = self.checkpoints.restore(checkpoint, self._stateful)
-        self.step, self.best, self._owed = at.step, at.best, at.owed
+        self.step, self.evaluations.best, self.evaluations.owed = at.step, at.best, at.owed
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless that was just done."""
@@ -148,8 +147,8 @@ class Trainer:
 
     @property
     def _progress(self) -> Progress:
-        micro_tokens = self.microbatching.micro_tokens
-        return Progress(self.step, self.best, self._owed, micro_tokens, self._asked_micro_tokens)
+        found, retry = self.evaluations, self.oom_retry
+        return Progress(self.step, found.best, found.owed, retry.cut.micro_tokens, retry.requested)
 
     @property
     def _stateful(self) -> tuple[Stateful, ...]:
@@ -163,12 +162,12 @@ class Trainer:
     def _one_step(self) -> None:
         number, started, world = self.step, time.monotonic(), self.training.world
         indices, lr = self.data.sampler.step_indices(number), self.training.lr(number)
-        documents = [self.data.documents[int(i)] for i in indices]
+        documents = self._planner.step(number, self.oom_retry.cut).documents
         self.watchdog.beat(f"step {number + 1}")
         if not world.is_single:
             seed_step(self.options.seed, number, world.rng_rank)
         try:
-            result = self._retry_on_oom(
+            result = self.oom_retry.run(
                 lambda: self._learn(number, lr), documents, f"at step {number + 1}", number + 1
             )
         except NonFiniteStep as error:
@@ -189,7 +188,7 @@ class Trainer:
             self.guard.obey(spike)
 
     def _learn(self, number: int, lr: float) -> StepResult:
-        training, cut = self.training, self.microbatching
+        training, cut = self.training, self.oom_retry.cut
         planned = self._planner.step(number, cut)
         return train_step(
             training.model, training.optimizer, planned.local, self._loss,
@@ -212,81 +211,23 @@ class Trainer:
         if self.training.world.is_single:
             self.signals.check()
 
-    def _retry_on_oom(
-        self, attempt: Callable[[], T], documents: Sequence[Document], where: str, step: int,
-        *, grouped: bool = False,
-    ) -> T:  # fmt: skip
-        def shrink(before: int, now: int, ranks: Sequence[int]) -> None:
-            self.microbatching = replace(self.microbatching, micro_tokens=now)
-            self._emit(retry_record(where, step, before, now, ranks=ranks))
-
-        return retry_on_oom(
-            attempt, self.training, micro_tokens=self.microbatching.micro_tokens,
-            largest=lambda tokens: largest_microbatch(
-                self.training, self.microbatching, documents, micro_tokens=tokens, grouped=grouped
-            ),
-            shrink=shrink,
-            leave=lambda now: write_hint(self.folder, asked=self._asked_micro_tokens, now=now),
-        )  # fmt: skip
-
     def planned(self, number: int) -> tuple[list[Document], list[MicrobatchPlan]]:
         """Documents and micro-batches of a step, counted from 0, of all ranks."""
-        planned = self._planner.step(number, self.microbatching)
+        planned = self._planner.step(number, self.oom_retry.cut)
         return planned.documents, planned.plans
-
-    def _agreed(self, received: int) -> tuple[bool, bool, int, WriterState]:
-        """Whether an evaluation and a checkpoint are due by the clock of rank 0, the signal that
-        any rank received (0 for none), and the state of the slowest checkpoint writer.
-        """
-        world = self.training.world
-        local = [
-            world.is_main and self._eval_trigger.due(self.step),
-            world.is_main and self._save_trigger.due(self.step),
-            received,
-            self.checkpoints.state,
-        ]
-        evaluates, saves, stop, writing = world.all_reduce_max(local)
-        return bool(evaluates), bool(saves), int(stop), WriterState(int(writing))
 
     def _epoch(self) -> float:
         return round(self.data.sampler.epoch_after(self.step - 1), 6) if self.step else 0.0
 
     def _evaluate(self) -> None:
-        repeated, self._owed = self._owed, True
-        records = [self._evaluated(held_out) for held_out in self.data.eval_sets]
-        for record in records:
-            self._emit(record)
-        if records and (self.best is None or records[0]["nll"] < self.best["nll"]):
-            self.best = {"step": self.step, "nll": records[0]["nll"]}
-        if records and self.on_eval is not None:
-            self.watchdog.beat(f"the samples after step {self.step}")
-            with preserved_rng():
-                self.on_eval(self.step)
-        self._owed = False
+        repeated = self.evaluations.owed
+        self.evaluations.run(self.step, self._epoch())
         if repeated:
             self.checkpoints.invalidate()
             self.save()
         # Last, since a resume does not repeat the evaluation of the step it continues from.
-        if self.options.save_best and self.best and self.best["step"] == self.step:
+        if self.options.save_best and self.evaluations.best_is(self.step):
             self.save()
-
-    def _evaluated(self, held_out: EvalSet) -> dict[str, Any]:
-        """The record of a held-out set at this step."""
-        training, started = self.training, time.monotonic()
-        where = f"the evaluation after step {self.step}"
-        self.watchdog.beat(where)
-        found = self._retry_on_oom(
-            lambda: evaluate(
-                training.model, held_out.documents, micro_tokens=self.microbatching.micro_tokens,
-                device=training.device, world=training.world, work_model=self.microbatching.work,
-                before_each=self._between, together=training.grad_sync.all_ranks_or_none,
-            ),
-            held_out.documents, f"in {where}", self.step, grouped=True,
-        )  # fmt: skip
-        return eval_record(
-            found, step=self.step, epoch=self._epoch(), name=held_out.name,
-            content_hash=held_out.content_hash, seconds=time.monotonic() - started,
-        )  # fmt: skip
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -305,8 +246,8 @@ class Trainer:
         """One discarded pass over the longest document: what does not fit fails now."""
         longest = longest_document(self.data.documents)
         with preserved_rng():
-            self._retry_on_oom(
-                lambda: run_longest(self.training, longest, self.microbatching.micro_tokens),
+            self.oom_retry.run(
+                lambda: run_longest(self.training, longest, self.oom_retry.cut.micro_tokens),
                 [longest], "with the longest document", self.step,
             )  # fmt: skip
         self.training.optimizer.zero_grad()

@@ -1,12 +1,23 @@
-"""Triggers of evaluations and checkpoints: every N steps, epochs or minutes."""
+"""What is due after a step: evaluations and checkpoints (every N steps, epochs or minutes), and the
+stop that SIGINT or SIGTERM asks for, which is noted at once and obeyed where nothing is lost.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from tunesmith.config.values import Duration
+from tunesmith.distributed.world import World
+
+FINISH_SECONDS = 5.0
+"""How long after a signal a step or an evaluation may go on to its end. Preemption often leaves 30
+seconds in all, and saving takes its own.
+"""
 
 
 class Trigger:
@@ -47,3 +58,69 @@ class Trigger:
         return math.floor(self._epoch_after(step - 1) / value + 1e-9) > math.floor(
             before / value + 1e-9
         )
+
+
+class Scheduled(NamedTuple):
+    """What is due after a step, the same on every rank."""
+
+    evaluation: bool
+    checkpoint: bool
+    signal: int  # that any rank received, 0 for none
+    writer: int  # the state of the slowest checkpoint writer
+
+
+class Schedule:
+    """What is due after each step, by the clock of rank 0, so that the ranks act together."""
+
+    def __init__(self, evaluations: Trigger, checkpoints: Trigger, world: World) -> None:
+        self._evaluations, self._checkpoints, self._world = evaluations, checkpoints, world
+
+    def after(self, step: int, *, signal: int, writer: int) -> Scheduled:
+        """What is due, where `signal` and `writer` are this rank's."""
+        main = self._world.is_main
+        evaluates = main and self._evaluations.due(step)
+        saves = main and self._checkpoints.due(step)
+        due = self._world.all_reduce_max([evaluates, saves, signal, writer])
+        return Scheduled(bool(due[0]), bool(due[1]), int(due[2]), int(due[3]))
+
+
+class AbandonedError(Exception):
+    """A step or an evaluation was left in the middle, for a signal's sake."""
+
+
+class SignalHandler:
+    """The signal that came, if any did."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = 0.0
+        self.signal: int = 0
+
+    def note(self, number: int, _: Any = None) -> None:
+        """A signal's handler; a second signal stops at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal, self._since = number, self._clock()
+
+    def check(self) -> None:
+        """To be called between micro-batches.
+
+        Raises:
+            AbandonedError: a signal came and its time is up.
+        """
+        if self.signal and self._clock() - self._since > FINISH_SECONDS:
+            raise AbandonedError
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted; main thread only, nothing is done on others."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            old = {number: signal.signal(number, self.note) for number in numbers}
+        except ValueError:  # not the main thread, a notebook server's for one
+            old = {}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -97,12 +97,12 @@ def fork(serve: Serve, *, others: Iterable[BinaryIO]) -> ForkedWorker:
 def _run(serve: Serve, unused: Iterable[int], source: int, out: int, parent: int) -> None:
     for end in unused:
         os.close(end)
-    _isolate_child(parent)
+    _detach_child(parent)
     with contextlib.suppress(OSError):  # the run has closed a pipe: nobody waits for the rest
         serve(os.fdopen(source, "rb"), os.fdopen(out, "wb"))
 
 
-def _isolate_child(parent: int) -> None:
+def _detach_child(parent: int) -> None:
     """Separate the child from the run's signals, output and memory; it ends when its parent
     ends.
     """

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.errors import first_line
 from tunesmith.model.attention.window import AttentionWindow
-from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
+from tunesmith.model.ops.numerics import ONE_OPERATION, Comparison, equivalence_trial
 from tunesmith.types import Chain, Layout
 
 HEADS, WIDTH = 4, 64
@@ -73,26 +72,23 @@ def _agrees(
     if dtype not in ONE_OPERATION:
         return False
     layout = branched_layout() if fused.branches else flat_layout()
-    try:
+
+    def compare() -> list[Comparison]:
         found = _tried(fused.attend, layout, asked, device, dtype)
-        expected = _tried(plain, layout, asked, device, dtype)
-        problem = _difference(found, expected, ONE_OPERATION[dtype])
-        if problem is None and same_bits:
+        if same_bits:
             repeated = _tried(fused.attend, layout, asked, device, dtype)
-            if not all(torch.equal(f, a) for f, a in zip(found, repeated, strict=True)):
-                problem = "it gives other bits each time"
-    except Exception as error:  # of compilers and drivers, which raise whatever they like
-        problem = first_line(error)
+            if not all(map(torch.equal, found, repeated)):
+                raise RuntimeError("it gives other bits each time")
+        expected = _tried(plain, layout, asked, device, dtype)
+        pairs = zip(found, expected, strict=True)
+        return [Comparison(one, other, ONE_OPERATION[dtype]) for one, other in pairs]
+
+    problem = equivalence_trial(compare).problem
     if problem is not None:
         warnings.warn(
             f"{fused.name} is not used on {device}: {problem}; {fused.instead}", stacklevel=3
         )
     return problem is None
-
-
-def _difference(found: list[Tensor], expected: list[Tensor], bound: float) -> str | None:
-    apart = max(map(relative_difference, found, expected))
-    return None if apart <= bound else f"it differs by {apart:.1e}"
 
 
 def _tried(

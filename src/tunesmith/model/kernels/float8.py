@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import ModelError, first_line
-from tunesmith.model.ops.numerics import ONE_OPERATION, relative_difference
+from tunesmith.errors import ModelError
+from tunesmith.model.ops.numerics import ONE_OPERATION, Comparison, equivalence_trial
 from tunesmith.module_swap import ModuleSwap
 
 SWAP = ModuleSwap("float8")
@@ -137,7 +137,7 @@ def _cast(device: str) -> Cast:
     if device == "cpu":
         return to_float8
     compiled = torch.compile(to_float8, dynamic=True)
-    problem = _problem(lambda: _apart_of_casts(compiled, torch.device(device)))
+    problem = equivalence_trial(lambda: _compared_casts(compiled, torch.device(device))).problem
     if problem is None:
         return compiled
     warnings.warn(f"float8 is made without a compiled kernel: {problem}", stacklevel=2)
@@ -164,18 +164,10 @@ def check_device(device: torch.device) -> None:
             f"{CAPABILITY[0]}.{CAPABILITY[1]}",
             where="model.float8", hint=hint,
         )  # fmt: skip
-    problem = _problem(lambda: _apart_of_products(device))
+    problem = equivalence_trial(lambda: _compared_products(device)).problem
     if problem is not None:
         raise ModelError(f"float8 doesn't work on {device}: {problem}", where="model.float8",
                          hint=hint)  # fmt: skip
-
-
-def _problem(tried: Callable[[], float]) -> str | None:
-    try:
-        apart = tried()
-    except Exception as error:  # of compilers and drivers, which raise whatever they like
-        return first_line(error)
-    return None if apart <= ROUNDING else f"it differs by {apart:.1e}"
 
 
 def _samples(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -186,26 +178,21 @@ def _samples(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[
     return made
 
 
-def _apart_of_casts(compiled: Cast, device: torch.device) -> float:
-    found = 0.0
+def _compared_casts(compiled: Cast, device: torch.device) -> Iterator[Comparison]:
     for values in _samples(device):
         for whole in (False, True):
             pairs = zip(compiled(values, whole), to_float8(values, whole), strict=True)
-            found = max([found, *(relative_difference(one, other) for one, other in pairs)])
-    return found
+            yield from (Comparison(one, other, ROUNDING) for one, other in pairs)
 
 
-def _apart_of_products(device: torch.device) -> float:
+def _compared_products(device: torch.device) -> Iterator[Comparison]:
     """Output and gradients on the device, against those on the CPU, in each precision."""
-    return max(_apart_in(dtype, device) for dtype in (torch.bfloat16, torch.float32))
-
-
-def _apart_in(dtype: torch.dtype, device: torch.device) -> float:
-    input, weight, grad = _samples(device, dtype)
-    results: list[list[Tensor]] = []
-    for place in (device, torch.device("cpu")):
-        inputs = [t.detach().to(place).requires_grad_() for t in (input, weight)]
-        output: Any = _Product.apply(*inputs, None)  # pyright: ignore
-        given = torch.autograd.grad(output, inputs, grad.to(place))
-        results.append([t.float().cpu() for t in (output.detach(), *given)])
-    return max(map(relative_difference, *results))
+    for dtype in (torch.bfloat16, torch.float32):
+        input, weight, grad = _samples(device, dtype)
+        results: list[list[Tensor]] = []
+        for place in (device, torch.device("cpu")):
+            inputs = [t.detach().to(place).requires_grad_() for t in (input, weight)]
+            output: Any = _Product.apply(*inputs, None)  # pyright: ignore
+            gradients = torch.autograd.grad(output, inputs, grad.to(place))
+            results.append([t.float().cpu() for t in (output.detach(), *gradients)])
+        yield from (Comparison(one, other, ROUNDING) for one, other in zip(*results, strict=True))

@@ -11,17 +11,21 @@ Letters: n rows, D width of a norm, I width of a gated unit.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import first_line
 from tunesmith.model.kernels.provider import Provider
-from tunesmith.model.ops.numerics import ONE_OPERATION, SAME_FUNCTION, relative_difference
+from tunesmith.model.ops.numerics import (
+    ONE_OPERATION,
+    SAME_FUNCTION,
+    Comparison,
+    equivalence_trial,
+)
 
 OFFSETS = (0.0, 1.0)
 CASTINGS = ("llama", "gemma", "none")
@@ -123,21 +127,19 @@ def nearest(
             return None, f"there is no kernel for {precision}"
         for rows in ROWS if many else ROWS[:1]:
             expected = _tried(type(module).forward, module, precision, device, rows)
-            gaps: dict[str, list[float]] = {}
-            failed: str | None = None
-            for name in outputs:
-                try:
-                    found = _tried(variants[name], module, precision, device, rows)
-                except Exception as error:  # of compilers and drivers, which raise whatever
-                    failed = first_line(error)
-                else:
-                    gaps[name] = [gap / ROUNDING[precision] for gap in _apart(found, expected)]
-            agree = [name for name, found in gaps.items() if max(found) <= 1]
+            verdicts = {
+                name: equivalence_trial(
+                    functools.partial(
+                        _compared, variants[name], module, precision, device, rows, expected
+                    )
+                )
+                for name in outputs
+            }
+            agree = [name for name, verdict in verdicts.items() if verdict.problem is None]
             if not agree:
-                least = min(map(max, gaps.values()), default=math.inf)
-                differ = f"they differ by {least:.1e} times what rounding explains"
-                return None, failed if failed and not gaps else differ
-            outputs = {name: max(outputs[name], gaps[name][0]) for name in agree}
+                nearest_one = min(verdicts.values(), key=lambda verdict: verdict.excess)
+                return None, str(nearest_one.problem)
+            outputs = {name: max(outputs[name], verdicts[name].excesses[0]) for name in agree}
     best = min(outputs, key=lambda name: outputs[name])
     return variants[best], best
 
@@ -202,9 +204,13 @@ def _tried(
     return [output.detach(), *(g for g in gradients if g is not None)]
 
 
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """The largest relative difference of a row, of each; infinite where it is not a number."""
-    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in expected]:
-        return [math.inf]
+def _compared(
+    compute: Compute, module: nn.Module, dtype: torch.dtype, device: torch.device, rows: int,
+    expected: Sequence[Tensor],
+) -> list[Comparison]:  # fmt: skip
+    """Output and gradients of a variant, each row held to the module's own."""
+    found = _tried(compute, module, dtype, device, rows)
+    if [tensor.dtype for tensor in found] != [tensor.dtype for tensor in expected]:
+        raise TypeError(f"it gives {found[0].dtype} where the module gives {expected[0].dtype}")
     pairs = zip(found, expected, strict=True)
-    return [relative_difference(one, other, rows=True) for one, other in pairs]
+    return [Comparison(one, other, ROUNDING[dtype], rows=True) for one, other in pairs]

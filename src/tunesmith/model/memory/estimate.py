@@ -16,7 +16,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.quantization.load import Quantization, quantizable
 from tunesmith.model.source import ModelSource, refuse_foreign_code
 

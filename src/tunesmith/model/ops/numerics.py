@@ -1,16 +1,21 @@
-"""Numerical equivalence: one measure of difference, and the bounds that rounding explains.
+"""Numerical equivalence trials: a fast way of computing is compared with a plain one before it is
+used, by one measure and within the bounds that rounding explains.
 
-A fast way of computing is tried against a plain one before it is used: fused kernels, compiled
-layers, float8 products, packed and shared layouts, context and tensor parallelism. All of these
-trials measure by `relative_difference` and are held to the bounds of this page.
+Fused kernels, compiled layers, float8 products, packed and shared layouts, context and tensor
+parallelism are all tried by `equivalence_trial`, measured by `relative_difference`, and held to the
+bounds of this page.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tunesmith.errors import first_line
 
 NARROW = (torch.bfloat16, torch.float16)
 """dtypes of 16 bits, in which rounding alone can send a token to another expert of an MoE layer."""
@@ -55,3 +60,61 @@ def relative_difference(
     each = (found.float() - wanted).norm(dim=dim) / wanted.norm(dim=dim).clamp(min=_TINY)
     value = float(each.median() if robust else each.nan_to_num(nan=math.inf).max())
     return math.inf if math.isnan(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A result, the one it must equal, and the relative difference that rounding explains.
+
+    `rows` and `robust` are those of `relative_difference`.
+    """
+
+    found: Tensor
+    expected: Tensor
+    bound: float
+    rows: bool = False
+    robust: bool = False
+
+    @property
+    def excess(self) -> float:
+        """The difference in multiples of the bound; infinite where the shapes differ."""
+        if self.found.shape != self.expected.shape:
+            return math.inf
+        apart = relative_difference(self.found, self.expected, rows=self.rows, robust=self.robust)
+        return apart / self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a trial found: each difference in multiples of its bound, or why it could not be run."""
+
+    excesses: tuple[float, ...]
+    error: str | None = None
+
+    @property
+    def excess(self) -> float:
+        """The largest of the differences; infinite where the trial could not be run."""
+        return math.inf if self.error is not None else max(self.excesses, default=0.0)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the fast way must not be used; None where it may."""
+        if self.error is not None or self.excess <= 1:
+            return self.error
+        return f"it differs by {self.excess:.1e} times what rounding explains"
+
+
+def equivalence_trial(
+    compare: Callable[[], Iterable[Comparison]],
+    *,
+    catch: tuple[type[Exception], ...] = (Exception,),
+) -> Verdict:
+    """Run a fast way and a plain one, and hold each result to its bound.
+
+    `compare` runs both. What it raises of the classes `catch` is the verdict's error: compilers and
+    drivers raise whatever they like, and the plain way is still there.
+    """
+    try:
+        return Verdict(tuple(one.excess for one in compare()))
+    except catch as error:
+        return Verdict((), first_line(error))

@@ -16,7 +16,7 @@ from torch import nn
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import candidates, expert_counts
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.logit_transform import LogitTransform
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.ops.packed_weight import quantized_share
 
 _BLOCK = 64  # weights that share one scale in 4 bits
