@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tunesmith.export.probes import CHATS
 
 import gotemplate_oracle as gotemplate
 from tiny import CHATML, tiny_tokenizer
