@@ -22,13 +22,12 @@ from tunesmith.types import Document, Segment
 class Words:
     """Stands for a Rendered: the fields that `prepare` reads."""
 
-    fields = ()
-
     document: Document | None
     status: str
     reason: str | None
     tokens: int
     unused: int = 0
+    fields: tuple = ()
 
 
 class FakeTemplate:

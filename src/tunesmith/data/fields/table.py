@@ -61,8 +61,10 @@ SPELLINGS: dict[str, str] = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold its reasoning as text."""
 
-MESSAGE_READ = frozenset({"role", "content", "train", "weight", "tool_calls"})
-"""Fields of a message that are read without the template's help."""
+MESSAGE_READ = frozenset({"role", "content", "train", "weight", "tool_calls", "tool_call_id"})
+"""Fields of a message that are read without the template's help. `tool_call_id` says which call a
+result belongs to; `doctor` reads it.
+"""
 PART_READ = frozenset({"type", "text"})
 SEGMENT_READ = frozenset({"text", "train", "label"})
 
