@@ -137,11 +137,7 @@ def _respell(message: dict[str, Any], name: str, column: str, said: dict[Field, 
 
 def _value(ours: str, value: Any) -> Any:
     if ours == "train":
-<<<<<<< HEAD
-        return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
-=======
         return value == 1 if isinstance(value, bool | int) and value in (0, 1) else None
->>>>>>> accounted
     if ours == "weight":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if number and 0 <= value < float("inf") else None
