@@ -150,7 +150,7 @@ def test_loaded(ranked: RankModel, world: World, *, max_length: int) -> SelfTest
     if isinstance(found, tuple):
         raise ModelError(found[0], where=found[1], hint=found[2])
     assert found is not None
-    model.logits = found.logits
+    model.transform_logits(found.logits)
     if found.unpacked and not model.unpacked:
         model.run_unpacked()
     return found

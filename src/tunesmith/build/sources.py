@@ -118,9 +118,9 @@ def memory_source(rows: Rows, data: DataSection, *, name: str) -> list[Source]:
 
 def _naming(section: SourceSection | None, data: DataSection) -> Naming:
     """The words about names that hold for a source: its own, else the recipe's."""
-    own = section or SourceSection(path="-")
-    roles = own.roles if own.roles is not None else data.roles
-    ignored = own.ignore_fields if own.ignore_fields is not None else data.ignore_fields
+    stated = section or SourceSection(path="-")
+    roles = stated.roles if stated.roles is not None else data.roles
+    ignored = stated.ignore_fields if stated.ignore_fields is not None else data.ignore_fields
     return Naming(dict(roles or {}), tuple(sorted(set(ignored or ()))))
 
 

@@ -74,6 +74,10 @@ class CausalLM(nn.Module):
         """Take `model` instead: the same with peft's wrapper around it, or without."""
         self.model = model
 
+    def transform_logits(self, transform: LogitTransform) -> None:
+        """From now on the head's products become logits by this transform."""
+        self.logits = transform
+
     def run_unpacked(self) -> None:
         """From now on batches carry no layout: one path at a time through the model's own
         attention.

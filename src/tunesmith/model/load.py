@@ -332,10 +332,11 @@ def _use_our_attention(causal_lm: CausalLM) -> None:
     """Exchange the decoder's attention, or leave the model unpacked where it takes no other."""
     attention.register()
     try:
-        causal_lm.unpacked = not causal_lm.set_attention(attention.NAME)
+        taken = causal_lm.set_attention(attention.NAME)
     except (ValueError, KeyError, ImportError):
-        causal_lm.unpacked = True
-        causal_lm.set_attention(causal_lm.native_attention)
+        taken = False
+    if not taken:
+        causal_lm.run_unpacked()
 
 
 def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:

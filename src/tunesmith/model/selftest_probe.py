@@ -167,7 +167,7 @@ class Probe:
         for raw in ours:
             for transform in fitted_transforms(raw, theirs, logit_caps(config)):
                 if (found := difference(transform)) <= self.rounding:
-                    self.causal_lm.logits = transform
+                    self.causal_lm.transform_logits(transform)
                     return found
         return stated
 

@@ -63,8 +63,8 @@ class Template:
         """
         if not self.has_chat_template:
             return True
-        own: Any = self.jinja or self.tokenizer.chat_template
-        named = cast("Mapping[str, Any]", own) if isinstance(own, Mapping) else {"": own}
+        jinja: Any = self.jinja or self.tokenizer.chat_template
+        named = cast("Mapping[str, Any]", jinja) if isinstance(jinja, Mapping) else {"": jinja}
         text = "\n".join(str(one) for one in named.values())
         return f"'{role}'" in text or f'"{role}"' in text
 
