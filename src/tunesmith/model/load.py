@@ -204,7 +204,7 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # each config class checks its values with errors of its own
         kind = raw.get("model_type")
         known = f"architecture {kind!r} is unknown to the installed transformers"
         message = known if kind else "config.json names no model_type"
@@ -303,7 +303,9 @@ def _from_pretrained(
             return model, model.config._attn_implementation or "eager", True
     except ModelError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a config with a wrong number fails anywhere in the model's code
         message = f"can't be loaded: {first_line(error)}"
         if "Unrecognized configuration class" in str(error):
             message = f"{config.model_type} is no causal language model"

@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tunesmith.model.model_files import open_weights, weight_files
+
 
 class WeightFiles:
     """The files of a model, and the parameters that stand for what was not read of them yet."""
 
     def __init__(self, folder: Path, placeholders: Sequence[nn.Parameter] = ()) -> None:
-        from safetensors import safe_open
-
         self.placeholders = tuple(placeholders)
         self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+        for path in weight_files(folder):
+            file = open_weights(path)
             self._files.update(dict.fromkeys(file.keys(), file))
 
     def shape(self, name: str) -> tuple[int, ...] | None:

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.packed_weight import is_quantized
+from tunesmith.model.model_files import open_weights, weight_files
 from tunesmith.model.source import CHOICE_FILE, read_json
 
 OF_QUANTIZED = "of_quantized_base"
@@ -88,8 +88,8 @@ def _begin_as(module: Any, difference: Tensor) -> None:
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for path in weight_files(folder):
+        with open_weights(path) as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
 
@@ -98,7 +98,7 @@ def _read_weight(files: dict[str, Path], name: str, prefix: str) -> Tensor | Non
     """Files of some families leave the prefix of the decoder out."""
     for key in (f"{name}.weight", f"{name}.weight".removeprefix(prefix)):
         if key in files:
-            with safe_open(files[key], framework="pt") as file:
+            with open_weights(files[key]) as file:
                 return file.get_tensor(key)
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
 from tunesmith.model.causal_lm import CausalLM
@@ -79,8 +79,8 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # a config with a wrong number fails anywhere in the model's code
+        reason = first_line(error)
         raise ModelError(
             f"its config makes no causal language model: {reason}", where=source.name
         ) from error
@@ -117,8 +117,8 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # each config class checks its values with errors of its own
+        reason = first_line(error)
         raise ModelError(f"its config can't be read: {reason}", where=source.name) from error
 
 
