@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunesmith.display import shown
 from tunesmith.redact import redact
 
 
@@ -27,7 +28,7 @@ class TunesmithError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return redact(f"{text}\nhint: {self.hint}" if self.hint else text)
+        return shown(redact(f"{text}\nhint: {self.hint}" if self.hint else text))
 
 
 class InputError(TunesmithError):
@@ -63,7 +64,7 @@ class NonFiniteError(RunError):
 class InterruptedRun(TunesmithError):
     """A signal stopped the run after it had saved a checkpoint.
 
-    Exit code 128 + signal number: 130 for SIGINT, 143 for SIGTERM.
+    Exit code 128 + signal number: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from tunesmith.display import put
 from tunesmith.distributed.rank_failure import exit_if_lost, is_told_here
 from tunesmith.errors import InputError, RecipeError, TunesmithError
 
@@ -29,7 +30,7 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         code = show_error(error) if is_told_here(error) else error.exit_code
         return exit_if_lost(error, code)
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
+        put("error: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout has closed it, as `| head` does. Python flushes stdout once more
@@ -54,7 +55,7 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
 
 def show_error(error: TunesmithError) -> int:
     """Write the error to stderr and return its exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    put(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.session import print_status
+from tunesmith.display import put
 from tunesmith.errors import RecipeError
 
 
@@ -50,7 +51,7 @@ def export(
     if push is not None:
         result["pushed"] = send(folder, push, public=public)
         print_status(f"uploaded to {result['pushed']}")
-    print(json.dumps(result) if as_json else folder)
+    put(json.dumps(result) if as_json else folder)
 
 
 def merge(
@@ -94,7 +95,7 @@ def merge(
         f"{report.rounding:.1e} by rounding to {report.dtype}, "
         f"{report.reloading:.1e} after reading the folder again"
     )
-    print(to_json(report, parts, out) if as_json else out)
+    put(to_json(report, parts, out) if as_json else out)
 
 
 def adapter_and_weight(text: str) -> tuple[str, float]:

@@ -13,6 +13,7 @@ import typer
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import Recipe
+from tunesmith.display import put
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -159,4 +160,4 @@ def sources_of(recipe: Recipe) -> list[Source]:
 
 def print_status(text: str) -> None:
     """Print a status line to stderr, since stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
+    put(text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.model_files import COPIED, refuse_links
 from tunesmith.model.source import CHOICE_FILE, ModelSource
 from tunesmith.version import __version__
 
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 MODEL_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "*.py",    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    *COPIED,
 )  # fmt: skip
 
 
@@ -198,6 +199,8 @@ def _title(out: Path) -> str:
 
 
 def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    patterns = tuple(patterns)
+    refuse_links(source, patterns)
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):

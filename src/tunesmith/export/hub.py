@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tunesmith.errors import ModelError, RunError
+from tunesmith.model.model_files import LICENSES
 
 ALLOWED = (
     "README.md", "Modelfile", "config.json", "generation_config.json", "preprocessor_config.json",
@@ -14,7 +15,7 @@ ALLOWED = (
     "model*.safetensors", "model.safetensors.index.json", "*.gguf", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    *LICENSES,
 )  # fmt: skip
 """What may leave this machine. Rows, the ledger, metrics, samples and checkpoints are not here."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,10 +36,13 @@ def files_to_push(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.is_file()
-        and not path.is_symlink()
-        and any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+        if path.is_file() and not path.is_symlink() and is_allowed(path.name)
     )
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a file of this name may leave this machine."""
+    return any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:

@@ -14,10 +14,11 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import TemplateChoice, read_choice
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
-from tunesmith.export.hub import files_to_push
+from tunesmith.export.hub import files_to_push, is_allowed
 from tunesmith.export.merge import Part, merge_adapters
 from tunesmith.export.ollama import find_family, write_modelfile
 from tunesmith.model.load import load_causal_lm
+from tunesmith.model.model_files import inside
 from tunesmith.model.source import ModelSource, resolve_model
 
 FORMS = ("hf", "adapter", "gguf", "ollama")
@@ -92,9 +93,13 @@ def _copy(source: Path, folder: Path) -> dict[str, Any]:
 
 def files_to_push_or_code(folder: Path) -> list[str]:
     """What `push` may send, and the Python files of a model with code of its own."""
-    links = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_file()]
-    code = [path.name for path in folder.glob("*.py")]
-    return sorted({*files_to_push(folder), *links, *code})
+    linked = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_symlink() and path.is_file() and inside(folder, path) and is_allowed(path.name)
+    ]  # a snapshot of the hub's cache is links
+    code = [path.name for path in folder.glob("*.py") if inside(folder, path)]
+    return sorted({*files_to_push(folder), *linked, *code})
 
 
 def _gguf(

@@ -9,6 +9,7 @@ seldom name the file.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ TEXTS = (
     "vocab.txt", "merges.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors.index.json",
 )  # fmt: skip
 """What transformers, peft or Tunesmith may read of a model folder, beside its weights."""
+LICENSES = tuple(
+    f"{name}{ending}"
+    for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+    for ending in ("", ".txt", ".md")
+)
+"""Names under which a model's terms lie beside it."""
+COPIED = ("*.py", *LICENSES)
+"""What goes along with a model that is written again, beside `TEXTS`."""
 ANEW = "get the file anew from where the model was published"
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
@@ -36,11 +45,42 @@ def check_model_files(folder: Path, *, weights: bool) -> None:
     Raises:
         ModelError: one is no file of its kind: the file, what it is, and what helps.
     """
+    refuse_links(folder, (*TEXTS, *COPIED, "*.safetensors"))
     for path in sorted({path for pattern in TEXTS for path in folder.glob(pattern)}):
         _check(path)
     if weights:
         for path in weight_files(folder):
             _check(path)
+
+
+def inside(folder: Path, file: Path) -> bool:
+    """True if a file of a model folder is no link that leaves it.
+
+    The hub's cache is known: its `snapshots` are links into `blobs` beside them.
+    """
+    home = folder.resolve()
+    places = [home]
+    if "snapshots" in home.parts:
+        at = len(home.parts) - home.parts[::-1].index("snapshots") - 1
+        places.append(Path(*home.parts[:at]) / "blobs")
+    real = file.resolve()
+    return any(real.is_relative_to(place) for place in places)
+
+
+def refuse_links(folder: Path, patterns: Iterable[str]) -> None:
+    """A model folder may come from anybody, with a link in it to any file of this machine, whose
+    contents would be read as a text or be copied into a run.
+
+    Raises:
+        ModelError: a file of these names is a link that leaves the folder.
+    """
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.is_symlink() and not inside(folder, path):
+            raise ModelError(
+                "is a link that leaves the model's folder",
+                where=str(path),
+                hint=f"if that is meant, put the file itself there: cp {path.resolve()} {folder}",
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -21,8 +21,8 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.ops.packed_weight import is_quantized
 from tunesmith.model.model_files import open_weights, weight_files
+from tunesmith.model.ops.packed_weight import is_quantized
 from tunesmith.model.source import CHOICE_FILE, read_json
 
 OF_QUANTIZED = "of_quantized_base"
