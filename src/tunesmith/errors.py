@@ -70,3 +70,24 @@ class InterruptedRun(TunesmithError):
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+_NO_ROOM = (
+    "Cannot allocate memory", "cannot allocate memory", "can't allocate memory",
+    "failed to map segment", "can't start new thread",
+)  # fmt: skip
+"""What the system, its loader, torch and Python say where a process gets no more memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the operating system refused memory, by a limit or because there is none."""
+    return isinstance(error, MemoryError) or any(part in str(error) for part in _NO_ROOM)
+
+
+def out_of_memory() -> RunError:
+    """The error for it, where nothing smaller can be tried."""
+    return RunError(
+        "the operating system gives this process no more memory",
+        hint="see `ulimit -a` and the limits of the job or container; libraries alone take some "
+        "GiB of addresses",
+    )

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,14 @@ def complete_checkpoint(
     clean_checkpoints(run)
     _prune(parent, state.step, keep=keep, protected={best}, later=True)
     return final
+
+
+def prune_checkpoints(run: Path, step: int, *, keep: int, best: int | None) -> None:
+    """Delete what a run that was killed had not yet deleted: of the checkpoints up to `step`, which
+    is known to be whole, all but the newest `keep` and the best.
+    """
+    with suppress(OSError):  # a folder that can't be written is told by the next save
+        _prune(run / "checkpoints", step, keep=keep, protected={best, step}, later=False)
 
 
 @contextmanager

@@ -12,7 +12,13 @@ import typer
 
 from tunesmith.display import put
 from tunesmith.distributed.rank_failure import exit_if_lost, is_told_here
-from tunesmith.errors import InputError, RecipeError, TunesmithError
+from tunesmith.errors import (
+    InputError,
+    RecipeError,
+    TunesmithError,
+    is_out_of_memory,
+    out_of_memory,
+)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; its module depends on typer's version, so it is taken from a subclass."""
@@ -37,8 +43,10 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         # at exit, which must not fail again, so stdout is pointed at /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return show_error(out_of_memory())
+        if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
             raise
         name = str(error.filename)[:60]
         return show_error(

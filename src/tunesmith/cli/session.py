@@ -123,6 +123,7 @@ def open_session(recipe: Recipe) -> Session:
     from tunesmith.build.model import chosen_quantization
     from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
+    from tunesmith.model.finite import refuse_non_finite
     from tunesmith.model.load import load_causal_lm, resolve_model
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
@@ -145,6 +146,7 @@ def open_session(recipe: Recipe) -> Session:
         quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     ).model
+    refuse_non_finite(model, recipe.model.name)
     model.eval()
     if recipe.device.attention == "unpacked":
         model.run_unpacked()

@@ -231,6 +231,10 @@ def _write_text(path: Path, text: str) -> None:
 
 def _publish(temporary: Path, out: Path) -> None:
     """Bring the files to the disk, then give the folder its name."""
+    # safetensors makes its files readable for their owner only; all get what the umask leaves
+    usual = (temporary / CHOICE_FILE).stat().st_mode & 0o777
+    for path in temporary.glob("*.safetensors"):
+        path.chmod(usual)
     for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.errors import ModelError, first_line
+from tunesmith.errors import ModelError, first_line, is_out_of_memory, out_of_memory
 from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
@@ -303,9 +303,9 @@ def _from_pretrained(
             return model, model.config._attn_implementation or "eager", True
     except ModelError:
         raise
-    except MemoryError:
-        raise
     except Exception as error:  # a config with a wrong number fails anywhere in the model's code
+        if is_out_of_memory(error):
+            raise out_of_memory() from error
         message = f"can't be loaded: {first_line(error)}"
         if "Unrecognized configuration class" in str(error):
             message = f"{config.model_type} is no causal language model"

@@ -115,6 +115,7 @@ def train_recipe(
         # torchrun has restarted the ranks after a failure, so a run of this launch in the folder is
         # this run, and must be continued and not overwritten.
         resume, overwrite, path = True, False, path or launched_run(launch_id())
+    _check_before_folder(requested, world)
     folder = _open(
         world,
         lambda: open_run(
@@ -150,6 +151,14 @@ def _connect(requested: Recipe) -> World:
             hint="use `tunesmith train` or `tunesmith resume`, or start your script with torchrun",
         )
     return world
+
+
+def _check_before_folder(requested: Recipe, world: World) -> None:
+    """What can be known before there is a run folder, so that a failed start leaves none."""
+    from tunesmith.metrics.trackers import check_trackers
+
+    if world.is_main:
+        check_trackers(requested.log.to)
 
 
 def _open(world: World, open_first: Callable[[], RunFolder]) -> RunFolder:
@@ -189,6 +198,7 @@ def resume(
     path = Path(run)
     requested = _resumed(path, overrides)
     world = _connect(requested)
+    _check_before_folder(requested, world)
     with _open(
         world, lambda: open_run(path, model_name=requested.model.name, resume=True)
     ) as folder:
