@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -281,3 +282,46 @@ def test_an_edit_of_equal_size_in_the_same_second_is_seen(tmp_path: Path) -> Non
         os.utime(file, ns=stamp)
         function: Any = load_objective(f"{file}:my_loss", []).function
         assert function.__globals__["VALUE"] == number
+
+
+def test_a_run_gives_no_leave_to_run_code(
+    model: Path, data: Path, mark: Path, tmp_path: Path, capsys
+) -> None:
+    """A stranger's run: its recipe trusts the code that its model brings."""
+    out = tmp_path / "run"
+    assert (
+        run(["train", "--model", str(model), "--data", str(data), "--out", str(out), *SHORT]) == 0
+    )
+    folder = out / "model"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_x.py", "modeling_x.py"):
+        (folder / name).write_text(
+            f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nX = None\n"
+        )
+    recipe = (out / "recipe.yaml").read_text()
+    changed = re.sub(r"trust_remote_code: false", "trust_remote_code: true", recipe)
+    changed = (
+        changed
+        if changed != recipe
+        else recipe.replace("model:\n", "model:\n  trust_remote_code: true\n", 1)
+    )
+    (out / "recipe.yaml").write_text(changed)
+    assert "trust_remote_code: true" in changed
+    capsys.readouterr()
+    uses = [
+        ["chat", str(out), "--prompt", "x"],
+        ["eval", str(out), "--data", str(data)],
+        ["generate", str(out), "--data", str(data), "--out", str(tmp_path / "a.jsonl")],
+    ]
+    for words in uses:
+        for name in (out, folder):
+            assert run([str(name) if word == str(out) else word for word in words]) == 2, words
+            error = capsys.readouterr().err
+            assert "needs Python code of its own folder" in error
+            assert not mark.exists()
+    # asked for on this command line it does run
+    with contextlib.suppress(Exception):
+        run([*uses[0], "model.trust_remote_code=true"])
+    assert mark.exists()

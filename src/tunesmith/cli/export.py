@@ -38,12 +38,15 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    from tunesmith.export.hub import check_name
+    from tunesmith.export.hub import check_base, check_name
     from tunesmith.export.hub import push as send
     from tunesmith.export.run import export as write
+    from tunesmith.model.source import resolve_model
 
     if push is not None:
         check_name(push)
+        if to == "adapter":
+            check_base(resolve_model(model).adapter_folder)
     folder = out or Path(f"{model.rstrip('/')}-{to}")
     result = write(
         model, to, folder, quantize=quantize, trust=trust_remote_code, on_status=print_status

@@ -56,8 +56,11 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use only the first rows of each file.")
 ]
 
-MODEL_KEYS = {"dtype", "trust_remote_code", "quantization", "double_quantization"}
-"""Keys of a run's section `model` that must stay as in training, since an adapter fits to them."""
+MODEL_KEYS = {"dtype", "quantization", "double_quantization"}
+"""Keys of a run's section `model` that must stay as in training, since an adapter fits to them.
+Leave to run code of the model's folder is not among them: a run folder may come from anybody, so it
+is asked for on the command line of each use.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def _template_inside(config: Mapping[str, Any] | None) -> Any:
 def _choice(card: ModelCard, adapter: bool) -> dict[str, Any]:
     return {
         "tunesmith": __version__,
-        "base_model": card.base_model,
+        "base_model": card.base_name,
         "kind": "adapter" if adapter else "model",
         "template": card.choice.template,
         "template_kwargs": dict(card.choice.template_kwargs),
