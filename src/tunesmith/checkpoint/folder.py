@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.checkpoint.rng import RngState
+from tunesmith.checkpoint.state_schema import state_fault
 from tunesmith.checkpoint.tensor_io import encoded, file_digest, write_synced
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, first_line
 from tunesmith.storage.atomic import sync_folder
 
 FORMAT = 1
@@ -218,7 +219,17 @@ def find_damage(path: Path) -> str | None:
         if name not in files:
             return f"{MANIFEST} doesn't list {name}"
     found = (_file_damage(path / name, size, digest) for name, (size, digest) in files.items())
-    return next((damage for damage in found if damage), None)
+    return next((damage for damage in found if damage), None) or _damage_of_state(path)
+
+
+def _damage_of_state(path: Path) -> str | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{STATE}: {first_line(error)}"
+    step = _STEP.match(path.name)
+    fault = state_fault(state, step=int(step[1]) if step else state.get("step"))
+    return None if fault is None else f"{STATE}: {fault}"
 
 
 def _file_damage(path: Path, size: int, digest: str) -> str | None:

@@ -15,7 +15,7 @@ from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import World, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.runner import Run, run_training
-from tunesmith.storage.atomic import read_json
+from tunesmith.storage.machine import read_machine
 from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run
 
 if TYPE_CHECKING:
@@ -260,6 +260,6 @@ def _recipe_folders(recipe: RecipeSource) -> list[Path]:
     folder = path if path.is_dir() else path.parent
     folders = [folder]
     if (folder / "machine.json").is_file():
-        started = read_json(folder / "machine.json").get("folder")
+        started = read_machine(folder).get("folder")
         folders += [Path(started)] if started else []
     return folders
