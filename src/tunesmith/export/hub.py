@@ -21,7 +21,7 @@ ALLOWED = (
     *LICENSES,
 )  # fmt: skip
 """What may leave this machine. Rows, the ledger, metrics, samples and checkpoints are not here."""
-_OWN_TEXTS = ("config", "generation_config", "adapter_config", "tunesmith", "tokenizer_config")
+_CHECKED_TEXTS = ("config", "generation_config", "adapter_config", "tunesmith", "tokenizer_config")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -54,7 +54,7 @@ def check_base(adapter: Path | None) -> None:
 
 def _check_texts(folder: Path, files: Sequence[str]) -> None:
     for name in files:
-        if name.endswith(".json") and name.startswith(_OWN_TEXTS):
+        if name.endswith(".json") and name.startswith(_CHECKED_TEXTS):
             found = local_texts(read_json(folder / name))
             if found:
                 raise ModelError(
