@@ -43,6 +43,22 @@ FAMILIES: dict[str, dict] = {
     "gemma2": dict(WINDOW, tie_word_embeddings=True),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "gpt_oss": dict(WINDOW, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": dict(
+        num_key_value_heads=4,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        kv_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_nextn_predict_layers=0,
+    ),
 }
 
 

@@ -27,6 +27,7 @@ class Words:
     reason: str | None
     tokens: int
     unused: int = 0
+    fields: tuple = ()
 
 
 class FakeTemplate:

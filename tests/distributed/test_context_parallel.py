@@ -19,6 +19,7 @@ from torch import Tensor
 import tunesmith
 from attention_oracle import softmax_over_mask, visible
 from gang import assert_same_learning, losses, records, run_groups, weights
+from recurrent_models import recurrent_model
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build.context_parallel import check_exact, check_model, context_line
 from tunesmith.checkpoint.folder import differences, load_checkpoint
@@ -296,6 +297,13 @@ def test_a_model_that_takes_whole_paths_only() -> None:
     with pytest.raises(ModelError, match="one path at a time") as caught:
         check_model(model, ContextParallel(2, 0))
     assert caught.value.hint == "device.context_parallel=1"
+
+
+def test_a_model_with_recurrent_layers() -> None:
+    model = wrap_causal_lm(recurrent_model("lfm2")).model
+    with pytest.raises(ModelError, match="recurrent layers") as caught:
+        check_model(model, ContextParallel(2, 0))
+    assert caught.value.hint
 
 
 def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

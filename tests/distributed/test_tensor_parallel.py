@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gang import assert_same_learning, losses, run_groups, weights
+from recurrent_models import recurrent_model
 from tiny import chat_rows, tiny_folder, tiny_model, write_jsonl
 from tunesmith.build import tensor_parallel as assembled
 from tunesmith.build.tensor_parallel import tp_plan_of
@@ -270,6 +271,13 @@ def test_a_model_that_takes_whole_paths_only() -> None:
     model.run_unpacked()
     with pytest.raises(ModelError, match="one path at a time"):
         tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
+
+
+def test_a_model_with_recurrent_layers() -> None:
+    model = wrap_causal_lm(recurrent_model("lfm2")).model
+    with pytest.raises(ModelError, match="recurrent layers") as caught:
+        tp_plan_of(model, World(0, 2, 0, 2, tp=TensorParallel(2, 0)))
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("wrong", ["", "termed", "rows", "forward"])

@@ -16,7 +16,8 @@ from tunesmith.doctor.corpus import Corpus, Setup
 from tunesmith.doctor.examine import plan_order, read_corpus, read_setup
 
 ELSEWHERE = {
-    "common-opening", "generation-stops", "no-chat-template", "other-faults", "outside-vocabulary",
+    "common-opening", "generation-stops", "unread-fields", "renamed-fields", "no-chat-template",
+    "other-faults", "outside-vocabulary",
     "over-context", "pad-is-stop", "small-data", "template-date", "template-differs",
 }  # fmt: skip
 """Checks of the model, or of all rows together, which have tests of their own."""

@@ -107,11 +107,15 @@ def test_tied_weights_are_written_once(tmp_path: Path):
     assert read(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
 
 
-def test_large_models_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.export.weights.MAX_SHARD", "200KB")
-    model, source, template = trained(tiny_folder(tmp_path / "base"))
+def test_shards_are_those_of_the_base(tmp_path: Path):
+    folder = tiny_folder(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    base.save_pretrained(folder, max_shard_size="200KB")
+    model, source, template = trained(folder)
     write_model(model, template, source, tmp_path / "out", card=CARD, adapter=NO_ADAPTER)
     index = read(tmp_path / "out" / "model.safetensors.index.json")
+    assert index == read(folder / "model.safetensors.index.json")
     assert len(set(index["weight_map"].values())) > 1
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(plain), own_logits(model), rtol=1e-5, atol=1e-5)
@@ -263,7 +267,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(model.base), "save_pretrained", full)
+    monkeypatch.setattr("tunesmith.export.weights.save_file", full)
     with pytest.raises(RunError, match="No space left"):
         write_model(model, template, source, out, card=CARD, adapter=NO_ADAPTER)
     assert (out / "model.safetensors").read_bytes() == kept

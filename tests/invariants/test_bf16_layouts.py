@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recurrent_models import RECURRENT
 from tiny import tiny_model
 from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.model.load import wrap_causal_lm
@@ -45,9 +46,8 @@ def documents() -> list[Document]:
 @functools.cache
 def gradient(dtype: torch.dtype, layout: str, family: str) -> Tensor:
     """All gradients of the step in one vector, in float64."""
-    model = tiny_model(
-        family, hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=4
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    model = tiny_model(family, **{**sizes, **RECURRENT.get(family, {})})
     # the same bfloat16 weights in either precision: only the arithmetic differs
     model.bfloat16()
     causal_lm = wrap_causal_lm(model if dtype == torch.bfloat16 else model.float()).model
@@ -65,7 +65,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.fixture(params=["llama", "qwen3"])
+@pytest.fixture(params=["llama", "qwen3", "qwen3_5_text", "falcon_h1", "lfm2"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

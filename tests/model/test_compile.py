@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tunesmith
 from gang import losses, records, weights
+from recurrent_models import recurrent_model
 from tiny import chat_inputs, four_steps
 from tunesmith.build import compile as assembled
 from tunesmith.build.microbatch_size import made_up_batch
@@ -29,7 +30,9 @@ from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import RecipeError
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.compile import compile_layers, difference, restore_layers
+from tunesmith.model.load import wrap_causal_lm
 from tunesmith.model.ops.activation_checkpointing import set_checkpointing
+from tunesmith.model.recurrent import replace as recurrent
 from tunesmith.module_swap import RECORD
 from tunesmith.train.microbatches import collate
 from tunesmith.types import Document, Origin, Segment
@@ -97,6 +100,20 @@ def test_losses_and_gradients(family: str) -> None:
     compile_layers(layers(model), backend=QUICK)
     assert_same(model, expected, 2e-6)
     assert graphs() > 0
+
+
+@pytest.mark.parametrize("family", ["lfm2", slow("qwen3_5_text"), slow("recurrent_gemma")])
+def test_recurrent_mixers_follow_layouts_between_the_graphs(family: str) -> None:
+    model = wrap_causal_lm(recurrent_model(family)).model.train()
+    mixers = recurrent.SWAP.swapped(model)
+    expected = lengths(model, 9, 40, 17)
+    compile_layers(layers(model), backend=QUICK)
+    assert difference(model, layers(model), made_up_batch(model, 127, CPU)) < 1e-2
+    assert lengths(model, 9, 40, 17) == pytest.approx(expected, rel=1e-6)
+    assert graphs() > 0
+    restore_layers(model)
+    assert recurrent.SWAP.swapped(model) == mixers
+    assert lengths(model, 9, 40, 17) == expected
 
 
 @pytest.mark.slow

@@ -172,3 +172,29 @@ def test_quantised_maps() -> None:
     expected = run()
     assert fuse_low_rank(lora) == 1
     torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+
+
+class _OwnLinear(nn.Linear):
+    """Of a kind whose result is not written over."""
+
+
+class _AddsInPlace(Two):
+    def __init__(self, bias: bool) -> None:
+        super().__init__(bias)
+        self.first = _OwnLinear(24, 40, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        hidden += x.mean(-1, keepdim=True)  # as falcon does with what its linear maps return
+        return self.second(torch.tanh(hidden))
+
+
+def test_what_a_map_returns_may_be_added_to_in_place() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["first", "second"], init_lora_weights=False, r=4)
+    plain = get_peft_model(_AddsInPlace(True), config)  # pyright: ignore[reportArgumentType]
+    fused = copy.deepcopy(plain)
+    assert fuse_low_rank(fused) == 2
+    expected = outcome(plain)
+    for name, tensor in outcome(fused).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)

@@ -4,15 +4,15 @@ can.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
+from recurrent_models import RECURRENT
 from tiny import tiny_model
 from tunesmith.errors import ModelError
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.load import wrap_causal_lm
+from tunesmith.model.recurrent import replace as recurrent
 from tunesmith.model.selftest import self_test
 
 DEEPSEEK = {
@@ -48,7 +48,7 @@ PACKED = {
     "granite": {},
     "deepseek_v3": DEEPSEEK,
 }
-ISOLATED = {"stablelm": {}, "nemotron": {}, "bloom": {}, "mamba": {}, "minimax": {}}
+ISOLATED = {"stablelm": {}, "nemotron": {}, "bloom": {}, "xlstm": {}}
 
 
 def run(family: str, options: dict, *, dtype=torch.float32, max_length: int = 500):
@@ -80,18 +80,60 @@ def test_families_that_must_be_unpacked(family: str, dtype: torch.dtype) -> None
     assert any("one path at a time" in note for note in (*result.notes, *loaded.notes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", sorted(RECURRENT.keys() - {"minimax"}))
+def test_recurrent_layers_pack(family: str, dtype: torch.dtype) -> None:
+    causal_lm, result = run(family, RECURRENT[family], dtype=dtype)
+    assert not result.unpacked, result
+    assert not causal_lm.unpacked
+    # nemotron_h rounds hidden states to the precision of its weights between the layers
+    assert max(result.differences.values()) < (1e-4 if family == "nemotron_h" else 1e-5)
+    assert all(p.dtype == dtype for p in causal_lm.parameters())
+
+
+def test_lightning_attention_packs_where_its_tables_are_not_rounded() -> None:
+    """In bfloat16 its decays are read from tables of rounded powers, block by block."""
+    assert not run("minimax", RECURRENT["minimax"])[1].unpacked
+    model, rounded = run("minimax", RECURRENT["minimax"], dtype=torch.bfloat16)
+    assert rounded.unpacked
+    assert not recurrent.is_recurrent(model)
+
+
+def test_recurrent_layers_that_differ_are_run_unpacked(monkeypatch) -> None:
+    monkeypatch.setattr(recurrent, "RECURRENCES", {"causal_conv1d_fn": lambda _, own: own})
+    model, result = run("lfm2", RECURRENT["lfm2"])
+    assert result.unpacked
+    assert "other results" in result.notes[0]
+    assert not recurrent.is_recurrent(model)
+    ids = torch.arange(10, 20)[None]
+    expected = tiny_model("lfm2", **RECURRENT["lfm2"])(input_ids=ids).logits
+    assert torch.equal(model.base(input_ids=ids).logits, expected)
+
+
 def test_position_encoding_that_looks_at_neighbours() -> None:
     assert run("llama", DYNAMIC, max_length=500)[1].unpacked
     short = run("llama", DYNAMIC, max_length=60)[1]
     assert not short.unpacked, short
 
 
-def test_wrong_logit_transform_is_refused() -> None:
-    right = wrap_causal_lm(tiny_model("cohere2", sliding_window=8)).model
-    wrong = dataclasses.replace(right.logits, scale=1.0)
-    causal_lm = CausalLM(right.model, logits=wrong, native_attention=right.native_attention)
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.0625), (30.0, 1.0), (5.0, 0.5)])
+def test_a_logit_transform_under_another_name_is_found_by_value(softcap, scale) -> None:
+    model = tiny_model("llama", my_output_softcap=softcap)
+    own = LogitTransform(softcap, scale)
+    model.lm_head.register_forward_hook(lambda _, __, logits: own.apply(logits))
+    causal_lm = wrap_causal_lm(model).model
+    assert causal_lm.logits.identity
+    found = self_test(causal_lm, max_length=100)
+    assert causal_lm.logits == own
+    assert found.logits == own
+    assert found.differences["head"] < 1e-5
+
+
+def test_logits_that_no_transform_gives_are_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + logits.square())
     with pytest.raises(ModelError, match="logits"):
-        self_test(causal_lm, max_length=100)
+        self_test(wrap_causal_lm(model).model, max_length=100)
 
 
 def test_model_that_sees_later_tokens_is_refused() -> None:

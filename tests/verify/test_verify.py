@@ -91,7 +91,7 @@ def test_everything_holds_on_a_sound_model(folder: Path) -> None:
         if outcome.tolerance:
             assert outcome.difference is not None
             assert 0 <= outcome.difference < outcome.tolerance / 10
-    assert "all 8 checks hold" in markdown(found)
+    assert "all 9 checks hold" in markdown(found)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ SPEC = (
 )  # fmt: skip
 
 
-def choose_trained(recipe: Recipe, model: CausalLM, loaded: AdapterState) -> AttachedAdapter:
+def choose_trained(
+    recipe: Recipe,
+    model: CausalLM,
+    loaded: AdapterState,
+    unreached: Collection[str] = (),
+) -> AttachedAdapter:
     """Put the recipe's adapter on the model, or freeze what it leaves out. `loaded` is the state
-    that loading the model returned.
+    that loading the model returned; `unreached` are parameters that no text reaches, which get no
+    adapter.
     """
     adapter = recipe.adapter
     start = adapter_source(recipe)
@@ -46,7 +53,7 @@ def choose_trained(recipe: Recipe, model: CausalLM, loaded: AdapterState) -> Att
         spec = AdapterSpec(**{name: getattr(adapter, name) for name in SPEC})
         asked = adapter.model_fields_set & set(SPEC)
         asked -= {"kind"} if spec.kind == "none" else set()
-        attached = add_adapter(model, spec, loaded, asked=asked)
+        attached = add_adapter(model, spec, loaded, asked=asked, unreached=unreached)
     elif adapter.parameters is not None or adapter.top_layers is not None:
         _refuse_adapted(model)
         report = freeze(model, parameters=adapter.parameters, top_layers=adapter.top_layers)

@@ -80,7 +80,9 @@ def build(
     )
     choices = resolved_choices(job, loaded.tested, fitted.micro, fitted.kernels, trained.compiled)
     notes = [*data.prepared.notes, *loaded.notes, *steps.notes]
-    lines = summary_lines(job, fitted.report, choices, notes, longest=data.longest)
+    lines = summary_lines(
+        job, fitted.report, choices, notes, longest=data.longest, frozen=loaded.frozen
+    )
     return Job(job.data, job.training, Choices(resolved, choices, custom, lines), job.microbatching)
 
 
@@ -148,7 +150,7 @@ def fit_to_device(
 ) -> Fitted:
     """Attach the adapter, replace modules by kernels, and size the micro-batches."""
     model = loaded.model
-    attached = choose_trained(recipe, model, loaded.adapter)
+    attached = choose_trained(recipe, model, loaded.adapter, loaded.unreached)
     kernels = choose_kernels(recipe, model, device)
     savings = sharded_savings(found.size, model, world, ranks_per_copy=found.ranks_per_copy)
     micro = choose_micro_batch(

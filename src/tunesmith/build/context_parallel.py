@@ -21,6 +21,7 @@ from tunesmith.model.ops.numerics import (
     equivalence_trial,
     whole_model_bound,
 )
+from tunesmith.model.recurrent.replace import is_recurrent
 from tunesmith.train.microbatches import collate, local_part
 
 
@@ -36,6 +37,12 @@ def check_model(model: CausalLM, cp: ContextParallel) -> None:
         raise ModelError(
             "this model runs one path at a time with its own attention, which needs all tokens "
             "of a path on one device",
+            where="device.context_parallel",
+            hint="device.context_parallel=1",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            "this model has recurrent layers, which need all tokens of a path on one device",
             where="device.context_parallel",
             hint="device.context_parallel=1",
         )

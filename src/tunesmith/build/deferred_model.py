@@ -15,14 +15,16 @@ from tunesmith.build.inputs import UserObjects
 from tunesmith.build.model import FoundModel, free_bytes, load_model
 from tunesmith.checkpoint.rng import preserved_rng
 from tunesmith.config.schema import Recipe
+from tunesmith.data.preprocess.document_store import highest_id
 from tunesmith.data.templates.template import Template
 from tunesmith.distributed.world import World
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.state import AdapterState
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, outside_decoder
 from tunesmith.model.deferred_load import Traits, deferred_model, mismatch, trial_model
 from tunesmith.model.load import LoadedModel
 from tunesmith.model.ops.dtype import choose_dtype
+from tunesmith.model.reached import freeze_unreached, unreached_by_text
 from tunesmith.model.selftest import SelfTest, self_test
 from tunesmith.model.source import ModelSource
 from tunesmith.model.weight_files import WeightFiles
@@ -46,6 +48,8 @@ class TestedModel:
     notes: Sequence[str]
     adapter: AdapterState  # of the adapter that it came with
     unread: WeightFiles | None  # where the weights are, of a model without them
+    unreached: frozenset[str]  # parameters of the base that no text reaches
+    frozen: Sequence[str]  # the line that says so
 
 
 def load_tested(
@@ -67,11 +71,36 @@ def load_tested(
     )
     loaded = ranked.loaded
     model = loaded.model
+    check_ids(data, model)
     if recipe.device.attention == "unpacked":
         model.run_unpacked()
     tested = test_loaded(ranked, world, max_length=data.longest)
+    whole = loaded.unread is None
+    unreached = unreached_by_text(model) if whole else outside_decoder(model)
+    frozen = freeze_unreached(model, unreached)
     notes = [*loaded.notes, *tested.notes, *use_float8(recipe, model)]
-    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread)
+    return TestedModel(model, tested, room, notes, loaded.adapter, loaded.unread, unreached, frozen)
+
+
+def check_ids(data: Data, model: CausalLM) -> None:
+    """Refuse ids for which the model has no embedding.
+
+    Raises:
+        ModelError: names the highest of them and a row that has it.
+    """
+    stated = int(getattr(model.config.get_text_config(), "vocab_size", None) or 0)
+    embedding = model.base.get_input_embeddings()
+    # A sharded embedding has fewer rows than the config states, a padded one has more.
+    size = max(stated, int(embedding.weight.shape[0]))
+    for documents in (data.prepared.documents, *(one.documents for one in data.eval_sets)):
+        found = highest_id(documents)
+        if found is not None and found[0] >= size:
+            raise ModelError(
+                f"ids without an embedding: id {found[0]}; the model has {size:,}",
+                where=str(found[1]),
+                hint="tokenizer and model don't belong together, or tokens were added without "
+                "embeddings: model.resize_token_embeddings(len(tokenizer)) before it is saved",
+            )
 
 
 def load_for_ranks(
@@ -121,6 +150,7 @@ def test_loaded(ranked: RankModel, world: World, *, max_length: int) -> SelfTest
     if isinstance(found, tuple):
         raise ModelError(found[0], where=found[1], hint=found[2])
     assert found is not None
+    model.logits = found.logits
     if found.unpacked and not model.unpacked:
         model.run_unpacked()
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def choose_micro_batch(
         offload = recipe.device.activation_offload
         cost = measured_cost(model, device, longest=longest, offload=offload)
     choice = choose_micro_tokens(cost, device=device, room=left, longest=needed, modes=modes)
-    set_checkpointing(model.base, choice.checkpointing)
+    set_checkpointing(model.decoder, choice.checkpointing)
     if wanted == "auto":
         return choice
     return MicroChoice(wanted, choice.checkpointing, choice.reason)
@@ -104,7 +105,7 @@ def measured_cost(
     def cost(mode: Mode) -> Cost:
         state, training = capture_rng(), model.training
         try:
-            set_checkpointing(model.base, mode)
+            set_checkpointing(model.decoder, mode)
             model.train()
             _bytes_of(model, sizes[0], device, offload=offload)  # makes the gradients
             seen = [_bytes_of(model, size, device, offload=offload) for size in sizes]
@@ -159,7 +160,8 @@ def made_up_batch(model: CausalLM, tokens: int, device: torch.device) -> Batch:
 
 def _possible(model: CausalLM) -> tuple[Mode, ...]:
     """The modes that `auto` may take: the first alone where the architecture can't recompute."""
-    able = checkpointed_layers(model.base) and model.base.supports_gradient_checkpointing
+    decoder: Any = model.decoder
+    able = checkpointed_layers(decoder) and decoder.supports_gradient_checkpointing
     return MODES if able else MODES[:1]
 
 

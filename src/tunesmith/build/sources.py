@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import DataSection, Holdout, SourceSection
+from tunesmith.data.fields.normalize import Naming
 from tunesmith.data.preprocess.holdout import HoldoutChoice, Side, holdout_split
 from tunesmith.data.preprocess.prepare import Prepared, prepare
 from tunesmith.data.sources.files import find, folder_files, is_pattern, pattern_files
@@ -42,6 +43,7 @@ def make_sources(
                 path=path,
                 format=section.format,
                 columns=columns,
+                naming=_naming(section, data),
                 limit=section.limit,
                 section=number,
                 commit=commit,
@@ -111,7 +113,15 @@ def _check_apart(sources: Sequence[Source]) -> None:
 
 def memory_source(rows: Rows, data: DataSection, *, name: str) -> list[Source]:
     """Rows given as Python objects, under a name that errors and the ledger use."""
-    return [Source(name=name, rows=rows, columns=data.columns)]
+    return [Source(name=name, rows=rows, columns=data.columns, naming=_naming(None, data))]
+
+
+def _naming(section: SourceSection | None, data: DataSection) -> Naming:
+    """The words about names that hold for a source: its own, else the recipe's."""
+    own = section or SourceSection(path="-")
+    roles = own.roles if own.roles is not None else data.roles
+    ignored = own.ignore_fields if own.ignore_fields is not None else data.ignore_fields
+    return Naming(dict(roles or {}), tuple(sorted(set(ignored or ()))))
 
 
 def choose_held_out(sources: Sequence[Source], holdout: Holdout) -> HoldoutChoice:

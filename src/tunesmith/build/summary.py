@@ -37,8 +37,11 @@ def summary_lines(
     notes: Sequence[str],
     *,
     longest: int,
+    frozen: Sequence[str] = (),
 ) -> list[str]:
-    """All lines of a start; `resolved` is what every `auto` became, `notes` what the parts say."""
+    """All lines of a start; `resolved` is what every `auto` became, `notes` what the parts say, and
+    `frozen` what no text reaches.
+    """
     recipe, world, training = job.choices.recipe, job.training.world, job.training
     shared = job.microbatching.share_prefixes
     ranks = world.dp_size if world.is_main else 1
@@ -50,7 +53,7 @@ def summary_lines(
         *objective_line(recipe, training.loss, shared=shared),
         *adapter_lines(recipe, training.model, training.adapter, shared=shared),
         *computing_lines(resolved),
-        *_start_lines(job, report, resolved),
+        *_start_lines(job, report, resolved, frozen),
         *notes,
     ]
 
@@ -81,7 +84,9 @@ def resolved_choices(
     }
 
 
-def _start_lines(job: Job, trained: AdapterReport, resolved: Mapping[str, Any]) -> list[str]:
+def _start_lines(
+    job: Job, trained: AdapterReport, resolved: Mapping[str, Any], frozen: Sequence[str]
+) -> list[str]:
     """What was decided, in a few lines, before the first step."""
     recipe, prepared = job.choices.recipe, job.data.prepared
     tokens = int(token_counts(prepared.documents).sum())
@@ -96,6 +101,7 @@ def _start_lines(job: Job, trained: AdapterReport, resolved: Mapping[str, Any]) 
         f"model: {recipe.model.name}, {recipe.model.dtype} on {job.training.device} "
         f"with {torch.get_num_threads()} threads{_bits(job)}",
         f"trained: {trained}",
+        *frozen,
         f"steps: {job.training.total_steps} of {_batch(recipe)}, "
         f"{recipe.optim.name} lr {recipe.optim.lr:g} {recipe.optim.schedule}{_factors(recipe)}",
         f"device: {job.microbatching.micro_tokens} tokens at a time, "

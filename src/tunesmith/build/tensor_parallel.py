@@ -27,6 +27,7 @@ from tunesmith.model.ops.numerics import (
     equivalence_trial,
     whole_model_bound,
 )
+from tunesmith.model.recurrent.replace import is_recurrent
 from tunesmith.model.tp_plan import KEY, LayerPlan, layer_plan
 from tunesmith.train.microbatches import collate
 
@@ -51,6 +52,10 @@ def _plan_of(model: CausalLM, world: World) -> LayerPlan:
             "this model runs one path at a time with its own attention, which is not divided",
             where=KEY,
             hint=f"{KEY}=1",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            "this model has recurrent layers, which are not divided", where=KEY, hint=f"{KEY}=1"
         )
     return layer_plan(model, world.tp.size)
 

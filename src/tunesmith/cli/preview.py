@@ -18,6 +18,7 @@ from tunesmith.cli.inputs import (
     recipe_from_arguments,
     split_arguments,
 )
+from tunesmith.cli.session import print_status
 from tunesmith.display import put
 from tunesmith.errors import DataError, InputError, ModelError
 
@@ -48,6 +49,8 @@ def preview(
     ] = None,
 ) -> None:
     """Show the tokens of rows and which of them are targets; loads the tokenizer, no weights."""
+    from tunesmith.data.preprocess.errors import field_lines
+    from tunesmith.data.preprocess.ledger import Ledger
     from tunesmith.data.row_errors import Fault
 
     recipe = recipe_from_arguments(arguments, model, data)
@@ -59,8 +62,11 @@ def preview(
             raise InputError("--html and --json exclude each other", hint="give one of the two")
         _write_page(html, prepared, rows or SHOWN_ON_PAGE, recipe=recipe, template=template)
         return
+    ledger = Ledger()
     for row in islice(prepared, rows or SHOWN):
         result = row.result
+        for field in row.all_fields:
+            ledger.note_field(row.origin, field)
         if isinstance(result, Fault):
             if _refused(result, recipe):
                 raise _refusal(row, result)
@@ -70,6 +76,8 @@ def preview(
             put(json.dumps(record(row, result), ensure_ascii=False))
         else:
             _show(row, result, template)
+    for line in field_lines(ledger):
+        print_status(line)
 
 
 def open_template(recipe: Recipe, *, dated: bool = False) -> Template:
@@ -222,7 +230,7 @@ def record(row: PreparedRow, result: Rendered) -> dict[str, Any]:
 def _refused(fault: Fault, recipe: Recipe) -> bool:
     from tunesmith.data.rendering.result import TOO_LONG
 
-    return fault.kind == TOO_LONG or recipe.data.bad_rows == "error"
+    return fault.kind == TOO_LONG or fault.stops or recipe.data.bad_rows == "error"
 
 
 def _refusal(row: PreparedRow, fault: Fault) -> DataError:
@@ -232,7 +240,7 @@ def _refusal(row: PreparedRow, fault: Fault) -> DataError:
 def _hint(fault: Fault) -> str:
     from tunesmith.data.rendering.result import TOO_LONG
 
-    if fault.kind == TOO_LONG:
+    if fault.kind == TOO_LONG or fault.stops:
         return fault.hint or ""
     drop = "data.bad_rows=drop leaves such rows out"
     return f"{fault.hint}; {drop}" if fault.hint else drop

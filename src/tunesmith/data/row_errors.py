@@ -7,18 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
+
+UNREAD = "unread-field"
+"""Kind of the fault of a row whose input or wish stands in a field that nothing reads."""
+
+
+class Field(NamedTuple):
+    """A field of a row that is not read as it stands, and what became of it.
+
+    `path` is its place without the numbers of list items: `context`, `messages[].loss`. `refused`
+    is the state of one that looks like input or like a wish and that nothing reads. `hint` is the
+    line of the recipe that mends it, or what it was read as.
+    """
+
+    path: str
+    state: Literal["unread", "refused", "mapped", "ignored"]
+    hint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """The reason why a row can't be trained on; `kind` is a stable slug to count by
     (`invalid-json`).
+
+    `fields` are those that nothing reads. A fault with a refused one stops a run under
+    `bad_rows: drop` too.
     """
 
     kind: str
     message: str
     hint: str | None = None
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def stops(self) -> bool:
+        """True if the row may not be dropped either."""
+        return any(field.state == "refused" for field in self.fields)
 
 
 _MESSAGE = '{"role": "user", "content": "..."}'

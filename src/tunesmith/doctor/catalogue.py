@@ -39,6 +39,8 @@ _TARGET = "data.template_kwargs='{enable_thinking: false}', reasoning_content, o
 CHECKS: dict[str, Check] = {
     "unreadable-rows": Check("rows that can't be read", faults.of_kinds(faults.READING, _DROP)),
     "wrong-shape": Check("rows of a wrong shape", faults.of_kinds(faults.SHAPE, _COLUMNS)),
+    "unread-fields": Check("fields that nothing reads", faults.unread_fields),
+    "renamed-fields": Check("fields read under another name", faults.renamed_fields),
     "no-chat-template": Check("chats without a chat template", model.no_template),
     "role-order": Check("turns out of order", faults.role_order),
     "dropped-content": Check(

@@ -16,7 +16,7 @@ from tunesmith.data.formats.examples import (
     Text,
 )
 from tunesmith.data.rendering.render import Rendered
-from tunesmith.data.row_errors import Fault
+from tunesmith.data.row_errors import Fault, Field
 from tunesmith.data.templates.template import Template
 from tunesmith.doctor.minhash import plain, words_of
 from tunesmith.types import Document, Origin
@@ -41,6 +41,7 @@ class Case:
     length: int = 0
     over_long: bool = False
     section: int = 0
+    fields: tuple[Field, ...] = ()  # those that nothing reads, that were renamed or are ignored
 
     @property
     def messages(self) -> tuple[Message, ...]:

@@ -97,12 +97,25 @@ def read_cases(
         source = given[row.origin.source]
         example = _example(row, source.format, template)
         if isinstance(row.result, Fault) or row.result is None:
-            yield Case(row.origin, example, fault=row.result, section=source.section), row.values
+            case = Case(
+                row.origin,
+                example,
+                fault=row.result,
+                section=source.section,
+                fields=row.all_fields,
+            )
+            yield case, row.values
             continue
         document = row.result.document
         length = document.longest_path if document is not None else row.result.tokens
         case = Case(
-            row.origin, example, document, row.result, length=length, section=source.section
+            row.origin,
+            example,
+            document,
+            row.result,
+            length=length,
+            section=source.section,
+            fields=row.all_fields,
         )
         if document is not None and limit is not None and length > limit and example is not None:
             case = _within(case, example, template, recipe, limit)

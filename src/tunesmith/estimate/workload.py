@@ -145,7 +145,7 @@ def training_flops(model: CausalLM, *, tokens: int, targets: int) -> float:
     outside = {id(head), id(embedding)}
     met = _expert_share(model)
     per_token = 0.0
-    for parameter in model.parameters():
+    for parameter in model.decoder.parameters():
         if parameter.dim() > 1 and id(parameter) not in outside:
             share = met if parameter.dim() == 3 else 1.0
             per_token += share * parameter_count(parameter) * _each(parameter)

@@ -15,6 +15,7 @@ from tunesmith.data.templates.template import Template
 from tunesmith.errors import RunError
 from tunesmith.export import readers
 from tunesmith.export.card import ModelCard, card_text
+from tunesmith.export.hub import NAMED_TEMPLATES
 from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
@@ -29,9 +30,10 @@ TOKENIZER_FILES = (
     "tokenization_*.py",
 )  # fmt: skip
 MODEL_FILES = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    *COPIED,
+    "config.json", "generation_config.json", "*processor_config.json", *COPIED,
 )  # fmt: skip
+SUBFOLDER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""What a model's subfolders hold for its processor, as `additional_chat_templates`."""
 
 
 def write_model(
@@ -95,8 +97,13 @@ def _fill(
         _save_in_memory(folder, model, template)
     else:
         _copy(source.tokenizer_folder, folder, TOKENIZER_FILES)
+        if template.has_chat_template and template.jinja is None:
+            # The model has several templates, and the rows chose among them as inference does.
+            named = source.tokenizer_folder / NAMED_TEMPLATES
+            _copy(named, folder / NAMED_TEMPLATES, ("*.jinja",))
         # The generation config beside an adapter may hold stop ids that its base lacks.
         _copy(source.folder, folder, MODEL_FILES)
+        copy_subfolders(source.folder, folder)
         if source.tokenizer_folder != source.folder:
             _copy(source.tokenizer_folder, folder, ("generation_config.json",))
     config_path = folder / "config.json"
@@ -121,7 +128,8 @@ def _fill(
     stated = config.get("text_config") or config
     if template.added or stated.get("vocab_size") != model.config.get_text_config().vocab_size:
         config = complete_rows(config, model.base.get_input_embeddings().weight.shape[0])
-    written = write_weights(model.base, folder, dtype=dtype)
+    base = None if source is None else source.folder
+    written = write_weights(model.base, folder, base=base, dtype=dtype)
     if adapter.untied:
         config = {**config, "tie_word_embeddings": False}
     quantized = bool(getattr(model.base, "is_quantized", False))
@@ -204,7 +212,25 @@ def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):
+                target.mkdir(exist_ok=True)
                 shutil.copyfile(path, target / path.name)
+
+
+def copy_subfolders(source: Path, target: Path) -> None:
+    """The small files in the subfolders of a model. A subfolder that is a run, a checkpoint or a
+    model of its own stays behind.
+    """
+    for place in sorted(path for path in source.iterdir() if path.is_dir()):
+        is_run = any((place / name).exists() for name in ("recipe.yaml", "manifest.json"))
+        weights = any(place.glob("*.safetensors")) or any(place.glob("*.bin"))
+        wanted = [p for pattern in SUBFOLDER_FILES for p in place.glob(pattern) if p.is_file()]
+        if is_run or weights or not wanted or place.name.startswith("."):
+            continue
+        refuse_links(source, [place.name])
+        refuse_links(place, SUBFOLDER_FILES)
+        (target / place.name).mkdir(exist_ok=True)
+        for path in wanted:
+            shutil.copyfile(path, target / place.name / path.name)
 
 
 def _read_text(path: Path) -> str:

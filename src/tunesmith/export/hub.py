@@ -14,7 +14,8 @@ from tunesmith.model.source import read_json
 
 ALLOWED = (
     "README.md", "Modelfile", "config.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "tunesmith.json", "adapter_config.json", "adapter_model*.safetensors",
+    "processor_config.json", "video_preprocessor_config.json", "tunesmith.json",
+    "adapter_config.json", "adapter_model*.safetensors",
     "model*.safetensors", "model.safetensors.index.json", "*.gguf", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -22,6 +23,8 @@ ALLOWED = (
 )  # fmt: skip
 """What may leave this machine. Rows, the ledger, metrics, samples and checkpoints are not here."""
 _CHECKED_TEXTS = ("config", "generation_config", "adapter_config", "tunesmith", "tokenizer_config")
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps every chat template but the one named default."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -65,11 +68,17 @@ def _check_texts(folder: Path, files: Sequence[str]) -> None:
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """The names of the folder's own files that may be sent; subfolders and links are left out."""
+    """The names of the folder's own files that may be sent, named chat templates included; other
+    subfolders and links are left out.
+    """
+    own = [path for path in folder.iterdir() if is_allowed(path.name)]
+    named = folder / NAMED_TEMPLATES
+    if named.is_dir() and not named.is_symlink():
+        own += named.glob("*.jinja")
     return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and not path.is_symlink() and is_allowed(path.name)
+        path.relative_to(folder).as_posix()
+        for path in own
+        if path.is_file() and not path.is_symlink()
     )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import ModelCard, TemplateChoice, read_choice
 from tunesmith.export.folder import base_name, write_model
 from tunesmith.model.adapters import AdapterState, began_quantized
-from tunesmith.model.adapters.merge import add_difference, fold, untie
+from tunesmith.model.adapters.merge import add_difference, fold, merged_names, untie
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm
 from tunesmith.model.model_files import open_weights, weight_files
-from tunesmith.model.source import ModelSource, resolve_model
+from tunesmith.model.quantization.dequantize import quant_method
+from tunesmith.model.source import ModelSource, read_json, resolve_model
 
 TOLERANCE = 1e-4
 """Relative L2 distance of logits that float32 arithmetic in another order may make."""
@@ -122,7 +123,7 @@ def merge_adapters(
         written = scratch / out.name
         write_model(model, template, first, written, card=card, adapter=merged.state, dtype=dtype)
         exact = _logits(model, probes)
-        _round(model, dtype)
+        _round(model, dtype, merged.changed)
         rounded = _logits(model, probes)
         reloaded = load_causal_lm(
             ModelSource(str(written), written), dtype="float32", trust_remote_code=trust_remote_code
@@ -147,7 +148,9 @@ def merge_adapters(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in a model folder's files."""
+    """The dtype of most weights in a model folder's files, or what quantised ones are read as."""
+    if quant_method(read_json(folder / "config.json")) is not None:
+        return torch.bfloat16
     sizes: dict[str, int] = {}
     for path in weight_files(folder):
         with open_weights(path) as file:
@@ -174,6 +177,7 @@ class _Merged:
     model: CausalLM
     state: AdapterState
     distance: float  # the largest that a merge made
+    changed: frozenset[str]  # modules and parameters of the base that hold an adapter now
 
 
 def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> _Merged:
@@ -184,8 +188,10 @@ def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> _Merged
         load_causal_lm(plain, dtype="float32", trust_remote_code=trust).model for _ in range(2)
     )
     worst, untied = 0.0, False
+    changed: frozenset[str] = frozenset()
     for part in parts:
         merged = _folded(part, probes, trust)
+        changed |= merged.changed
         worst = max(worst, merged.distance)
         untied = untied or merged.state.untied
         if untied:
@@ -199,13 +205,14 @@ def _merged(parts: Sequence[Part], probes: list[Tensor], trust: bool) -> _Merged
                 hint="merge it alone, without a weight",
             )
         add_difference(_weights(total), _weights(merged.model), _weights(base), weight=part.weight)
-    return _Merged(total, AdapterState(untied=untied), worst)
+    return _Merged(total, AdapterState(untied=untied), worst, changed)
 
 
 def _folded(part: Part, probes: list[Tensor], trust: bool) -> _Merged:
     loaded = load_causal_lm(part.source, dtype="float32", trust_remote_code=trust)
     model = loaded.model
     before = _logits(model, probes)
+    changed = frozenset(merged_names(model))
     state = fold(model, loaded.adapter)
     distance = _distance(_logits(model, probes), before)
     if not distance <= TOLERANCE:
@@ -215,7 +222,7 @@ def _folded(part: Part, probes: list[Tensor], trust: bool) -> _Merged:
             where=str(part.adapter),
             hint="load it as an adapter instead",
         )
-    return _Merged(model, state, distance)
+    return _Merged(model, state, distance, changed)
 
 
 def _weights(model: CausalLM) -> dict[str, Tensor]:
@@ -266,9 +273,11 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def _round(model: CausalLM, dtype: torch.dtype) -> None:
-    for tensor in (*model.base.parameters(),):
-        tensor.copy_(tensor.to(dtype))
+def _round(model: CausalLM, dtype: torch.dtype, changed: Collection[str]) -> None:
+    """What is unchanged is written as it lies in the base's files, in whatever precision."""
+    for name, tensor in model.base.named_parameters():
+        if name in changed or name.rpartition(".")[0] in changed:
+            tensor.copy_(tensor.to(dtype))
 
 
 def _recipe(part: Part) -> str:

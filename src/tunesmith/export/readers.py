@@ -14,6 +14,10 @@ from typing import Any
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _NEOX = ("gpt_neox", "gpt_neox_japanese")
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+_KNOWN_SCALING = ("linear", "dynamic", "yarn", "longrope", "llama3")
+"""What readers of that time know. Other kinds came with `rope_parameters`, and a reader that knows
+them would take the older key for the whole.
+"""
 
 
 def complete_config(config: Mapping[str, Any], *, dtype: str, quantized: bool) -> dict[str, Any]:
@@ -58,8 +62,9 @@ def _add_rope(config: dict[str, Any]) -> None:
     if "rope_theta" in main:
         config.setdefault("rope_theta", main["rope_theta"])
     scaling = {key: value for key, value in main.items() if key not in _NOT_SCALING}
-    scaled = scaling.get("rope_type", "default") != "default"
-    config.setdefault("rope_scaling", scaling if scaled else None)
+    kind = scaling.get("rope_type", "default")
+    if kind == "default" or kind in _KNOWN_SCALING:
+        config.setdefault("rope_scaling", None if kind == "default" else scaling)
     if "partial_rotary_factor" in main:
         config.setdefault("partial_rotary_factor", main["partial_rotary_factor"])
     if config.get("model_type") in _NEOX:

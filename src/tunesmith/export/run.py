@@ -13,12 +13,13 @@ from tunesmith.data.templates.load import load_template
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import TemplateChoice, read_choice
+from tunesmith.export.folder import copy_subfolders
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
 from tunesmith.export.hub import files_to_push, is_allowed
 from tunesmith.export.merge import Part, merge_adapters
 from tunesmith.export.ollama import find_family, write_modelfile
 from tunesmith.model.load import load_causal_lm
-from tunesmith.model.model_files import inside
+from tunesmith.model.model_files import inside, weight_files
 from tunesmith.model.source import ModelSource, resolve_model
 
 FORMS = ("hf", "adapter", "gguf", "ollama")
@@ -88,6 +89,7 @@ def _copy(source: Path, folder: Path) -> dict[str, Any]:
     names = [*files_to_push_or_code(source)]
     for name in names:
         shutil.copyfile(source / name, folder / name)
+    copy_subfolders(source, folder)
     return {"files": sorted(names)}
 
 
@@ -99,7 +101,8 @@ def files_to_push_or_code(folder: Path) -> list[str]:
         if path.is_symlink() and path.is_file() and inside(folder, path) and is_allowed(path.name)
     ]  # a snapshot of the hub's cache is links
     code = [path.name for path in folder.glob("*.py") if inside(folder, path)]
-    return sorted({*files_to_push(folder), *linked, *code})
+    weights = [path.name for path in weight_files(folder) if inside(folder, path)]
+    return sorted({*files_to_push(folder), *linked, *code, *weights})
 
 
 def _gguf(

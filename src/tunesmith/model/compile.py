@@ -1,9 +1,9 @@
 """Regional torch.compile: decoder layers of a class share one compiled code with dynamic shapes.
 
-Attention stays out of the graphs: it looks at layouts, which are Python objects and change with
-each micro-batch, and brings a compiled kernel of its own. What recomputes activations stays
-outside too, around the compiled layer. Only `forward` of each layer is replaced; class, weights
-and names stay.
+Attention and recurrent mixers stay out of the graphs: they look at layouts, which are Python
+objects and change with each micro-batch. Attention brings a compiled kernel of its own. What
+recomputes activations stays outside too, around the compiled layer. Only `forward` of each layer
+and mixer is replaced; class, weights and names stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from tunesmith.model.attention import dispatch as attention
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.ops.numerics import ONE_OPERATION, Comparison, equivalence_trial
+from tunesmith.model.recurrent import replace as recurrent
+from tunesmith.model.recurrent.active_layout import use_layout
 from tunesmith.module_swap import ModuleSwap, without_forwards
 from tunesmith.types import Batch
 
@@ -41,6 +43,10 @@ def compile_layers(
         if plain not in made:
             made[plain] = torch.compile(plain, dynamic=True, backend=backend, options=options)
         SWAP.set_forward(layer, _forward(made[plain], plain, wrapped))
+        for mixer in recurrent.SWAP.swapped(layer):
+            swapped = mixer.__dict__.get("forward")
+            plain = type(mixer).forward if swapped is None else swapped.__func__
+            SWAP.set_forward(mixer, torch.compiler.disable(plain))
 
 
 def restore_layers(model: nn.Module) -> None:
@@ -64,8 +70,9 @@ def difference(model: CausalLM, layers: Sequence[nn.Module], batch: Batch) -> fl
     def compare() -> Iterator[Comparison]:
         for layer, inputs, named in _inputs(model, layers, batch):
             plain, _ = _plain_forward(type(layer))
-            expected = _learned(functools.partial(plain, layer), layer, inputs, named)
-            found = _learned(layer, layer, inputs, named)
+            with use_layout(batch.layout):
+                expected = _learned(functools.partial(plain, layer), layer, inputs, named)
+                found = _learned(layer, layer, inputs, named)
             yield from _comparisons(found, expected, bound)
 
     try:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.architecture import find_architecture
 from tunesmith.model.attention import dispatch as attention
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, find_decoder
 from tunesmith.model.layers import per_layer
 from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.load import (
@@ -26,9 +27,11 @@ from tunesmith.model.load import (
     checked_config,
     finish,
     load_causal_lm,
-    quiet,
+    published_as,
+    read_generation_config,
     silence,
 )
+from tunesmith.model.quiet import quiet
 from tunesmith.model.source import ModelSource
 from tunesmith.model.weight_files import WeightFiles
 
@@ -50,7 +53,9 @@ def trial_model(
         ModelError: as loading the whole does.
     """
     config = checked_config(source, trust_remote_code)
-    whole = _without_weights(checked_config(source, trust_remote_code), dtype, trust_remote_code)
+    whole = _without_weights(
+        checked_config(source, trust_remote_code), source.name, dtype, trust_remote_code
+    )
     text = config.get_text_config()
     count = _layers_of_each_kind(whole, text)
     if count >= text.num_hidden_layers:
@@ -67,13 +72,10 @@ def deferred_model(
     """The whole model, its weights placeholders on the CPU that take no memory, and the files that
     they are still to be read from.
     """
-    from transformers import GenerationConfig
-
     config = checked_config(source, trust_remote_code)
-    notes = silence(config)
-    model = _without_weights(config, dtype, trust_remote_code)
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    notes = [*published_as(source), *silence(config)]
+    model = _without_weights(config, source.name, dtype, trust_remote_code)
+    read_generation_config(model, source)
     _replace_parameters(model, _placeholder, of=model.parameters())
     causal_lm = CausalLM(
         model.eval(),
@@ -81,6 +83,9 @@ def deferred_model(
         native_attention=traits.native_attention,
         unpacked=traits.unpacked,
     )
+    if not traits.unpacked:
+        attention.register()
+        causal_lm.set_attention(attention.NAME)
     files = WeightFiles(source.folder, list(model.parameters()))
     return LoadedModel(causal_lm, [*notes, *finish(causal_lm)], unread=files)
 
@@ -143,18 +148,12 @@ def _placeholder(parameter: nn.Parameter) -> Tensor:
     return torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
 
 
-def _without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
+def _without_weights(config: Any, where: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    architecture = find_architecture(config, where, trust_remote_code=trust_remote_code)
     with _weights_on_meta(), quiet(reports=False):
-        model: Any = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=trust_remote_code,
-        )
+        model: Any = architecture.from_config(config, dtype=dtype)
     model.tie_weights()
+    model._weight_conversions = []  # it is only used where files hold the names of the modules
     return model
 
 
@@ -181,7 +180,7 @@ def _layers_of_each_kind(model: Any, config: Any) -> int:
     """
     total = config.num_hidden_layers
     lists = [value for value in vars(config).values() if per_layer(value, total)]
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     layers = next(
         m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == total
     )  # fmt: skip

@@ -18,3 +18,22 @@ def cut_layers(config: Any, count: int) -> None:
         if per_layer(value, total):
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
+
+
+def layer_values(config: Any, name: str) -> list[Any]:
+    """A value of each layer of a text configuration: one for all, a list, or what transformers
+    keeps apart as `per_layer_config`. None where a layer has none.
+    """
+    count = int(config.num_hidden_layers)
+    if getattr(config, "is_heterogeneous", False):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    value: Any = getattr(config, name, None)
+    return list(value) if per_layer(value, count) else [value] * count
+
+
+def attention_width(config: Any) -> int:
+    """Query heads times head size, added up over the layers."""
+    heads = [int(n or 1) for n in layer_values(config, "num_attention_heads")]
+    sizes = layer_values(config, "head_dim")
+    hidden = int(config.hidden_size)
+    return sum(n * int(size or hidden // n) for n, size in zip(heads, sizes, strict=True))

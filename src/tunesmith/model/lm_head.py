@@ -4,6 +4,7 @@ logit scale and logit soft-capping (as in Gemma 2), read from the config.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +66,47 @@ class LogitTransform:
         return logits
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Of gemma2, recurrent_gemma and xlstm."""
+
+
 def read_logit_transform(config: Any) -> LogitTransform:
-    """The transform that the config names: `final_logit_softcapping`, `logit_scale` (cohere),
-    `logits_scaling` (granite).
+    """The transform that the config names: a soft cap (`final_logit_softcapping` of gemma2 and
+    others), `logit_scale` (cohere), `logits_scaling` (granite).
     """
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale *= float(config.logit_scale)
     if getattr(config, "logits_scaling", None):
         scale /= float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    softcap = next((cap for cap in caps if cap is not None), None)
     return LogitTransform(softcap=None if softcap is None else float(softcap), scale=scale)
+
+
+def logit_caps(config: Any) -> list[float]:
+    """Every number that the config calls a cap: families spell the softcap of logits in many ways,
+    and attention may have one too.
+    """
+    found = [value for name, value in vars(config).items() if "cap" in name]
+    return sorted({float(v) for v in found if isinstance(v, int | float) and v and v > 0})
+
+
+def fitted_transforms(
+    raw: Tensor, logits: Tensor, caps: Sequence[float]
+) -> Iterator[LogitTransform]:
+    """Transforms by value, for families whose config names theirs in another way: without a softcap
+    and with each of `caps`, the scale fitted by least squares between the head's products and the
+    model's own logits.
+    """
+    raw, logits = raw.double(), logits.double()
+    for cap in (None, *caps):
+        clear, linear = raw, logits
+        if cap is not None:
+            # Where tanh is flat its inverse is all rounding.
+            clear = raw.where(logits.abs() < 0.8 * cap, 0.0)
+            linear = torch.atanh((logits / cap).clamp(-0.8, 0.8)) * cap
+        scale = float((linear * clear).sum() / clear.square().sum().clamp(min=1e-30))
+        short = float(f"{scale:.4g}")
+        near = abs(short - scale) < 1e-5 * abs(scale)
+        yield LogitTransform(cap, short if near else scale)

@@ -13,13 +13,17 @@ import torch
 
 from tunesmith.errors import ModelError, first_line, is_out_of_memory, out_of_memory
 from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
+from tunesmith.model.architecture import Architecture, find_architecture
 from tunesmith.model.attention import dispatch as attention
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, find_decoder
 from tunesmith.model.layers import cut_layers
 from tunesmith.model.lm_head import read_logit_transform
 from tunesmith.model.ops.bf16_upcast import upcast_linear_layers
 from tunesmith.model.ops.dtype import DtypeChoice, choose_dtype
 from tunesmith.model.ops.malloc import freed_at_once
+from tunesmith.model.quantization.dequantize import check_readable
+from tunesmith.model.quiet import quiet
+from tunesmith.model.recurrent.replace import follow_layouts
 from tunesmith.model.source import (
     ModelSource,
     read_json,
@@ -91,8 +95,8 @@ def load_causal_lm(
     if layers is not None:
         cut_layers(config, layers)
     chosen = choose_dtype(dtype, device)
-    notes = [chosen.note, *silence(config)]
-    options: dict[str, Any] = {"dtype": chosen.dtype, "trust_remote_code": trust_remote_code}
+    notes = [chosen.note, *published_as(source), *silence(config)]
+    options: dict[str, Any] = {"dtype": chosen.dtype}
     if quantization is not None:
         from tunesmith.model.quantization.load import loading_options
 
@@ -104,22 +108,18 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
         )
     with nullcontext() if quantization is None else freed_at_once():
-        model, native, unpacked = _from_pretrained(source, config, options)
+        model = _from_pretrained(source, config, trust_remote_code, options)
     if quantization is None:
         model = model.to(torch.device(device))
-    base, adapter = model, NO_ADAPTER
+    causal_lm = _wrapped(model)
+    adapter = NO_ADAPTER
     if source.adapter_folder is not None:
         from tunesmith.model.adapters import load_adapter
         from tunesmith.model.resize_embeddings import make_room_for_adapter
 
         make_room_for_adapter(model, source.adapter_folder)
-        model, adapter = load_adapter(model, source.adapter_folder)
-    causal_lm = CausalLM(
-        model,
-        logits=read_logit_transform(base.config.get_text_config()),
-        native_attention=native,
-        unpacked=unpacked,
-    )
+        adapted, adapter = load_adapter(model, source.adapter_folder)
+        causal_lm.replace_model(adapted)
     if quantization is not None:
         from tunesmith.model.quantization.load import finish_loading
 
@@ -132,30 +132,28 @@ def wrap_causal_lm(model: Any) -> LoadedModel:
     `settings_kept` gives it back.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    _refuse_config(base.config, type(base).__name__)
+    notes = silence(base.config)
+    notes += _silence_modules(base)
+    causal_lm = _wrapped(model)
+    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)])
+
+
+def _wrapped(model: Any) -> CausalLM:
+    """A transformers or peft model as a CausalLM with our attention."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise ModelError(
             f"{type(base).__name__} has no language-model head",
             hint="load it as AutoModelForCausalLM",
         )
-    _refuse_config(base.config, type(base).__name__)
-    notes = silence(base.config)
-    notes += _silence_modules(base)
-    native = base.config._attn_implementation or "eager"
-    attention.register()
-    unpacked = False
-    try:
-        base.set_attn_implementation(attention.NAME)
-    except (ValueError, KeyError, ImportError):
-        unpacked = True
-    if base.config._attn_implementation != attention.NAME:
-        unpacked = True
     causal_lm = CausalLM(
         model,
         logits=read_logit_transform(base.config.get_text_config()),
-        native_attention=native,
-        unpacked=unpacked,
+        native_attention=find_decoder(base).config._attn_implementation or "eager",
     )
-    return LoadedModel(causal_lm, [*notes, *finish(causal_lm)])
+    _use_our_attention(causal_lm)
+    return causal_lm
 
 
 @contextmanager
@@ -168,13 +166,14 @@ def settings_kept(model: Any) -> Iterator[None]:
     if config is None:
         yield
         return
-    native, training = config._attn_implementation, model.training
+    decoder = find_decoder(base) if hasattr(base, "get_decoder") else base
+    native, training = decoder.config._attn_implementation, model.training
     cache = getattr(config, "use_cache", True)
     try:
         yield
     finally:
         restore_all(model)
-        base.set_attn_implementation(native)
+        decoder.set_attn_implementation(native)
         config.use_cache = cache
         model.train(training)
 
@@ -185,7 +184,15 @@ def finish(causal_lm: CausalLM) -> list[str]:
     causal_lm.base.config.use_cache = False
     if upcast_linear_layers(causal_lm):
         notes.append("this CPU has no bfloat16 units: kept in bfloat16, multiplied in float32")
-    if causal_lm.unpacked:
+    if not causal_lm.unpacked:
+        followed = follow_layouts(causal_lm.decoder)
+        if followed and causal_lm.head.weight.device.type != "cpu":
+            notes.append(
+                "recurrent layers are packed by torch operations, without the kernels of fla, "
+                "mamba-ssm and causal-conv1d: many small launches; device.attention=unpacked uses "
+                "the kernels, one path at a time"
+            )
+    else:
         notes.append(
             f"{causal_lm.config.model_type} does not take another attention: one path at a time"
         )
@@ -201,6 +208,7 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     raw = read_json(source.folder / "config.json")
+    check_readable(raw, source.name)
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -213,8 +221,22 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
         raise ModelError(
             message, where=source.name, hint="a newer transformers may know it"
         ) from error
+    _without_quantization(config)
     _refuse_config(config, source.name)
     return config
+
+
+def _without_quantization(config: Any) -> None:
+    """The configuration of the plain weights that quantised files are read as."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+
+
+def published_as(source: ModelSource) -> list[str]:
+    """A line on the quantisation of a model's files, if there is one."""
+    kind = check_readable(read_json(source.folder / "config.json"), source.name)
+    return [] if kind is None else [f"published in {kind}: read as bfloat16 weights"]
 
 
 def _refuse_config(config: Any, where: str) -> None:
@@ -242,6 +264,8 @@ def silence(config: Any) -> list[str]:
         for key, value in list(vars(part).items()):
             if not key.endswith(_NOISE) or not isinstance(value, int | float) or not value:
                 continue
+            if isinstance(value, bool):  # of esm: whether embeddings are scaled, without chance
+                continue
             if (part.model_type, key) in _NO_NOISE:
                 continue
             setattr(part, key, 0.0)
@@ -268,65 +292,52 @@ def _silence_modules(model: Any) -> list[str]:
     return [f"dropout of {changed} modules is set to 0"] if changed else []
 
 
-def _from_pretrained(
-    source: ModelSource, config: Any, options: dict[str, Any]
-) -> tuple[Any, str, bool]:
-    """(model, its own attention implementation, whether it takes ours)."""
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
-
-    def load(implementation: str | None) -> Any:
-        chosen = {} if implementation is None else {"attn_implementation": implementation}
+def _from_pretrained(source: ModelSource, config: Any, trust: bool, options: Any) -> Any:
+    """The transformers model, of the class that its configuration names."""
+    try:
+        architecture = find_architecture(config, source.name, trust_remote_code=trust)
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=config,
-                output_loading_info=True,
-                use_safetensors=True,  # else a pickle beside them might be read
-                **options,
-                **chosen,
-            )
-        model, info = loaded
+            model, info = _read(architecture, source, config, options)
         _refuse_missing(model, info, source)
         return model
-
-    try:
-        try:
-            model = load(attention.NAME)
-            native = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-            return model, native, model.config._attn_implementation != attention.NAME
-        except ValueError as error:
-            if attention.NAME not in str(error) and "ttention" not in str(error):
-                raise
-            model = load(None)
-            return model, model.config._attn_implementation or "eager", True
     except ModelError:
         raise
     except Exception as error:  # a config with a wrong number fails anywhere in the model's code
         if is_out_of_memory(error):
             raise out_of_memory() from error
-        message = f"can't be loaded: {first_line(error)}"
-        if "Unrecognized configuration class" in str(error):
-            message = f"{config.model_type} is no causal language model"
-        raise ModelError(message, where=source.name) from error
+        raise ModelError(f"can't be loaded: {first_line(error)}", where=source.name) from error
 
 
-@contextmanager
-def quiet(*, reports: bool = True) -> Iterator[None]:
-    """Without transformers' progress bars, and without its `reports` on what it loads if asked."""
-    from transformers.utils import logging
+def _read(architecture: Architecture, source: ModelSource, config: Any, options: Any) -> Any:
+    """The model, and what was found in the files; of quantised ones, each tensor is dequantised."""
+    options = {"output_loading_info": True, **options}
+    if check_readable(read_json(source.folder / "config.json"), source.name) is None:
+        # Without `use_safetensors` a pickle beside them might be read.
+        return architecture.from_pretrained(source.folder, config, use_safetensors=True, **options)
+    files = WeightFiles(source.folder)
+    state = {name: files.tensor(name) for name in files.names}
+    model, info = architecture.from_pretrained(None, config, state_dict=state, **options)
+    model.config._name_or_path = str(source.folder)
+    read_generation_config(model, source)
+    return model, info
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    if not reports:
-        logging.set_verbosity_error()
+
+def read_generation_config(model: Any, source: ModelSource) -> None:
+    """Give a model that was not read from its folder the generation settings that lie there."""
+    from transformers import GenerationConfig
+
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+
+
+def _use_our_attention(causal_lm: CausalLM) -> None:
+    """Exchange the decoder's attention, or leave the model unpacked where it takes no other."""
+    attention.register()
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+        causal_lm.unpacked = not causal_lm.set_attention(attention.NAME)
+    except (ValueError, KeyError, ImportError):
+        causal_lm.unpacked = True
+        causal_lm.set_attention(causal_lm.native_attention)
 
 
 def _refuse_missing(model: Any, info: Any, source: ModelSource) -> None:

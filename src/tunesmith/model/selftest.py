@@ -9,13 +9,15 @@ tokens in all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.selftest_probe import Probe, in_float32, native
 
 
@@ -28,6 +30,7 @@ class SelfTest:
     tolerance: float
     noisy: bool  # dropout or noise in routing: training mode gives other hidden states
     notes: tuple[str, ...]
+    logits: LogitTransform  # of the model; the one its config names, or one found by value
 
 
 def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
@@ -50,7 +53,7 @@ def self_test(causal_lm: CausalLM, *, max_length: int) -> SelfTest:
 
 
 def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
-    where = str(getattr(causal_lm.config, "_name_or_path", "") or "model")
+    where = _place(causal_lm)
     if not math.isfinite(difference):  # `relative_difference` makes NaN infinite
         return ModelError(
             "what it computes is not a number (NaN); its weights hold NaN or infinity",
@@ -64,13 +67,35 @@ def _refusal(causal_lm: CausalLM, check: str, difference: float) -> ModelError:
     )
 
 
+def _place(causal_lm: CausalLM) -> str:
+    return str(getattr(causal_lm.config, "_name_or_path", "") or "model")
+
+
+@contextmanager
+def _on_text_alone(causal_lm: CausalLM) -> Iterator[None]:
+    """Whatever a model class raises at a row of text is an error of the model."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"a forward pass over text fails: {type(error).__name__}: {first_line(error)}",
+            where=_place(causal_lm),
+            hint="is its config.json the one of its weights? Train a model that reads text without "
+            "images or sound",
+        ) from error
+
+
 def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     probe = Probe(causal_lm, max_length)
     differences: dict[str, float] = {}
     with native(causal_lm), in_float32(causal_lm, probe.upcast):
-        probe.learn_references()
+        with _on_text_alone(causal_lm):
+            probe.learn_references()
         for name, check in (("head", probe.head), ("causal", probe.causal)):
-            differences[name] = check()
+            with _on_text_alone(causal_lm):
+                differences[name] = check()
             if not differences[name] <= probe.rounding:
                 raise _refusal(causal_lm, name, differences[name])
     reason = None
@@ -96,7 +121,9 @@ def _run(causal_lm: CausalLM, max_length: int) -> SelfTest:
     noisy = probe.noisy()
     if noisy:
         notes.append("the model draws random numbers in training; layouts agree on average only")
-    return SelfTest(causal_lm.unpacked, differences, probe.tolerance, noisy, tuple(notes))
+    return SelfTest(
+        causal_lm.unpacked, differences, probe.tolerance, noisy, tuple(notes), causal_lm.logits
+    )
 
 
 _REFUSED = {
@@ -104,7 +131,7 @@ _REFUSED = {
     "causal": "the model's hidden states depend on later tokens, so it is no causal language model",
 }
 _FOUND = {
-    "packed": "this model's documents see each other when packed",
+    "packed": "this model gives other results where documents are packed",
     "tree": "this model gives other results where documents share a prefix",
     "neighbour": "this model's position encoding depends on the longest document in a call",
 }

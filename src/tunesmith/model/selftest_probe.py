@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.attention.dispatch import NAME
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.lm_head import head_inputs
+from tunesmith.model.lm_head import LogitTransform, fitted_transforms, head_inputs, logit_caps
 from tunesmith.model.ops.numerics import (
     NARROW,
     Comparison,
@@ -36,11 +36,11 @@ def native(causal_lm: CausalLM) -> Iterator[None]:
     if causal_lm.unpacked:
         yield
         return
-    causal_lm.base.set_attn_implementation(causal_lm.native_attention)
+    causal_lm.set_attention(causal_lm.native_attention)
     try:
         yield
     finally:
-        causal_lm.base.set_attn_implementation(NAME)
+        causal_lm.set_attention(NAME)
 
 
 @contextmanager
@@ -55,11 +55,17 @@ def in_float32(causal_lm: CausalLM, wanted: bool) -> Iterator[None]:
         return
     narrow: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def upcast(module: torch.nn.Module, _: Any) -> None:
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    def upcast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # a mixer reads the weights of its convolution without calling it
+        whole = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+        tensors = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
         narrow[module] = [(t, t.data) for t in tensors if t.dtype in NARROW]
         for tensor, data in narrow[module]:
             tensor.data = data.float()
+        # mamba gives its head hidden states in the precision of the head's weights
+        if not narrow[module] or not any(_is_narrow(each) for each in inputs):
+            return None
+        return tuple(each.float() if _is_narrow(each) else each for each in inputs)
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for tensor, data in narrow.pop(module, []):
@@ -134,14 +140,36 @@ class Probe:
             self.tolerance = min(self.rounding, leak / 2)
 
     def head(self) -> float:
+        """The difference of our head's logits from the model's; where the transform that the config
+        names is not the model's, one that is takes its place.
+        """
         ids = self.documents[1]
         theirs = self.causal_lm.base(input_ids=ids[None], use_cache=False).logits[0].float()
         reference = self.reference["document 1"]
         hidden, weight, bias = head_inputs(self.causal_lm.head, reference)
         some = slice(0, _SOME_LOGITS)
         bias = None if bias is None else bias[some].to(hidden.dtype)
-        ours = torch.nn.functional.linear(hidden, weight[some].to(hidden.dtype), bias).float()
-        return self._compare(self.causal_lm.logits.apply(ours), theirs[:, some])
+        theirs = theirs[:, some]
+        # A model may round hidden states to the precision of its head first.
+        rounded = hidden.to(weight.dtype).to(hidden.dtype)
+        ours = [
+            torch.nn.functional.linear(states, weight[some].to(hidden.dtype), bias).float()
+            for states in (hidden, rounded)
+        ]
+
+        def difference(transform: LogitTransform) -> float:
+            return min(self._compare(transform.apply(raw), theirs) for raw in ours)
+
+        stated = difference(self.causal_lm.logits)
+        if stated <= self.rounding:
+            return stated
+        config = self.causal_lm.config.get_text_config()
+        for raw in ours:
+            for transform in fitted_transforms(raw, theirs, logit_caps(config)):
+                if (found := difference(transform)) <= self.rounding:
+                    self.causal_lm.logits = transform
+                    return found
+        return stated
 
     def causal(self) -> float:
         whole, half = self.reference["document 1"], len(self.documents[1]) // 2
@@ -188,7 +216,7 @@ class Probe:
         ids = self.documents[0]
         chain = (Chain(0, len(ids), ()),)
         layout = None if self.causal_lm.unpacked else _layout(chain, torch.arange(len(ids)))
-        batch = self._batch(ids, torch.arange(len(ids)), layout)
+        batch = batch_of(ids, torch.arange(len(ids)), layout)
         calm = self.causal_lm.hidden(batch)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.causal_lm.train()
@@ -199,7 +227,7 @@ class Probe:
         return relative_difference(restless, calm, robust=True) > 1e-6
 
     def _alone(self, ids: Tensor) -> Tensor:
-        output = self.causal_lm.hidden(self._batch(ids, torch.arange(len(ids)), None))
+        output = self.causal_lm.hidden(batch_of(ids, torch.arange(len(ids)), None))
         width = self.causal_lm.head.weight.shape[1]
         if output.shape != (len(ids), width):
             raise ModelError(f"the decoder returns {tuple(output.shape)}, the head takes {width}")
@@ -221,22 +249,7 @@ class Probe:
             positions.append(torch.arange(above, above + len(ids)))
         where = torch.cat(positions) if position is None else position
         layout = _layout(tuple(chains), where)
-        return self.causal_lm.hidden(
-            self._batch(torch.cat([ids for ids, _ in rows]), where, layout)
-        )
-
-    def _batch(self, ids: Tensor, position: Tensor, layout: Layout | None) -> Batch:
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        nobody = np.empty(0, np.int32)
-        return Batch(
-            input_ids=ids,
-            position_ids=position.to(self.device),
-            layout=layout,
-            source=none,
-            target=none,
-            weight=none.float(),
-            owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
-        )
+        return self.causal_lm.hidden(batch_of(torch.cat([ids for ids, _ in rows]), where, layout))
 
     def _compare(self, found: Tensor, expected: Tensor) -> float:
         """The difference of hidden states, also of those beyond the window alone; relative."""
@@ -248,6 +261,25 @@ class Probe:
                 yield Comparison(found[tail], expected[tail], 1.0, robust=not self.exact)
 
         return equivalence_trial(compare, catch=()).excess
+
+
+def batch_of(ids: Tensor, position: Tensor, layout: Layout | None) -> Batch:
+    """These tokens without targets, on the device of `ids`."""
+    none = torch.empty(0, dtype=torch.int64, device=ids.device)
+    nobody = np.empty(0, np.int32)
+    return Batch(
+        input_ids=ids,
+        position_ids=position.to(ids.device),
+        layout=layout,
+        source=none,
+        target=none,
+        weight=none.float(),
+        owners=TargetOwners(nobody, nobody, np.empty(0, np.float32)),
+    )
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in NARROW
 
 
 def _small_window(config: Any) -> int:

@@ -120,7 +120,7 @@ def _pool(
     without: dict[str, list[tuple[int, int]]] = {}
     places: list[tuple[int, int]] = []
     for number, source in enumerate(sources):
-        for row in read_rows(replace(source, columns=None, limit=None)):
+        for row in read_rows(replace(source, columns=None, limit=None, verbatim=True)):
             key = (number, row.origin.row)
             if key not in lines:
                 without.setdefault(NOT_IN, []).append(key)
@@ -191,7 +191,7 @@ def raw_rows(pool: Pool, kept: NDArray[np.intp]) -> Iterator[tuple[int, dict[str
         set(pool.row[kept[pool.source[kept] == n]].tolist()) for n in range(len(pool.sources))
     ]
     for number, source in enumerate(pool.sources):
-        for row in read_rows(replace(source, columns=None, limit=None)):
+        for row in read_rows(replace(source, columns=None, limit=None, verbatim=True)):
             if row.origin.row in wanted[number]:
                 assert row.values is not None
                 yield number, row.values

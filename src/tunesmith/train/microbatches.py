@@ -24,6 +24,7 @@ from tunesmith.distributed.context_parallel import ContextParallel
 from tunesmith.distributed.load_balance import IDLE, assign, idle_fraction
 from tunesmith.distributed.model_parallel_group import ModelParallelGroup
 from tunesmith.distributed.world import World
+from tunesmith.model.layers import attention_width
 from tunesmith.transfer import to_device
 from tunesmith.types import Batch, Document, IntArray, TargetOwners
 
@@ -54,12 +55,8 @@ def model_work(model: Any) -> WorkModel:
     config = model.config.get_text_config()
     embeddings = {id(p) for p in (model.base.get_input_embeddings().weight, model.head.weight)}
     inside = sum(p.numel() for p in model.decoder.parameters() if id(p) not in embeddings)
-    heads = getattr(config, "num_attention_heads", 1)
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     head = sum(p.numel() for p in model.head.parameters())
-    return WorkModel(
-        token=float(inside), pair=2.0 * config.num_hidden_layers * width, target=float(head)
-    )
+    return WorkModel(token=float(inside), pair=2.0 * attention_width(config), target=float(head))
 
 
 def plan_for_ranks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def write(job: Job, folder: Path) -> None:
 def export_checks(
     subject: Exported, documents: Sequence[Document], examples: Sequence[Example]
 ) -> list[Outcome]:
-    """Both lines of P6."""
+    """The two lines of P6 on what the folder computes and which ids it has."""
     return [same_logits(subject, documents), same_ids(subject, documents, examples)]
 
 
@@ -64,12 +65,11 @@ def same_logits(subject: Exported, documents: Sequence[Document]) -> Outcome:
         oracle="plain transformers and peft, reading the folder",
         measure="relative, logits",
     )  # fmt: skip
-    reason = _unreadable(job)
+    reason = unreadable(job)
     if reason is not None:
         return Outcome(**line, counts={}, verdict="not checked", note=reason)
     try:
-        with _no_progress_bar():
-            reloaded = _reload(job, subject.folder)
+        reloaded = reload_plain(job, subject.folder)
     except Exception as error:  # whatever a reader raises means that the folder can't be read
         first = (str(error).splitlines() or [""])[0]
         return Outcome(
@@ -85,13 +85,13 @@ def same_logits(subject: Exported, documents: Sequence[Document]) -> Outcome:
         note += f"the folder names logits are {difference:.1e} apart"
         counts["quantised maps"] = _take_base(reloaded, job)
         difference, _ = _logits_apart(job, reloaded, documents)
-    tolerance = _tolerance(job)
-    verdict = "fails" if unequal else judged(difference, tolerance)
+    allowed = tolerance(job)
+    verdict = "fails" if unequal else judged(difference, allowed)
     return Outcome(
         **line,
         counts=counts,
         difference=difference,
-        tolerance=tolerance,
+        tolerance=allowed,
         verdict=verdict,
         note=note,
         advice=ADVICE if verdict == "fails" else "",
@@ -150,7 +150,7 @@ def same_ids(
     )
 
 
-def _unreadable(job: Job) -> str | None:
+def unreadable(job: Job) -> str | None:
     """Why plain readers have nothing to read, if they don't."""
     if job.training.source is None:
         return None
@@ -173,23 +173,37 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _reload(job: Job, folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def reload_plain(job: Job, folder: Path) -> Any:
+    """The folder's model or adapter, read by transformers and peft alone."""
     options: dict[str, Any] = {
         "dtype": _dtype(job),
         "trust_remote_code": job.choices.recipe.model.trust_remote_code,
     }
-    if not hasattr(job.training.model.model, "peft_config"):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        return model.to(job.training.device).eval()
-    from peft import PeftModel
+    with _no_progress_bar():
+        if not hasattr(job.training.model.model, "peft_config"):
+            model: Any = _plain_class(folder).from_pretrained(folder, **options)
+            return model.to(job.training.device).eval()
+        from peft import PeftModel
 
-    assert job.training.source is not None
-    base = AutoModelForCausalLM.from_pretrained(job.training.source.folder, **options)
+        assert job.training.source is not None
+        source = job.training.source.folder
+        base = _plain_class(source).from_pretrained(source, **options)
     if job.data.template.added:
         base.resize_token_embeddings(job.training.model.head.weight.shape[0])
-    return PeftModel.from_pretrained(base, str(folder)).to(job.training.device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing keys, which are counted
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    return adapted.to(job.training.device).eval()
+
+
+def _plain_class(folder: Path) -> Any:
+    """The class that the folder's config.json names; where transformers has none, an auto class."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = [] if config.get("auto_map") else config.get("architectures") or []
+    found = [getattr(transformers, name, None) for name in names]
+    return next(filter(None, found), transformers.AutoModelForCausalLM)
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -240,7 +254,7 @@ def _take_base(reloaded: Any, job: Job) -> int:
     return len(found)
 
 
-def _tolerance(job: Job) -> float:
+def tolerance(job: Job) -> float:
     if _dtype(job) == torch.float32:
         return 1e-5 if job.training.device.type == "cpu" else 5e-3
     return 2e-2

@@ -30,6 +30,7 @@ from tunesmith.verify.ledger import ledger_adds_up, run_ledger
 from tunesmith.verify.outcome import Outcome
 from tunesmith.verify.ranks import for_ranks, one_process, ranks_agree
 from tunesmith.verify.resumed import resume_bitwise, run_through
+from tunesmith.verify.whole import checkpoint_lines
 from tunesmith.verify.workload import Bounds, bounded, build_precise, chosen_documents, shortened
 
 Say = Callable[[str], None]
@@ -148,6 +149,7 @@ def _in_motion(
             given.say("P6: the model written and read again")
             subject = _written(given, job, Path(place))
             outcomes += export_checks(subject, *chosen)
+            outcomes += checkpoint_lines(subject, chosen[0])
             precise = job.choices.recipe.model.dtype == "float32"
         del job, subject
         gc.collect()

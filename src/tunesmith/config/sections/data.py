@@ -24,6 +24,14 @@ Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
 """Our name of a column to its name in the data: {prompt: question}."""
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+"""A name, or a list of them."""
+
+
 class SourceSection(Section):
     """One data source: a file, folder, glob pattern or hub data set."""
 
@@ -59,6 +67,14 @@ class SourceSection(Section):
     columns: Columns | None = Field(
         default=None,
         description="column names as in data.columns, which they replace for this source",
+    )
+    roles: Columns | None = Field(
+        default=None,
+        description="roles as in data.roles, which they replace for this source",
+    )
+    ignore_fields: Names | None = Field(
+        default=None,
+        description="fields as in data.ignore_fields, which they replace for this source",
     )
     weight: Annotated[Number, Field(gt=0)] | None = Field(
         default=None,
@@ -177,6 +193,16 @@ class DataSection(Section):
     )
     columns: Columns | None = Field(
         default=None, description="names of columns, ours to the data's, e.g. {prompt: question}"
+    )
+    roles: Columns | None = Field(
+        default=None,
+        description="names of roles in the data, each to the role that it is read as, e.g. "
+        "{expert: assistant}; {critic: critic} keeps one as it is",
+    )
+    ignore_fields: Names | None = Field(
+        default=None,
+        description="columns, fields of messages and of content parts that are not read, e.g. "
+        "[context, loss]; they are counted in the ledger",
     )
     template: str | None = Field(
         default=None,

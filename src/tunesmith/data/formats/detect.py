@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from tunesmith.data.formats.dialects import COMMON, alpaca, preference, sharegpt
+from tunesmith.data.fields.table import COLUMNS, FORMATS, MASKS
+from tunesmith.data.formats.dialects import alpaca, preference, sharegpt, with_system
 from tunesmith.data.formats.examples import (
     Example,
     Parts,
@@ -17,34 +18,6 @@ from tunesmith.data.formats.examples import (
     read_weight,
 )
 from tunesmith.data.row_errors import listing, refuse, wrong_type
-
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "tokens": ("input_ids",),
-    "segments": ("segments",),
-    "preference": ("chosen", "rejected"),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-    "templated_text": ("text",),
-}
-"""Format to the columns it needs, in the order in which `detect_format` looks for them."""
-
-_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", *COMMON),
-    "sharegpt": ("conversations", "system", *COMMON),
-    "tokens": ("input_ids", "labels", "weights", "attention_mask", *_MASKS),
-    "segments": ("segments",),
-    "preference": ("prompt", "chosen", "rejected", *COMMON),
-    "prompt_completion": ("prompt", "completion", *COMMON),
-    "alpaca": ("instruction", "input", "output", "history", "system", *COMMON),
-    "text": ("text",),
-    "templated_text": ("text",),
-}
-"""Format to every column that a row of it is read from, those it can do without included."""
 
 _NOT_LEARNED = {"rejected", "attention_mask"}
 CONTENT = tuple(
@@ -94,9 +67,9 @@ def to_example(values: Mapping[str, Any], *, format: str, templated: bool = True
         values = REWRITTEN[format](values)
         format = "messages" if "messages" in values else "prompt_completion"
     if format == "messages":
-        return read_chat(values)
+        return read_chat(with_system(values, "messages"))
     if format == "prompt_completion":
-        return prompt_completion(values, templated=templated)
+        return prompt_completion(with_system(values, "prompt", templated), templated=templated)
     if format == "segments":
         return _parts(values["segments"])
     if format == "tokens":
@@ -163,7 +136,7 @@ def _learned(values: Mapping[str, Any], ids: tuple[int, ...]) -> tuple[bool, ...
                     "they are not shifted",
                 )
         learned["labels"] = tuple(label != _IGNORED for label in labels)
-    for name in _MASKS:
+    for name in MASKS:
         if values.get(name) is not None:
             mask = _numbers(values, name, len(ids), booleans=True)
             if set(mask) - {0, 1}:

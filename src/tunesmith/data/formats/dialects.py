@@ -11,10 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from tunesmith.data.fields.table import COMMON
 from tunesmith.data.row_errors import kind_of, refuse, wrong_type
-
-COMMON = ("tools", "chat_template_kwargs")
-"""Columns that any chat format may have."""
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -36,9 +34,43 @@ def sharegpt(values: Mapping[str, Any]) -> dict[str, Any]:
     messages = [
         _turn(turn, f"conversations[{at}]") for at, turn in enumerate(cast("list[Any]", turns))
     ]
-    if values.get("system"):
-        messages.insert(0, {"role": "system", "content": values["system"]})
     return {"messages": messages, **_common(values)}
+
+
+def with_system(
+    values: Mapping[str, Any], column: str, templated: bool = True
+) -> Mapping[str, Any]:
+    """The row with its column `system` as the first turn of the messages in `column`.
+
+    A string prompt becomes the turn after it. Without a chat template there are no turns, and the
+    column stays unread.
+    """
+    system, asked = values.get("system"), values.get(column)
+    if not system or (isinstance(asked, str) and not templated):
+        return values
+    if not isinstance(system, str):
+        wrong_type("system", "a string", system)
+    turn = {"role": "system", "content": system}
+    if isinstance(asked, str):
+        answer = values["completion"]
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        return {**values, column: [turn, {"role": "user", "content": asked}], "completion": answer}
+    if not isinstance(asked, list | tuple):
+        return values  # reading it says what is wrong
+    turns = list(cast("list[Any]", asked))
+    first: Mapping[str, Any] = {}
+    if turns and isinstance(turns[0], Mapping):
+        first = cast("Mapping[str, Any]", turns[0])
+    if first.get("role") not in ("system", "developer"):
+        return {**values, column: [turn, *turns]}
+    if first.get("content") != system:
+        refuse(
+            "conflicting-wishes",
+            f"the column `system` and `{column}[0]` are two different system turns",
+            "data.ignore_fields=[system] keeps that of the messages",
+        )
+    return values
 
 
 def _turn(value: Any, place: str) -> dict[str, Any]:
@@ -95,11 +127,9 @@ def alpaca(values: Mapping[str, Any]) -> dict[str, Any]:
         asked += "\n" + _string(values, "input")
     output = _string(values, "output")
     history = _history(values.get("history"))
-    if not history and not values.get("system"):
+    if not history:
         return {"prompt": asked, "completion": output, **_common(values)}
     prompt = [*history, {"role": "user", "content": asked}]
-    if values.get("system"):
-        prompt.insert(0, {"role": "system", "content": _string(values, "system")})
     answer = [{"role": "assistant", "content": output}]
     return {"prompt": prompt, "completion": answer, **_common(values)}
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
+from tunesmith.data.fields.table import REASONING
 from tunesmith.data.row_errors import kind_of, refuse, wrong_type
 
 
@@ -29,7 +30,7 @@ class Message:
     @property
     def empty(self) -> bool:
         """True if the turn says nothing: no content, no tool call, no reasoning."""
-        said = (self.fields.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+        said = (self.fields.get(name) for name in ("tool_calls", *REASONING))
         return not (self.content or "").strip() and not any(said)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def _message(value: Any, place: str) -> Message:
     if not isinstance(fields.get("reasoning_content", ""), str):
         wrong_type(f"{place}.reasoning_content", "a string", fields["reasoning_content"])
     content = _content(fields.pop("content", None), f"{place}.content")
-    if content is None and not fields.get("tool_calls") and not fields.get("reasoning_content"):
+    said = any(fields.get(name) for name in ("tool_calls", *REASONING))
+    if content is None and not said:
         refuse(
             "empty-answer" if role == "assistant" else "wrong-type",
             f"`{place}` ({role}) has no content" + (" and no tool_calls" * (role == "assistant")),
@@ -234,7 +236,9 @@ def _tool_call(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(function.get("name"), str):
         wrong_type(f"{place}.function.name", "a string", function.get("name"))
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if isinstance(arguments, str) and not arguments.strip():
+        function["arguments"] = {}
+    elif isinstance(arguments, str):
         function["arguments"] = _parse(arguments, f"{place}.function.arguments", "an object")
     if not isinstance(function.get("arguments", {}), Mapping | None):
         wrong_type(f"{place}.function.arguments", "an object", function["arguments"])
@@ -259,10 +263,21 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """The description in the shape that templates are written for: {type, function}."""
     if isinstance(tool.get("function"), Mapping):
+        tool = {**tool, "function": _described(dict(_items(tool["function"])))}
         return {"type": "function", **{key: v for key, v in tool.items() if v is not None}}
     if isinstance(tool.get("name"), str) and tool.get("type") in (None, "function"):
-        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+        inner = {k: v for k, v in tool.items() if k != "type"}
+        return {"type": "function", "function": _described(inner)}
     return tool
+
+
+def _described(function: dict[str, Any]) -> dict[str, Any]:
+    """The description of a function, with `parameters` as an object where they are JSON text."""
+    parameters = function.get("parameters")
+    if isinstance(parameters, str) and parameters.strip():
+        parsed = _parse(parameters, "tools[].function.parameters", "an object")
+        return {**function, "parameters": parsed}
+    return function
 
 
 def _parse(text: str, place: str, wanted: str) -> Any:

@@ -136,6 +136,15 @@ class Documents(Counted):
             raise IndexError(f"document {at} of {len(self)}")
         return self._document(number)
 
+    def highest_id(self) -> tuple[int, Origin]:
+        """The largest id and a row that has it."""
+        columns = self._columns
+        at = int(columns.ids.argmax())
+        segment = int(np.searchsorted(columns.segments["ids"], at, side="right"))
+        number = int(np.searchsorted(columns.documents["segments"], segment, side="right"))
+        one = columns.documents[number]
+        return int(columns.ids[at]), Origin(columns.names[int(one["source"])], int(one["row"]))
+
     def _document(self, number: int) -> Document:
         columns = self._columns
         numbers: tuple[int, ...] = tuple(columns.documents[number].item())
@@ -257,6 +266,17 @@ def target_counts(documents: Sequence[Document]) -> IntArray:
     if isinstance(documents, Counted):
         return documents.target_tokens
     return np.array([document.target_tokens for document in documents], np.int32)
+
+
+def highest_id(documents: Sequence[Document]) -> tuple[int, Origin] | None:
+    """The largest id in the documents and a row that has it; None where there is no document."""
+    if isinstance(documents, Documents) and len(documents):
+        return documents.highest_id()
+    highest = [
+        (max(int(segment.ids.max(initial=0)) for segment in one.segments), one.origin)
+        for one in documents
+    ]
+    return max(highest, key=lambda pair: pair[0], default=None)
 
 
 def longest_paths(documents: Sequence[Document]) -> IntArray:

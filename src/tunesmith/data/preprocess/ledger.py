@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.preprocess.holdout import HoldoutChoice
+from tunesmith.data.row_errors import Field
 from tunesmith.types import Origin
 
 HELD_OUT = "held out for evaluation"
@@ -68,12 +69,23 @@ class Reason:
     examples: list[str] = field(default_factory=list[str])
 
 
+@dataclass(slots=True)
+class FieldCount:
+    """The rows of one source in which a field holds something that is not read as it stands."""
+
+    state: str  # unread | refused | mapped | ignored
+    hint: str
+    rows: int = 0
+    first: list[int] = field(default_factory=list[int])
+
+
 class Ledger:
     """Counts per source, and per source and reason all that is not trained on in full."""
 
     def __init__(self) -> None:
         self.sources: dict[str, Totals] = {}
         self.reasons: dict[str, dict[str, Reason]] = {}
+        self.fields: dict[str, dict[str, FieldCount]] = {}  # by source and path
         self.holdout: dict[str, Any] | None = None
         self.plan: dict[str, Any] | None = None  # passes over each source in this run
 
@@ -164,11 +176,25 @@ class Ledger:
         if detail and len(entry.examples) < _EXAMPLES:
             entry.examples.append(f"{origin}: {detail}")
 
+    def note_field(self, origin: Origin, field: Field) -> None:
+        """Enter a field of a row that nothing reads, that was renamed, or that is ignored."""
+        counts = self.fields.setdefault(origin.source, {})
+        entry = counts.setdefault(field.path, FieldCount(field.state, field.hint))
+        entry.rows += 1
+        if len(entry.first) < _EXAMPLES:
+            entry.first.append(origin.row)
+
     def merge(self, other: Ledger) -> None:
         """Add the rows of another ledger."""
         self.holdout = self.holdout or other.holdout
         for name, counts in other.sources.items():
             self.sources.setdefault(name, Totals()).add(counts)
+        for name, fields in other.fields.items():
+            for path, count in fields.items():
+                same = FieldCount(count.state, count.hint)
+                same = self.fields.setdefault(name, {}).setdefault(path, same)
+                same.rows += count.rows
+                same.first = (same.first + count.first)[:_EXAMPLES]
         for name, reasons in other.reasons.items():
             for reason, entry in reasons.items():
                 mine = self.reasons.setdefault(name, {}).setdefault(reason, Reason())
@@ -191,7 +217,7 @@ class Ledger:
                 raise LedgerError(f"ledger of {name}: {reasons} reasons are too few for its rows")
 
     def to_dict(self) -> dict[str, Any]:
-        """The ledger as plain values for JSON: `totals`, `sources`, `reasons`, `holdout`,
+        """The ledger as plain values for JSON: `totals`, `sources`, `reasons`, `fields`, `holdout`,
         `plan`.
         """
         return {
@@ -202,6 +228,10 @@ class Ledger:
             "reasons": {
                 name: {reason: asdict(entry) for reason, entry in reasons.items()}
                 for name, reasons in self.reasons.items()
+            },
+            "fields": {
+                name: {path: asdict(count) for path, count in fields.items()}
+                for name, fields in self.fields.items()
             },
         }
 
@@ -215,6 +245,10 @@ class Ledger:
         ledger.reasons = {
             name: {reason: Reason(**entry) for reason, entry in reasons.items()}
             for name, reasons in values["reasons"].items()
+        }
+        ledger.fields = {
+            name: {path: FieldCount(**count) for path, count in fields.items()}
+            for name, fields in values.get("fields", {}).items()
         }
         return ledger
 

@@ -15,6 +15,7 @@ from tunesmith.data.formats.detect import detect_format
 from tunesmith.data.preprocess.cache import CacheEntry, DamagedEntry, cache_key, discard
 from tunesmith.data.preprocess.document_store import Columns, Documents, StoreWriter
 from tunesmith.data.preprocess.errors import (
+    field_lines,
     mostly_faults,
     nothing_left,
     refusal,
@@ -34,7 +35,7 @@ from tunesmith.data.preprocess.render_batch import (
 from tunesmith.data.preprocess.workers import pack_batches
 from tunesmith.data.rendering.result import TOO_LONG, Rendered
 from tunesmith.data.rendering.tokenize import Encoder
-from tunesmith.data.row_errors import Fault
+from tunesmith.data.row_errors import Fault, Field
 from tunesmith.data.sources.sources import Row, Source, content_hash, read_rows
 from tunesmith.data.templates.template import Template
 from tunesmith.errors import DataError
@@ -49,11 +50,19 @@ Keep = Callable[[Mapping[str, Any]], bool]
 
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
-    """One row of the input, in input order. `result` is None where `keep` was false for the row."""
+    """One row of the input, in input order. `result` is None where `keep` was false for the row.
+    `fields` are those that reading it has renamed or taken out.
+    """
 
     origin: Origin
     values: dict[str, Any] | None
     result: Rendered | Fault | None
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def all_fields(self) -> tuple[Field, ...]:
+        """Those that were renamed or taken out, and those that nothing reads."""
+        return self.fields + (self.result.fields if self.result is not None else ())
 
 
 @dataclass(slots=True)
@@ -96,7 +105,7 @@ def iter_prepared(
         results = iter(render_batch(tasks, template, encoder, options))
         for one in batch:
             if isinstance(one, Task):
-                yield PreparedRow(one.origin, one.values, next(results))
+                yield PreparedRow(one.origin, one.values, next(results), one.fields)
             else:
                 yield one
 
@@ -108,6 +117,7 @@ def _tasks(
     for source in sources:
         chosen = None if source.format == "auto" else source.format
         first: Row | None = None
+        roles = frozenset(source.naming.roles.values())
         for row in read_rows(source):
             if row.values is None:
                 yield PreparedRow(row.origin, None, row.fault)
@@ -117,7 +127,7 @@ def _tasks(
             if keep is not None and not keep(row.values):
                 yield PreparedRow(row.origin, row.values, None)
                 continue
-            yield Task(row.origin, row.values, chosen, source.format == "auto")
+            yield Task(row.origin, row.values, chosen, source.format == "auto", row.fields, roles)
         if chosen is not None:
             found[source.name] = chosen
         elif first is not None:
@@ -157,12 +167,13 @@ def prepare(
     refused = [
         (origin, fault)
         for origin, fault in prepared.faults
-        if fault.kind == TOO_LONG or bad_rows == "error"
+        if fault.kind == TOO_LONG or fault.stops or bad_rows == "error"
     ]
     if refused:
         if faults_file is not None:
             write_faults(faults_file, refused)
-        raise refusal(refused, prepared.ledger.totals.rows, faults_file)
+        raise refusal(refused, prepared.ledger.totals.rows, faults_file, prepared.ledger)
+    prepared.notes += field_lines(prepared.ledger)
     prepared.ledger.check()
     if not prepared.documents:
         raise nothing_left(prepared.ledger)
@@ -205,6 +216,9 @@ def _fresh(work: _Work, folder: Path | None = None) -> Prepared:
                 known = one.result if isinstance(one, PreparedRow) else None
                 outcome = next(outcomes) if isinstance(one, Task) else outcome_of(known)
                 _record(ledger, one.origin, outcome)
+                fields = [*(one.fields), *(outcome.fields if outcome is not None else ())]
+                for field in fields:
+                    ledger.note_field(one.origin, field)
                 if outcome is not None and outcome.fault is not None:
                     faults.append((one.origin, outcome.fault))
             if len(faults) > MOST_FAULTS and 2 * len(faults) > ledger.totals.rows:
@@ -287,7 +301,7 @@ def _kept(prepared: Prepared) -> dict[str, Any]:
         "formats": prepared.formats,
         "sample_text": prepared.sample_text,
         "faults": [
-            [origin.source, origin.row, fault.kind, fault.message, fault.hint]
+            [origin.source, origin.row, fault.kind, fault.message, fault.hint, fault.fields]
             for origin, fault in prepared.faults
         ],
     }
@@ -296,8 +310,11 @@ def _kept(prepared: Prepared) -> dict[str, Any]:
 def _from_kept(columns: Columns, kept: Mapping[str, Any], hashes: Mapping[str, str]) -> Prepared:
     documents = Documents(columns)
     faults = [
-        (Origin(source, row), Fault(kind, message, hint))
-        for source, row, kind, message, hint in kept["faults"]
+        (
+            Origin(source, row),
+            Fault(kind, message, hint, tuple(Field(*field) for field in fields)),
+        )
+        for source, row, kind, message, hint, fields in kept["faults"]
     ]
     return Prepared(
         documents,

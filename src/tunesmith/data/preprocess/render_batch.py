@@ -8,15 +8,17 @@ their next yield, then one tokenizer call serves all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-from tunesmith.data.formats.detect import FORMATS, detect_format, to_example
+from tunesmith.data.fields.table import FORMATS
+from tunesmith.data.formats.detect import detect_format, to_example
 from tunesmith.data.preprocess.document_store import Columns, pack
 from tunesmith.data.rendering.render import Rendered, Rendering, render_steps
 from tunesmith.data.rendering.tokenize import Encoder, Wanted
-from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.rendering.unread import account
+from tunesmith.data.row_errors import Fault, Field, RowError
 from tunesmith.data.sources.readers.rows import LongRow
 from tunesmith.data.templates.template import Template
 from tunesmith.types import IntArray, Origin
@@ -34,6 +36,8 @@ class Task(NamedTuple):
     values: dict[str, Any]
     format: str | None  # of the source; None if no row so far had a known format
     detect: bool  # the format was detected, so this row may have another one
+    fields: tuple[Field, ...] = ()  # what reading it has renamed or taken out
+    roles: frozenset[str] = frozenset()  # further names of roles that the recipe knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +119,19 @@ def _start(task: Task, template: Template, options: Options) -> Rendering:
     _require_format(task.values, task.format, detect=task.detect)
     templated = template.has_chat_template
     example = to_example(task.values, format=task.format or "", templated=templated)
-    return (
-        yield from render_steps(
-            example,
-            template,
-            train_on=options.train_on,
-            max_length=options.max_length,
-            too_long=options.too_long,
-            origin=task.origin,
-        )
+    roles = task.roles
+    if not isinstance(options.train_on, str):
+        roles = roles.union(options.train_on)
+    fields = account(task.values, task.format or "", example, template, roles=roles)
+    rendered = yield from render_steps(
+        example,
+        template,
+        train_on=options.train_on,
+        max_length=options.max_length,
+        too_long=options.too_long,
+        origin=task.origin,
     )
+    return replace(rendered, fields=fields) if fields else rendered
 
 
 def _require_format(values: Mapping[str, Any], chosen: str | None, *, detect: bool) -> None:
@@ -179,6 +186,7 @@ class Outcome(NamedTuple):
     unused: int = 0
     reason: str | None = None
     fault: Fault | None = None
+    fields: tuple[Field, ...] = ()  # those that nothing reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +217,12 @@ def outcome_of(result: Rendered | Fault | None) -> Outcome | None:
 
 def _outcome_of_some(result: Rendered | Fault) -> Outcome:
     if isinstance(result, Fault):
-        return Outcome(False, reason=result.kind, fault=result)
-    document = result.document
+        return Outcome(False, reason=result.kind, fault=result, fields=result.fields)
+    document, fields = result.document, result.fields
     if document is None:
-        return Outcome(False, result.tokens, reason=result.reason)
+        return Outcome(False, result.tokens, reason=result.reason, fields=fields)
     targets = document.target_tokens
     context = document.tokens - targets
-    return Outcome(True, result.tokens, targets, context, result.unused, result.reason)
+    return Outcome(
+        True, result.tokens, targets, context, result.unused, result.reason, fields=fields
+    )

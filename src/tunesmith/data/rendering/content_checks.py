@@ -14,11 +14,11 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, cast
 
+from tunesmith.data.fields.table import REASONING
 from tunesmith.data.formats.examples import Chat, Message
 from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.templates.template import Template
 
-REASONING = ("reasoning_content", "thinking")
 _THINK_END = "</think>"
 
 

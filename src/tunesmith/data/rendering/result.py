@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.row_errors import Fault, RowError
+from tunesmith.data.row_errors import Fault, Field, RowError
 from tunesmith.types import Document, IntArray
 
 Wanted = tuple[str, bool]
@@ -20,7 +20,8 @@ class Rendered:
     """The result of rendering a row.
 
     `tokens` counts all tokens of the row, kept or not. `unused` counts those after the last target,
-    which are never in a document. The tokens in neither were cut off, for `reason`.
+    which are never in a document. The tokens in neither were cut off, for `reason`. Nothing
+    reads the row's `fields`.
     """
 
     document: Document | None
@@ -28,6 +29,7 @@ class Rendered:
     reason: str | None
     tokens: int
     unused: int = 0
+    fields: tuple[Field, ...] = ()
 
 
 Rendering = Generator[Sequence[Wanted], Sequence[IntArray], Rendered]

@@ -83,17 +83,32 @@ def folder_files(
     card: dict[str, Any] = {}
     if (folder / "README.md").is_file():
         card = dict(card_of((folder / "README.md").read_text("utf-8", "replace")))
-    if subset is not None or split is not None or "configs" in card:
+    saved = _saved_splits(folder, readable)
+    if saved and subset is None and split in saved:
+        readable = saved[split]
+    elif not saved and (subset is not None or split is not None or "configs" in card):
         readable = pick_files(listed, card, subset=subset, split=split, where=name)
-    elif len(splits := by_split(readable)) > 1:
-        split = "train" if "train" in splits else next(iter(splits))
+    elif len(splits := saved or by_split(readable)) > 1 or (saved and split is not None):
+        likely = "train" if "train" in splits else next(iter(splits))
         raise DataError(
-            f"the folder has several splits: {', '.join(splits)}",
+            f"the folder has several splits: {', '.join(splits)}"
+            if split is None
+            else f"there is no split {split}; there are: {', '.join(splits)}",
             where=name,
-            hint=f"name one: {{path: {name}, split: {split}}}, or a pattern of files",
+            hint=f"name one: 'data.train={{path: {name}, split: {likely}}}', or a pattern of files",
         )
     _refuse_links(folder, [folder / file for file in readable], name)
     return [(f"{name.rstrip('/')}/{file}", folder / file) for file in readable]
+
+
+def _saved_splits(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
+    """The files by split of a folder to which a `DatasetDict` was saved; empty for any other."""
+    try:
+        described: Any = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
+        names = [str(name) for name in described["splits"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: [file for file in files if file.startswith(f"{name}/")] for name in names}
 
 
 def _fixed(pattern: str) -> Path:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.row_errors import Fault
-from tunesmith.data.sources.readers.columnar import without_filled
+from tunesmith.data.fields.normalize import PLAIN, Naming, normalize
+from tunesmith.data.row_errors import Fault, Field
+from tunesmith.data.sources.readers.memory import memory_rows
 from tunesmith.data.sources.readers.registry import file_rows
 from tunesmith.data.sources.readers.rows import LongRow, Raw
 from tunesmith.errors import DataError
@@ -20,11 +21,14 @@ from tunesmith.types import Origin
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as read: its values, or why it could not be read."""
+    """One row as read: its values, or why it could not be read. `fields` says what was renamed or
+    taken out.
+    """
 
     origin: Origin
     values: dict[str, Any] | None
     fault: Fault | None = None
+    fields: tuple[Field, ...] = ()
 
 
 @dataclass(slots=True)
@@ -32,10 +36,11 @@ class Source:
     """A file (`path`) or an iterable of dicts (`rows`); exactly one of the two is given.
 
     `name` is what the user calls it and what errors and the ledger say. `columns` maps our names to
-    the data's. `limit` keeps the first rows only. `section` is its place in the recipe's list,
-    which the files of a folder share; `commit` that of the hub data set it is a file of. An
-    iterator is kept as a list, since rows are read more than once; of a `DatasetDict` it is the
-    split `train`, or the only one.
+    the data's; `naming` holds roles and fields to ignore. `verbatim` leaves every row as written.
+    `limit` keeps the first rows only. `section` is its place in the recipe's list, which the files
+    of a folder share; `commit` that of the hub data set it is a file of. An iterator is kept as a
+    list, since rows are read more than once; of a `DatasetDict` it is the split `train`, or the
+    only one.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Source:
     format: str = "auto"
     columns: Mapping[str, str] | None = None
     limit: int | None = None
+    naming: Naming = PLAIN
+    verbatim: bool = False
     section: int = 0
     commit: str | None = None
 
@@ -104,7 +111,12 @@ def read_rows(source: Source) -> Iterator[Row]:
         if not checked:
             _check_columns(source, values)
             checked = True
-        yield Row(origin, rename_columns(values, source.columns))
+        renamed = rename_columns(values, source.columns)
+        if source.verbatim:
+            yield Row(origin, renamed)
+            continue
+        read, fields = normalize(renamed, source.naming)
+        yield Row(origin, read, None, fields)
     if count == 0:
         raise DataError("there are no rows", where=source.name, hint="the file must hold data")
 
@@ -127,7 +139,7 @@ def content_hash(source: Source) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
-    for values in source.rows or ():
+    for values, _ in memory_rows(source.rows, source.name):
         digest.update(canonical_json(values) + b"\n")
     return digest.hexdigest()
 
@@ -139,26 +151,14 @@ def canonical_json(values: Any) -> bytes:
 
 def _raw_rows(source: Source) -> Iterator[Raw]:
     if source.path is None:
-        yield from _iterable_rows(source)
+        yield from memory_rows(source.rows, source.name)
         return
     if source.path.is_dir():
         raise DataError(
             "this is a folder", where=source.name, hint=f"name its files: {source.name}/*"
         )
     with _opened(source) as file:
-        yield from file_rows(file, source.name, source.path.name)
-
-
-def _iterable_rows(source: Source) -> Iterator[Raw]:
-    columnar = hasattr(source.rows, "column_names")  # a data set of `datasets`
-    for values in source.rows or ():
-        if isinstance(values, Mapping):
-            row = dict(cast("Mapping[str, Any]", values))
-            yield (without_filled(row) if columnar else row), None
-        else:
-            kind = type(values).__name__
-            message = f"the row is of Python type {kind}, not a mapping"
-            yield None, Fault("wrong-type", message, "a row is a dict of columns")
+        yield from file_rows(file, source.name, source.path.name, source.columns)
 
 
 def _opened(source: Source) -> Any:

@@ -39,6 +39,7 @@ class Memo:
         self.direct: DirectTemplate | None = None
         self.tried = False
         self.turn_pattern: Any = None
+        self.reads: dict[tuple[Any, ...], bool] = {}  # fields of messages, by kind of message
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()

@@ -57,6 +57,17 @@ class Template:
         key = json.dumps([text, dict(self.kwargs)], sort_keys=True, default=str)
         return hashlib.sha256(key.encode()).hexdigest()
 
+    def names_role(self, role: str) -> bool:
+        """True if the chat template's text has this role's name in quotes, so that it may treat the
+        role on its own. Always true without a chat template, which refuses every chat.
+        """
+        if not self.has_chat_template:
+            return True
+        own: Any = self.jinja or self.tokenizer.chat_template
+        named = cast("Mapping[str, Any]", own) if isinstance(own, Mapping) else {"": own}
+        text = "\n".join(str(one) for one in named.values())
+        return f"'{role}'" in text or f'"{role}"' in text
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from tunesmith.data import row_errors
 from tunesmith.doctor.corpus import ASSISTANT, Case, Corpus, Setup
 from tunesmith.doctor.outcome import Hit, Level, Outcome
 
@@ -21,6 +22,7 @@ SHAPE = frozenset(
         "no-completion",
     }
 )
+UNREAD = frozenset({row_errors.UNREAD})
 ROLES = frozenset({"template-refused"})
 DROPPED = frozenset({"dropped-content", "null-content"})
 SPECIAL = frozenset({"special-token-in-content"})
@@ -28,7 +30,7 @@ STOPS = frozenset({"no-stop-token", "text-after-stop"})
 TARGETS = frozenset({"generation-prompt-mismatch", "rewritten-history"})
 EMPTY = frozenset({"empty-answer"})
 TEMPLATE = frozenset({"no-chat-template"})
-KNOWN = READING | SHAPE | ROLES | DROPPED | SPECIAL | STOPS | TARGETS | EMPTY | TEMPLATE
+KNOWN = READING | SHAPE | UNREAD | ROLES | DROPPED | SPECIAL | STOPS | TARGETS | EMPTY | TEMPLATE
 _OF_TOOLS = ".tool_calls"
 
 
@@ -60,6 +62,41 @@ def of_kinds(kinds: frozenset[str], hint: str) -> Callable[[Corpus, Setup], Outc
         return Outcome(hits, len(corpus.cases), "rows", refusal(setup), hint)
 
     return check
+
+
+def unread_fields(corpus: Corpus, setup: Setup) -> Outcome:
+    """Fields that hold something and that nothing reads: an error where they look like input or
+    like a wish, else for information.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    refused: dict[str, str] = {}
+    for case in corpus.cases:
+        for field in case.fields:
+            if field.state in ("unread", "refused"):
+                found.setdefault((field.state, field.path), []).append(str(case.origin))
+                refused.update({field.path: field.hint} if field.state == "refused" else {})
+    hits = [
+        Hit(rows[0], f"`{path}` holds something that nothing reads ({len(rows):,} rows)")
+        for (_, path), rows in sorted(found.items())
+    ]
+    names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for _, path in found))
+    hint = "; ".join(dict.fromkeys(refused.values())) or f"data.ignore_fields=[{names}]"
+    return Outcome(hits, len(corpus.cases), "rows", "error" if refused else "info", hint)
+
+
+def renamed_fields(corpus: Corpus, setup: Setup) -> Outcome:
+    """Fields and roles in another trainer's spelling, and what they are read as."""
+    found: dict[row_errors.Field, list[str]] = {}
+    for case in corpus.cases:
+        for field in case.fields:
+            if field.state == "mapped":
+                found.setdefault(field, []).append(str(case.origin))
+    hits = [
+        Hit(rows[0], f"`{field.path}` is read as {field.hint} ({len(rows):,} rows)")
+        for field, rows in found.items()
+    ]
+    hint = "if that is not meant: data.roles or data.ignore_fields"
+    return Outcome(hits, len(corpus.cases), "rows", "info", hint)
 
 
 def other_faults(corpus: Corpus, setup: Setup) -> Outcome:

@@ -8,6 +8,7 @@ would be.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tunesmith.model.adapters.initialization import (
     begin_with_loftq,
     taken_from_base,
 )
+from tunesmith.model.adapters.keys import refuse_other_keys
 from tunesmith.model.adapters.kinds import (
     CHANGE_BASE,
     ON_ANY_HEAD,
@@ -65,6 +67,7 @@ def add_adapter(
     loaded: AdapterState = NO_ADAPTER,
     *,
     asked: Collection[str] = (),
+    unreached: Collection[str] = (),
 ) -> AttachedAdapter:
     """Freeze the model and put a trainable adapter on what `spec.targets` name.
 
@@ -78,9 +81,10 @@ def add_adapter(
         return AttachedAdapter(_go_on(causal_lm, spec, loaded, asked), loaded)
     from peft import get_peft_model
 
-    found = candidates(causal_lm)
+    found = candidates(causal_lm, without=unreached)
     chosen = choose(found, spec.targets)
-    missed = missed_experts(causal_lm, found) if spec.targets == "all-linear" else []
+    whole = spec.targets == "all-linear"
+    missed = missed_experts(causal_lm, found, without=unreached) if whole else []
     if missed:
         raise ModelError(
             f"{len(missed)} weights of experts have an unknown form, {missed[0]} for one",
@@ -116,17 +120,23 @@ def add_adapter(
 def load_adapter(model: Any, folder: Path, *, trainable: bool = True) -> tuple[Any, AdapterState]:
     """The peft model of `model` with the adapter in `folder`, trainable, in the model's dtype; and
     the adapter's state.
+
+    Raises:
+        ModelError: it can't be read, or its weights are not those of this model.
     """
     from peft import PeftModel
 
     try:
-        loaded = PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            loaded = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
+            )
     except Exception as error:  # a config with wrong values fails anywhere in peft
         raise ModelError(
             f"the adapter can't be loaded: {first_line(error)}", where=str(folder)
         ) from error
+    refuse_other_keys(loaded, folder)
     _cast_additions(loaded)
     fuse_low_rank(loaded)
     return loaded, AdapterState(of_quantized=began_quantized(folder))

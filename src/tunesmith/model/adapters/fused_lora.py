@@ -94,7 +94,9 @@ class _PlusLowRank(torch.autograd.Function):
         ctx.save_for_backward(input, hidden, down, up)
         ctx.scale = scale
         if not over:
-            return torch.addmm(flat, hidden, up.T, alpha=scale).view(result.shape)
+            added = torch.addmm(flat, hidden, up.T, alpha=scale)
+            # A view out of a function of ours could not be added to in place, as falcon does.
+            return torch.ops.aten._unsafe_view(added, result.shape)
         ctx.mark_dirty(result)
         flat.addmm_(hidden, up.T, alpha=scale)
         return result

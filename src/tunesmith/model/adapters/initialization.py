@@ -21,9 +21,9 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters.kinds import CHANGE_BASE
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
-from tunesmith.model.model_files import open_weights, weight_files
 from tunesmith.model.ops.packed_weight import is_quantized
 from tunesmith.model.source import CHOICE_FILE, read_json
+from tunesmith.model.weight_files import WeightFiles
 
 OF_QUANTIZED = "of_quantized_base"
 """Entry beside an adapter that began with what quantising took from its base: on the plain base it
@@ -50,7 +50,7 @@ def begin_with_loftq(causal_lm: CausalLM) -> None:
         ModelError: the base's weights are not found in safetensors files.
     """
     folder = Path(str(causal_lm.config._name_or_path))
-    files = _files_of_weights(folder)
+    files = WeightFiles(folder)
     prefix = f"{causal_lm.base.base_model_prefix}."
     for name, module in causal_lm.base.named_modules():
         if not hasattr(module, "lora_A") or not is_quantized(module.base_layer):
@@ -86,21 +86,11 @@ def _begin_as(module: Any, difference: Tensor) -> None:
         up.weight.copy_(left[:, :rank] * root / module.scaling[name])
 
 
-def _files_of_weights(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with open_weights(path) as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
-def _read_weight(files: dict[str, Path], name: str, prefix: str) -> Tensor | None:
+def _read_weight(files: WeightFiles, name: str, prefix: str) -> Tensor | None:
     """Files of some families leave the prefix of the decoder out."""
-    for key in (f"{name}.weight", f"{name}.weight".removeprefix(prefix)):
-        if key in files:
-            with open_weights(files[key]) as file:
-                return file.get_tensor(key)
-    return None
+    keys = (f"{name}.weight", f"{name}.weight".removeprefix(prefix))
+    found = next((key for key in keys if key in files.names), None)
+    return None if found is None else files.tensor(found)
 
 
 def save_adapter(causal_lm: CausalLM, adapter: AdapterState, folder: Path) -> None:

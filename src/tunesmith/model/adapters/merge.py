@@ -64,6 +64,16 @@ def add_difference(
         tensor.add_(merged[name] - base[name], alpha=weight)
 
 
+def merged_names(causal_lm: CausalLM) -> list[str]:
+    """Modules and parameters of the base that merging changes; embedding and head always, since
+    rows of them may be trained beside an adapter.
+    """
+    base = causal_lm.base
+    outer = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    named = [name for name, module in base.named_modules() if id(module) in outer]
+    return [*adapted_names(causal_lm), *named]
+
+
 def _modules(causal_lm: CausalLM) -> list[str]:
     there = dict(causal_lm.base.named_modules())
     return [name for name in adapted_names(causal_lm) if name in there]

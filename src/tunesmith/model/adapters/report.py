@@ -95,7 +95,8 @@ def _top(causal_lm: CausalLM, count: int) -> set[str]:
         if isinstance(module, nn.Embedding)
         for p in module.parameters()
     }
-    outside = {id(p) for p in base.parameters()} - inside - embeddings
+    read = {id(p) for part in (decoder, causal_lm.head) for p in part.parameters()}
+    outside = read - inside - embeddings
     return {name for name, p in base.named_parameters() if id(p) in kept | outside}
 
 

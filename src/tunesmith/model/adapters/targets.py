@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from tunesmith.errors import ModelError
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.causal_lm import CausalLM, outside_decoder
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ROUTERS = ("router", "shared_expert_gate")
@@ -54,9 +54,9 @@ class Candidates:
         )
 
 
-def candidates(causal_lm: CausalLM) -> Candidates:
+def candidates(causal_lm: CausalLM, *, without: Collection[str] = ()) -> Candidates:
     """Every linear map and expert tensor of the decoder, by its name in the transformers model;
-    embedding and head beside them.
+    embedding and head beside them. Those whose parameters are in `without` are left out.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -71,11 +71,12 @@ def candidates(causal_lm: CausalLM) -> Candidates:
         if isinstance(module, nn.Linear | Conv1D)
         and module is not head
         and not _is_router(name, module, bool(counts))
+        and f"{prefix}{name}.weight" not in without
     ]
     experts = [
         prefix + name
         for name, parameter in decoder.named_parameters()
-        if parameter.ndim == 3 and parameter.shape[0] in counts
+        if parameter.ndim == 3 and parameter.shape[0] in counts and prefix + name not in without
     ]
     return Candidates(
         tuple(linear),
@@ -92,9 +93,12 @@ def expert_counts(config: Any) -> set[int]:
     return {value for value in values if isinstance(value, int) and value > 1}
 
 
-def missed_experts(causal_lm: CausalLM, found: Candidates) -> list[str]:
-    """Weights of experts, by parameter name, that are not among the candidates."""
+def missed_experts(
+    causal_lm: CausalLM, found: Candidates, *, without: Collection[str] = ()
+) -> list[str]:
+    """Weights of the decoder's experts, by parameter name, that are not among the candidates."""
     base = causal_lm.base
+    outside = {*outside_decoder(causal_lm), *without}
     covered = {*found.experts, *(f"{name}.weight" for name in found.linear)}
     convolutions = tuple(
         name for name, module in base.named_modules() if type(module).__name__.startswith("Conv")
@@ -105,6 +109,7 @@ def missed_experts(causal_lm: CausalLM, found: Candidates) -> list[str]:
         if (parameter.ndim == 3 or (parameter.ndim == 2 and "experts" in name.split(".")))
         and not name.endswith("bias")
         and name not in covered
+        and name not in outside
         and name.rsplit(".", 1)[0] not in convolutions
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.model.layers import layer_values
 from tunesmith.model.memory.estimate import show
 from tunesmith.model.ops.activation_checkpointing import Mode, as_mode
 
@@ -70,19 +71,27 @@ def activation_bytes(
     the layer that is being recomputed is counted once.
     """
     text = config.get_text_config()
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    width = getattr(text, "intermediate_size", None) or 4 * hidden
-    active = getattr(text, "num_experts_per_tok", None) or 1
-    if getattr(text, "moe_intermediate_size", None):
-        width = text.moe_intermediate_size
-    layer = 8 * hidden + 4 * int(width) * int(active)
+    hidden = int(text.hidden_size)
+    widths = _active_widths(text)
+    layers = [8 * hidden + 4 * width for width in widths]
     mode = as_mode(checkpointing)
     if mode == "none":
-        return layers * layer * dtype.itemsize
-    recomputing = -(-layers // mode) if isinstance(mode, int) else layers
-    each = 7 * hidden + 2 * int(width) * int(active) if mode == "selective" else hidden
-    kept = recomputing * each + (layers - recomputing) * layer + layer
-    return kept * dtype.itemsize
+        return sum(layers) * dtype.itemsize
+    whole = sum(layers)
+    if mode == "selective":
+        kept = sum(7 * hidden + 2 * width for width in widths)
+    else:
+        every = mode if isinstance(mode, int) else 1
+        kept = whole - sum(layer - hidden for layer in layers[::every])
+    return (kept + max(layers, default=0)) * dtype.itemsize
+
+
+def _active_widths(text: Any) -> list[int]:
+    """Of each layer: the feed-forward's width that one token goes through."""
+    names = ("intermediate_size", "moe_intermediate_size", "num_experts_per_tok")
+    layers = zip(*(layer_values(text, name) for name in names), strict=True)
+    usual = 4 * text.hidden_size
+    return [int(expert or dense or usual) * int(n or 1) for dense, expert, n in layers]
 
 
 def computed_cost(config: Any, *, dtype: torch.dtype) -> Callable[[Mode], Cost]:

@@ -15,7 +15,8 @@ import torch
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.adapters import candidates
 from tunesmith.model.adapters.kinds import BOFT_BLOCK, OFT_BLOCK
-from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.architecture import empty_model
+from tunesmith.model.causal_lm import CausalLM, outside_decoder
 from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.quantization.load import Quantization, quantizable
 from tunesmith.model.source import ModelSource, refuse_foreign_code
@@ -64,6 +65,7 @@ class ModelSize:
     outputs: int = 0
     quantizable: int = 0  # parameters that a quantised base keeps in fewer bits
     quantizable_rows: int = 0
+    unread: int = 0  # parameters outside of the decoder, which text does not train
 
 
 def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
@@ -72,19 +74,15 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
     Raises:
         ModelError: the config can't be made into a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    refuse_foreign_code(source, trusted=trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config with a wrong number fails anywhere in the model's code
-        reason = first_line(error)
+        model = empty_model(config, source.name, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # a model class may fail at a configuration in any way
         raise ModelError(
-            f"its config makes no causal language model: {reason}", where=source.name
+            f"its config makes no causal language model: {first_line(error)}", where=source.name
         ) from error
-    model.tie_weights()
     wrapped = CausalLM(model, logits=LogitTransform())
     found = candidates(wrapped)
     shapes = [_widths(model.get_submodule(name)) for name in found.linear]
@@ -94,6 +92,8 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         experts, rows, columns = model.get_parameter(name).shape
         per_rank += experts * (rows + columns)
     total = sum(p.numel() for p in model.parameters())
+    outside = outside_decoder(wrapped)
+    unread = sum(p.numel() for name, p in model.named_parameters() if name in outside)
     packed = [_widths(model.get_submodule(name)) for name in quantizable(wrapped)]
     return ModelSize(
         total,
@@ -103,6 +103,7 @@ def measure(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSiz
         outputs=outputs,
         quantizable=sum(width * rows for width, rows in packed),
         quantizable_rows=sum(rows for _, rows in packed),
+        unread=unread,
     )
 
 
@@ -165,7 +166,7 @@ def estimate(
     if rank is not None:
         added = adapter_parameters(size, kind, rank=rank, rotation_size=rotation_size)
     parameters = size.parameters + added
-    trained = parameters if rank is None else added
+    trained = parameters - size.unread if rank is None else added
     rest = {torch.float32: 0, torch.bfloat16: 2}.get(dtype, 4)  # what completes a float32 master
     weights = parameters * dtype.itemsize
     if quantization is not None:

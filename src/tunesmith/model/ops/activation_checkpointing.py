@@ -11,6 +11,8 @@ matrix products and of attention, and computes the cheap rest again (norms, rota
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from tunesmith.errors import ModelError
+from tunesmith.model.recurrent.active_layout import recompute_contexts
 
 Mode = str | int
 """`none`, `layers`, `selective`, or N for every N-th layer."""
@@ -108,10 +111,28 @@ def _has_biased_experts(layer: nn.Module) -> bool:
 
 
 def _whole(function: Any, *args: Any, **keywords: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, **keywords)
+    # recurrent layers need the layout again when they are recomputed
+    return checkpoint(
+        function, *args, use_reentrant=False, context_fn=recompute_contexts, **keywords
+    )
 
 
 def _selective(biased_experts: bool, function: Any, *args: Any, **keywords: Any) -> Any:
-    policy = functools.partial(_policy, biased_experts)
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    contexts = functools.partial(_selective_contexts, biased_experts)
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **keywords)
+
+
+def _selective_contexts(
+    biased_experts: bool,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What is kept and used again, and the layout for recurrent layers around both."""
+    policy = functools.partial(_policy, biased_experts)
+    keep, use = create_selective_checkpoint_contexts(policy)
+    forward, recompute = recompute_contexts()
+    return _both(forward, keep), _both(recompute, use)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

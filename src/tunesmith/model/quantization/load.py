@@ -15,6 +15,7 @@ from torch import nn
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.targets import candidates, expert_counts
+from tunesmith.model.architecture import empty_model
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.lm_head import LogitTransform
 from tunesmith.model.ops.packed_weight import quantized_share
@@ -155,11 +156,10 @@ def _linear_maps(config: Any, trust_remote_code: bool) -> dict[str, int | None]:
     """All linear maps by name, with the width of their input; None: not to be quantised. No weight
     is read.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    name = str(getattr(config, "_name_or_path", "") or "model")
+    model = empty_model(config, name, trust_remote_code=trust_remote_code)
     wanted = set(quantizable(CausalLM(model, logits=LogitTransform())))
     return {
         name: module.weight.shape[-1] if name in wanted else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -102,6 +104,7 @@ def _parts(batches: Iterator[Any], file: Any, name: str) -> Iterator[tuple[Any, 
     size = os.fstat(file.fileno()).st_size
     number, expanded = 0, 0.0
     for batch in _decoded(batches, size):
+        refuse_doubled(batch.schema.names, name)
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for part, sizes in small_batches(batch.slice(start, BATCH_ROWS), name, number):
                 expanded += sizes.sum()
@@ -110,13 +113,77 @@ def _parts(batches: Iterator[Any], file: Any, name: str) -> Iterator[tuple[Any, 
                 number += part.num_rows
 
 
+def _objects(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch as Python objects; values of the type arrow.json as what they stand for.
+
+    `datasets` stores columns of mixed types as such JSON.
+    """
+    rows = cast("list[dict[str, Any]]", batch.to_pylist())
+    json_columns = [field for field in batch.schema if _has_json(field.type)]
+    for field in json_columns:
+        for row in rows:
+            row[field.name] = _parsed(row[field.name], field.type)
+    return rows
+
+
+def _has_json(kind: Any) -> bool:
+    """True if the Arrow type is arrow.json, or a list, map or struct with it inside."""
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    types = cast("Any", pyarrow).types
+    if _is_json(kind):
+        return True
+    if types.is_struct(kind) or types.is_map(kind):
+        return any(_has_json(kind.field(number).type) for number in range(kind.num_fields))
+    return hasattr(kind, "value_type") and _has_json(kind.value_type)
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    """The Python value of this Arrow type, with the JSON in it parsed."""
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    types = cast("Any", pyarrow).types
+    if value is None or not _has_json(kind):
+        return value
+    if _is_json(kind):
+        return json.loads(value)
+    if types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return {field.name: _parsed(value[field.name], field.type) for field in fields}
+    if types.is_map(kind):
+        return [(_parsed(k, kind.key_type), _parsed(v, kind.item_type)) for k, v in value]
+    return [_parsed(item, kind.value_type) for item in value]
+
+
+def table_rows(table: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table in memory."""
+    refuse_doubled(table.schema.names, name)
+    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+        yield from (without_filled(values) for values in _objects(batch))
+
+
+def refuse_doubled(names: Sequence[str], where: str) -> None:
+    """Raises DataError if two columns have the same name, of which one would be lost."""
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise DataError(
+            f"the column `{doubled[0]}` is there {names.count(doubled[0])} times",
+            where=where,
+            hint="give each column a name of its own when the file is written",
+        )
+
+
 def _rows(batches: Iterator[Any], file: Any, name: str, *, kind: str) -> Iterator[Raw]:
     import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
     number = 0
     try:
         for part, sizes in _parts(batches, file, name):
-            for values, size in zip(part.to_pylist(), sizes, strict=True):
+            for values, size in zip(_objects(part), sizes, strict=True):
                 row = without_filled(values)
                 yield (LongRow(row) if size >= LONG else row), None
             number += part.num_rows
@@ -127,7 +194,7 @@ def _rows(batches: Iterator[Any], file: Any, name: str, *, kind: str) -> Iterato
             hint=f"a {kind} file can state much in few bytes; write it with fewer or smaller rows "
             "in a group, or as JSON Lines",
         ) from error
-    except (cast("Any", pyarrow).ArrowException, OSError) as error:
+    except (cast("Any", pyarrow).ArrowException, OSError, json.JSONDecodeError) as error:
         message = (str(error).splitlines() or ["no reason given"])[0]
         raise DataError(
             f"not readable as {kind}: {message}",

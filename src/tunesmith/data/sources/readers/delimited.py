@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from tunesmith.data.row_errors import NOT_UTF8, Fault
 from tunesmith.data.sources.readers import rows as raw
+from tunesmith.data.sources.readers.columnar import refuse_doubled
 from tunesmith.data.sources.readers.rows import LONG, LongRow, Raw, too_long
 
 _LONGEST_FIELD = 2**31 - 1
@@ -38,6 +39,7 @@ def delimited_rows(binary: Iterable[bytes], name: str, *, delimiter: str) -> Ite
             return
         if header is None:
             header = cells
+            refuse_doubled(header, name)
         elif cells:
             yield _row(header, cells, reader.line_num, size=record.size)
 

@@ -1,19 +1,24 @@
-"""Streaming reader of JSON: a list of objects, an object with one list, or objects one after the
-other.
+"""Streaming reader of JSON: a list of objects, one object, an object with one list of rows, or
+objects one after the other.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
+from tunesmith.data.fields.table import FORMATS
 from tunesmith.data.row_errors import NOT_JSON, NOT_UTF8, Fault
 from tunesmith.data.sources.readers.rows import LONGEST, Raw, object_row, too_long, too_many
 from tunesmith.errors import DataError
 
+Lines = Callable[[Any, str], Iterator[bytes]]
 _BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _FILE = "a JSON file is a list of objects, or objects one after the other"
@@ -21,8 +26,9 @@ _NEAR_THE_END = 16
 """Characters before the end of the buffer in which an error may be that of a value cut in two."""
 
 
-def json_rows(file: BinaryIO, name: str) -> Iterator[Raw]:
-    """The rows of a JSON file; a list is read value by value and never held as a whole.
+def json_rows(file: BinaryIO, name: str, columns: Mapping[str, str] | None = None) -> Iterator[Raw]:
+    """The rows of a JSON file; a list is read value by value and never held as a whole. `columns`
+    are our names of columns to the file's.
 
     Raises:
         DataError: it is not JSON, not UTF-8, or holds no list of rows.
@@ -33,7 +39,7 @@ def json_rows(file: BinaryIO, name: str) -> Iterator[Raw]:
         yield from _listed(text)
     elif first:
         parsed, raw = text.value()
-        if text.peek():
+        if text.peek() or _is_row(parsed, columns or {}):
             yield _row(parsed, raw, 0)
             yield from _one_after_the_other(text)
         else:
@@ -73,7 +79,46 @@ def _row(values: Any, raw: str, number: int) -> Raw:
         except UnicodeEncodeError as error:
             message = f"{place} is not UTF-8 text ({error.reason})"
             return None, Fault("invalid-encoding", message, NOT_UTF8)
-    return object_row(values, place, size=len(raw))
+    return _object(values, raw, place)
+
+
+def _object(values: Any, text: str, place: str) -> Raw:
+    """The row, unless it has a column twice, of which Python's parser keeps the last."""
+    if isinstance(values, dict):
+        for name in cast("dict[str, Any]", values):
+            if text.count(f'"{name}"') > 1 and name in _doubled(text):
+                message = f"{place} has the column `{name}` more than once"
+                return None, Fault("doubled-column", message, "keep one of them")
+    return object_row(values, place, size=len(text))
+
+
+def _doubled(text: str) -> list[str]:
+    """The names that the outermost object of a JSON text has more than once."""
+    pairs: list[list[tuple[str, Any]]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> None:
+        pairs.append(found)
+
+    json.loads(text, object_pairs_hook=keep)  # the outermost object is the last to be complete
+    counts = Counter(name for name, _ in pairs[-1])
+    return [name for name, count in counts.items() if count > 1]
+
+
+def _is_row(parsed: Any, columns: Mapping[str, str]) -> bool:
+    """True if the file's only object has the columns of a format, so that it is a row.
+
+    A single column with a list of objects that are rows themselves is a list of rows.
+    """
+    if not isinstance(parsed, dict):
+        return False
+    values = cast("dict[str, Any]", parsed)
+    for needed in FORMATS.values():
+        names = [columns.get(name, name) for name in needed]
+        if all(name in values for name in names):
+            only = values[names[0]] if len(values) == 1 else None
+            first = cast("list[Any]", only)[0] if isinstance(only, list) and only else None
+            return not (isinstance(first, dict) and names[0] in first)
+    return False
 
 
 def _row_list(parsed: Any, name: str) -> list[Any]:
@@ -179,6 +224,54 @@ class _Buffer:
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+def lines_or_list(file: BinaryIO, name: str, lines: Lines) -> Iterator[Raw]:
+    """The rows of a JSON Lines file, or of one that is a JSON list as a whole.
+
+    Raises:
+        DataError: a line is too long, or the list is no JSON.
+    """
+    begun: list[bytes] = []
+    source = lines(file, name)
+    for line in source:
+        begun.append(line)
+        if line.removeprefix(_BYTE_ORDER_MARK).strip():
+            break
+    opening = begun[-1].removeprefix(_BYTE_ORDER_MARK).strip() if begun else b""
+    if opening.startswith(b"[") and not _complete(opening):
+        yield from json_rows(cast("BinaryIO", _Rejoined(begun, file)), name)
+        return
+    if opening.startswith(b"["):
+        following = next((line for line in source if line.strip()), None)
+        if following is None:
+            yield from json_rows(io.BytesIO(b"".join(begun)), name)
+            return
+        begun.append(following)
+    yield from jsonl_rows(chain(begun, source))
+
+
+def _complete(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class _Rejoined:
+    """A binary file of which some lines were read already."""
+
+    def __init__(self, begun: Sequence[bytes], file: BinaryIO) -> None:
+        self._begun = b"".join(begun)
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """The lines that were read already, then what follows in the file."""
+        if self._begun:
+            begun, self._begun = self._begun, b""
+            return begun
+        return self._file.read(size)
+
+
 def jsonl_rows(lines: Iterable[bytes]) -> Iterator[Raw]:
     """One row for each line that is not blank; faults name the line, counted from 1."""
     for number, line in enumerate(lines, start=1):
@@ -205,4 +298,4 @@ def _parse_line(line: bytes, number: int) -> Raw:
         return None, Fault("invalid-json", message, NOT_JSON)
     except (ValueError, RecursionError) as error:
         return None, Fault("invalid-json", f"{place} is not JSON: {error}", NOT_JSON)
-    return object_row(values, place, size=len(line))
+    return _object(values, text, place)

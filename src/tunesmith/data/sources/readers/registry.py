@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, cast
 
 from tunesmith.data.sources.readers.columnar import arrow_rows, parquet_rows
 from tunesmith.data.sources.readers.delimited import delimited_rows
-from tunesmith.data.sources.readers.json import json_rows, jsonl_rows
+from tunesmith.data.sources.readers.json import json_rows, lines_or_list
 from tunesmith.data.sources.readers.rows import TIMES, Raw, check_expansion, lines_of
 from tunesmith.errors import DataError
 
 Reader = Callable[[Any, str], Iterator[Raw]]
 
 _TEXTS: dict[str, Reader] = {
-    ".jsonl": lambda file, name: jsonl_rows(lines_of(file, name)),
-    ".ndjson": lambda file, name: jsonl_rows(lines_of(file, name)),
+    ".jsonl": lambda file, name: lines_or_list(file, name, lines_of),
+    ".ndjson": lambda file, name: lines_or_list(file, name, lines_of),
     ".json": json_rows,
     ".csv": lambda file, name: delimited_rows(lines_of(file, name), name, delimiter=","),
     ".tsv": lambda file, name: delimited_rows(lines_of(file, name), name, delimiter="\t"),
@@ -40,8 +40,11 @@ def kind_of(name: str) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in {**_TEXTS, **_TABLES} else None
 
 
-def file_rows(file: Any, name: str, file_name: str) -> Iterator[Raw]:
-    """The rows of an open file, read as `file_name` says; `name` is what errors call it.
+def file_rows(
+    file: Any, name: str, file_name: str, columns: Mapping[str, str] | None = None
+) -> Iterator[Raw]:
+    """The rows of an open file, read as `file_name` says; `name` is what errors call it, `columns`
+    are our names of columns to the file's.
 
     Raises:
         DataError: the file can't be read in this way, or its compression is damaged.
@@ -53,12 +56,15 @@ def file_rows(file: Any, name: str, file_name: str) -> Iterator[Raw]:
             where=name,
             hint=f"readable are {READABLE}",
         )
+    readers = {**_TEXTS, **_TABLES}
+    if columns:
+        readers[".json"] = lambda file, name: json_rows(file, name, columns)
     codec = _CODECS.get(PurePath(file_name).suffix.lower())
     if codec is None:
-        yield from {**_TEXTS, **_TABLES}[kind](file, name)
+        yield from readers[kind](file, name)
         return
     try:
-        yield from _TEXTS[kind](_decompressed(file, codec, name), name)
+        yield from readers[kind](_decompressed(file, codec, name), name)
     except (OSError, EOFError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise DataError(
