@@ -71,13 +71,13 @@ def files_to_push(folder: Path) -> list[str]:
     """The names of the folder's own files that may be sent, named chat templates included; other
     subfolders and links are left out.
     """
-    own = [path for path in folder.iterdir() if is_allowed(path.name)]
+    found = [path for path in folder.iterdir() if is_allowed(path.name)]
     named = folder / NAMED_TEMPLATES
     if named.is_dir() and not named.is_symlink():
-        own += named.glob("*.jinja")
+        found += named.glob("*.jinja")
     return sorted(
         path.relative_to(folder).as_posix()
-        for path in own
+        for path in found
         if path.is_file() and not path.is_symlink()
     )
 

@@ -19,6 +19,9 @@ from tunesmith.model.model_files import open_weights, weight_files
 from tunesmith.model.quantization.dequantize import Packed, find_packed, quant_method
 from tunesmith.model.source import read_json
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
 
 class WeightFiles:
     """The files of a model, and the parameters that stand for what was not read of them yet."""
