@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunesmith.display import shown
 from tunesmith.redact import redact
 
 
@@ -27,7 +28,7 @@ class TunesmithError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return redact(f"{text}\nhint: {self.hint}" if self.hint else text)
+        return shown(redact(f"{text}\nhint: {self.hint}" if self.hint else text))
 
 
 class InputError(TunesmithError):
@@ -63,9 +64,30 @@ class NonFiniteError(RunError):
 class InterruptedRun(TunesmithError):
     """A signal stopped the run after it had saved a checkpoint.
 
-    Exit code 128 + signal number: 130 for SIGINT, 143 for SIGTERM.
+    Exit code 128 + signal number: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+_NO_ROOM = (
+    "Cannot allocate memory", "cannot allocate memory", "can't allocate memory",
+    "failed to map segment", "can't start new thread",
+)  # fmt: skip
+"""What the system, its loader, torch and Python say where a process gets no more memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the operating system refused memory, by a limit or because there is none."""
+    return isinstance(error, MemoryError) or any(part in str(error) for part in _NO_ROOM)
+
+
+def out_of_memory() -> RunError:
+    """The error for it, where nothing smaller can be tried."""
+    return RunError(
+        "the operating system gives this process no more memory",
+        hint="see `ulimit -a` and the limits of the job or container; libraries alone take some "
+        "GiB of addresses",
+    )

@@ -27,7 +27,7 @@ from tunesmith.data.microbatch.planner import plan_step
 from tunesmith.errors import InputError
 from tunesmith.metrics.records import read_records
 from tunesmith.run.resume_checks import check_data
-from tunesmith.storage.atomic import read_json
+from tunesmith.storage.machine import read_machine
 from tunesmith.storage.run_folder import is_run, run_files
 from tunesmith.train.anomaly.guard import Guard
 from tunesmith.train.anomaly.incident import number_or_text, ranked
@@ -91,7 +91,7 @@ def replay(
             where=str(run),
             hint="give a run folder; it has the files recipe.yaml and machine.json",
         )
-    machine = read_json(run_files(run)["machine"])
+    machine = read_machine(run)
     start, notes = _nearest(run, step)
     meta = load_checkpoint(start).meta if start is not None else _meta_of_start(machine)
     with _threads(meta), tempfile.TemporaryDirectory(prefix="tunesmith-replay-") as place:

@@ -39,7 +39,11 @@ def state(step: int, size: int = 7) -> TrainState:
         "steps": torch.tensor(step),
     }
     return TrainState(
-        step, tensors, {"exp_avg.w": tensors["w"] * 2}, capture_rng(), {"best": 0.1 + step}
+        step,
+        tensors,
+        {"exp_avg.w": tensors["w"] * 2},
+        capture_rng(),
+        {"best": {"step": step, "nll": 0.1 + step}},
     )
 
 

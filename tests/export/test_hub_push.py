@@ -32,7 +32,7 @@ class FakeHub:
 
 def filled(folder: Path) -> Path:
     for name in ["config.json", "model.safetensors", "README.md", *PRIVATE]:
-        (folder / name).write_text("x")
+        (folder / name).write_text("{}")
     (folder / "checkpoints").mkdir()
     (folder / "tokenizer.json").symlink_to(folder / "rows.parquet")
     return folder

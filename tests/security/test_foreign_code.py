@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import io
 import json
+import os
 import pickletools
+import py_compile
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +24,7 @@ import torch
 import tunesmith
 from tiny import chat_rows, tiny_folder, write_jsonl
 from tunesmith.cli.app import run
+from tunesmith.train.user_objective import load_objective
 
 SOURCE = Path(tunesmith.__file__).parent
 SHORT = ["batch.documents=4", "train.steps=2", "checkpoint.every=1", "device.threads=1"]
@@ -171,6 +179,7 @@ def test_source_has_no_other_way_to_read_code_from_data(pattern: str) -> None:
 
 CODE = """
 from pathlib import Path
+from typing import Any
 Path({mark!r}).touch()
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 class OwnConfig(LlamaConfig):
@@ -234,3 +243,85 @@ def test_code_beside_data_and_templates_is_not_imported(
         shutil.copy(folder / name, model / name)
     assert run(["preview", "--model", str(model), "--data", str(folder)]) == 0
     assert not mark.exists()
+
+
+OWN = "def my_loss(chunk):\n    return -chunk.logprob  # {}\n"
+
+
+def test_the_objective_that_runs_is_the_one_that_was_hashed(tmp_path: Path, mark: Path) -> None:
+    """Bytecode beside a file stands for it where time and size fit, whatever it does."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format("a"))
+    evil = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n" + OWN.format("b")
+    planted = tmp_path / "evil.py"
+    planted.write_text(evil)
+    compiled = py_compile.compile(str(planted), doraise=True)
+    header = struct.pack("<III", 0, int(file.stat().st_mtime), file.stat().st_size)
+    code = Path(compiled).read_bytes()
+    place = Path(importlib.util.cache_from_source(str(file)))
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(code[:4] + header + code[16:])
+    # the test's own test: an import does run what was planted
+    spec = importlib.util.spec_from_file_location("own", file)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert mark.exists()
+    mark.unlink()
+    found = load_objective(f"{file}:my_loss", [])
+    assert not mark.exists()
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_an_edit_of_equal_size_in_the_same_second_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    stamp = None
+    for number in (1, 2, 3):
+        file.write_text(f"VALUE = {number}\n" + OWN.format("x"))
+        stamp = stamp or (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+        os.utime(file, ns=stamp)
+        function: Any = load_objective(f"{file}:my_loss", []).function
+        assert function.__globals__["VALUE"] == number
+
+
+def test_a_run_gives_no_leave_to_run_code(
+    model: Path, data: Path, mark: Path, tmp_path: Path, capsys
+) -> None:
+    """A stranger's run: its recipe trusts the code that its model brings."""
+    out = tmp_path / "run"
+    assert (
+        run(["train", "--model", str(model), "--data", str(data), "--out", str(out), *SHORT]) == 0
+    )
+    folder = out / "model"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_x.py", "modeling_x.py"):
+        (folder / name).write_text(
+            f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nX = None\n"
+        )
+    recipe = (out / "recipe.yaml").read_text()
+    changed = re.sub(r"trust_remote_code: false", "trust_remote_code: true", recipe)
+    changed = (
+        changed
+        if changed != recipe
+        else recipe.replace("model:\n", "model:\n  trust_remote_code: true\n", 1)
+    )
+    (out / "recipe.yaml").write_text(changed)
+    assert "trust_remote_code: true" in changed
+    capsys.readouterr()
+    uses = [
+        ["chat", str(out), "--prompt", "x"],
+        ["eval", str(out), "--data", str(data)],
+        ["generate", str(out), "--data", str(data), "--out", str(tmp_path / "a.jsonl")],
+    ]
+    for words in uses:
+        for name in (out, folder):
+            assert run([str(name) if word == str(out) else word for word in words]) == 2, words
+            error = capsys.readouterr().err
+            assert "needs Python code of its own folder" in error
+            assert not mark.exists()
+    # asked for on this command line it does run
+    with contextlib.suppress(Exception):
+        run([*uses[0], "model.trust_remote_code=true"])
+    assert mark.exists()

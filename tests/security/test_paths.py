@@ -149,3 +149,66 @@ def test_weights_that_an_index_looks_for_outside_are_refused(tmp_path: Path, cap
     )
     assert code == 2
     assert "not a file of the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "LICENSE.md", "special_tokens_map.json", "modeling_x.py", "other.model"]
+)
+def test_links_in_a_model_folder_lead_nowhere(name: str, tmp_path: Path, capsys) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_text('{"PRIVATE": 1}')
+    model = tiny_folder(tmp_path / "model", num_hidden_layers=1)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(secret)
+    data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(4))
+    both = ["--model", str(model), "--data", str(data)]
+    for words in (
+        ["train", *both, "--out", str(tmp_path / "run"), "train.steps=1"],
+        ["preview", *both],
+        ["chat", str(model), "--prompt", "x"],
+        ["export", str(model), "--to", "hf", "--out", str(tmp_path / "hf")],
+    ):
+        assert run(words) == 2, words
+        error = capsys.readouterr().err
+        assert "is a link that leaves the model's folder" in error
+        assert str(model / name) in error
+        assert "PRIVATE" not in error
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "hf").exists()
+
+
+def test_only_known_names_are_copied_with_a_model(tmp_path: Path) -> None:
+    """LICENSE-x is no licence, and a link whatever its name is left."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE")
+    model = tiny_folder(tmp_path / "model", num_hidden_layers=1)
+    (model / "LICENSE-x").symlink_to(secret)
+    (model / "NOTICE-of-me").write_text("PRIVATE")
+    (model / "notes.txt").write_text("PRIVATE")
+    (model / "LICENSE").write_text("terms")
+    (model / "USE_POLICY.md").symlink_to(model / "LICENSE")
+    data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(4))
+    out = tmp_path / "run"
+    words = ["train", "--model", str(model), "--data", str(data), "--out", str(out)]
+    assert run([*words, "train.steps=1", "batch.documents=2"]) == 0
+    assert run(["export", str(model), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    for folder in (out / "model", tmp_path / "hf"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"LICENSE", "USE_POLICY.md"} <= names
+        assert not {"LICENSE-x", "NOTICE-of-me", "notes.txt"} & names
+        assert not [path for path in folder.iterdir() if b"PRIVATE" in path.read_bytes()]
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_model(tmp_path: Path) -> None:
+    """Its files are links into `blobs`."""
+    whole = tiny_folder(tmp_path / "whole", num_hidden_layers=1)
+    blobs, snapshot = tmp_path / "x" / "blobs", tmp_path / "x" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in whole.iterdir():
+        path.rename(blobs / f"b-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"b-{path.name}")
+    assert run(["export", str(snapshot), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    assert not (tmp_path / "hf" / "model.safetensors").is_symlink()
+    assert run(["chat", str(snapshot), "--prompt", "x", "--max-new-tokens", "1"]) == 0

@@ -24,6 +24,15 @@ SECRETS = {
     "GITHUB_TOKEN": "planted-github-token",
     "MY_DB_PASSWORD": "planted-db-word",
     "OPENAI_API_KEY": "sk-plantedplantedplanted",
+    "PGPASSWORD": "planted-pg-word",
+    "OPENAI_KEY": "planted-openai-key",
+    "MYTOKEN": "planted-my-token",
+    "GITHUB_PAT": "planted-github-pat",
+    "DB_PASS": "planted-db-pass",
+    "SERVICE_TOKEN_2": "planted-second-token",
+    "CRM": "q7Rk2mZ9xLw4Tb8Vn3Yc6Hd1",
+    "BILLING": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b",
+    "RELAY": "p1/aB3dE5fG7hJ9kL2mN4pQ6r+s8",
 }
 SHORT = ["batch.documents=4", "train.steps=3", "checkpoint.every=1", "device.threads=1"]
 
@@ -75,6 +84,12 @@ def test_no_file_of_a_run_and_no_line_of_it_holds_a_secret(
         "model.name=s3://bucket/model?X-Amz-Signature=planted-db-word",
         "data.template_kwargs={{key: 'Bearer planted-github-token'}}",
         "model.name={HF_TOKEN}",
+        "log.project={PGPASSWORD}",
+        "log.project={OPENAI_KEY}",
+        "log.project=of-{CRM}-x",
+        "log.project={BILLING}",
+        "data.template_kwargs={{key: '{RELAY}'}}",
+        "data.template_kwargs={{'{MYTOKEN}': 1}}",
     ],
 )
 def test_recipe_with_a_secret_is_refused_without_telling_it(
@@ -134,7 +149,8 @@ def test_python_errors_do_not_tell(tmp_path: Path) -> None:
         "meta-llama/Llama-3.1-8B", "data/tokens.jsonl", "keys: a, b", "step 0123456789abcdef",
         "C:\\users\\me", "a@b.org", "https://host/path?page=2", "hf_hub", "sk-learn", "token=4",
         "<|endoftext|>", "Bearer of news", "git@host:org/name", "data.train=a://b/c",
-        "monkey=business",
+        "monkey=business", "Qwen/Qwen2.5-0.5B-Instruct", "SmolLM2-1.7B-Instruct-Q4_K_M.gguf",
+    "/data/9f86d081884c7d659a2feaa0c55ad015/rows.jsonl", "eyJ", "r8_x",
     ],
 )  # fmt: skip
 def test_ordinary_texts_stay_as_they_are(text: str) -> None:
@@ -145,6 +161,47 @@ def test_short_values_of_the_environment_are_words(monkeypatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "auto")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "a-long-enough-value")
     assert redact("device: auto, a-long-enough-value") == "device: auto, a-long-enough-value"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GITHUB_SHA", "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b"),
+        ("MODEL", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("BASE_MODEL_NAME", "q7Rk2mZ9xLw4Tb8Vn3Yc6Hd1"),
+        ("PWD", "/home/me/tunesmith"),
+        ("CONDA_DEFAULT_ENV", "training-environment-2026"),
+        ("EXPERIMENT", "MyLongExperimentNumber2"),
+        ("SSH_PUBLIC_KEY", "AAAAB3NzaC1yc2EAAAADAQABAAABAQ"),
+        ("HF_TOKEN_PATH", "/root/.cache/huggingface/token"),
+        ("CLUSTER_TOKEN", "/usr/bin/env"),
+        ("TOKENIZER", "meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_variables_that_hold_no_secret_are_left(name: str, value: str, monkeypatch) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.delenv("BILLING")
+    monkeypatch.delenv("CRM")
+    assert redact(f"x {value} y") == f"x {value} y"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "ghs_PlantedPlantedPlanted", "npm_PlantedPlantedPlanted", "gsk_PlantedPlantedPlanted",
+        "AIzaPlantedPlantedPlantedPlantedPlanted1234", "sk-proj-Planted_Planted-Planted",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.Planted_Planted", "nvapi-PlantedPlantedPlanted",
+        "SG.PlantedPlantedPlanted.PlantedPlantedPlanted", "xoxe-PlantedPlantedPlanted",
+        "-----BEGIN RSA PRIVATE KEY-----\nPlanted+Planted\n-----END RSA PRIVATE KEY-----",
+    ],
+)  # fmt: skip
+def test_published_forms_of_tokens_are_known(token: str) -> None:
+    assert "Planted" not in redact(f"a {token} b")
+    assert list(secret_keys({"x": {"y": f"a {token} b"}})) == ["x.y"]
+
+
+def test_secret_in_an_address_is_found_as_it_is_written_there() -> None:
+    assert redact("s3://b?x=planted%2Faws%2Bsecret") == "s3://b?x=***"
 
 
 def test_keys_of_secrets_are_found_wherever_they_are() -> None:

@@ -50,6 +50,7 @@ def test_nothing_else_looks_public() -> None:
     modules = {
         "annotations",
         "errors",
+        "display",
         "redact",
         "TYPE_CHECKING",
         "Any",

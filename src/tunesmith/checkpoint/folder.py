@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.checkpoint.rng import RngState
+from tunesmith.checkpoint.state_schema import state_fault
 from tunesmith.checkpoint.tensor_io import encoded, file_digest, write_synced
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, first_line
 from tunesmith.storage.atomic import sync_folder
 
 FORMAT = 1
@@ -130,6 +131,14 @@ def complete_checkpoint(
     return final
 
 
+def prune_checkpoints(run: Path, step: int, *, keep: int, best: int | None) -> None:
+    """Delete what a run that was killed had not yet deleted: of the checkpoints up to `step`, which
+    is known to be whole, all but the newest `keep` and the best.
+    """
+    with suppress(OSError):  # a folder that can't be written is told by the next save
+        _prune(run / "checkpoints", step, keep=keep, protected={best, step}, later=False)
+
+
 @contextmanager
 def writing_told(run: Path, step: int, *, first: bool = True) -> Iterator[None]:
     """An error of the system inside becomes one that says which checkpoint can't be written.
@@ -210,7 +219,17 @@ def find_damage(path: Path) -> str | None:
         if name not in files:
             return f"{MANIFEST} doesn't list {name}"
     found = (_file_damage(path / name, size, digest) for name, (size, digest) in files.items())
-    return next((damage for damage in found if damage), None)
+    return next((damage for damage in found if damage), None) or _damage_of_state(path)
+
+
+def _damage_of_state(path: Path) -> str | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{STATE}: {first_line(error)}"
+    step = _STEP.match(path.name)
+    fault = state_fault(state, step=int(step[1]) if step else state.get("step"))
+    return None if fault is None else f"{STATE}: {fault}"
 
 
 def _file_damage(path: Path, size: int, digest: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import typer
 
 from tunesmith.cli.errors import run_command, show_error
+from tunesmith.display import put, unfailing_stderr
 from tunesmith.errors import RecipeError
 from tunesmith.version import __version__
 
@@ -80,7 +81,8 @@ def run(arguments: list[str]) -> int:
         return show_error(RecipeError(f"there is no command {name}", hint=hint))
     for library in CHATTY:
         logging.getLogger(library).setLevel(logging.ERROR)
-    return run_command(lambda: _dispatch(name, arguments), arguments)
+    with unfailing_stderr():
+        return run_command(lambda: _dispatch(name, arguments), arguments)
 
 
 def _dispatch(name: str | None, arguments: list[str]) -> Any:
@@ -108,7 +110,7 @@ def _listed_only() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"tunesmith {__version__}")
+        put(f"tunesmith {__version__}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from tunesmith.cli.inputs import (
     folders_of,
     recipe_from_arguments,
 )
+from tunesmith.display import put
 
 if TYPE_CHECKING:
     from tunesmith.bench import Bench
@@ -36,9 +37,9 @@ def bench(
     recipe = recipe_from_arguments(arguments, model, data)
     found = measure(recipe, folders=folders_of(arguments), steps=steps)
     if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+        put(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(lines(found)))
+        put("\n".join(lines(found)))
     return 0
 
 

@@ -23,6 +23,7 @@ from tunesmith.cli.session import (
     print_status,
     read_settings,
 )
+from tunesmith.display import put
 from tunesmith.errors import DataError, RecipeError
 
 CONVERSATION = "the conversation"
@@ -99,7 +100,7 @@ class Conversation:
                 seed=options.seed + self.turns,
             )
         finally:
-            print(flush=True)
+            put(flush=True)
         if not generation.stopped:
             print_status(f"(cut off after {len(generation.ids)} tokens)")
         self.messages = [*turns, {"role": "assistant", "content": generation.text}]
@@ -126,7 +127,7 @@ class Conversation:
 
 
 def _show(piece: str) -> None:
-    print(piece, end="", flush=True)
+    put(piece, end="", flush=True)
 
 
 def _talk(conversation: Conversation) -> None:
@@ -174,5 +175,5 @@ def _lines(terminal: bool) -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            print()
+            put()
             return

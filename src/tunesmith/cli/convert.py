@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.score import check_output
+from tunesmith.display import put
 from tunesmith.errors import InputError, RecipeError, RunError, first_line
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def convert(
     finally:
         temporary.unlink(missing_ok=True)
     dropped = f"; left out {len(faults):,} bad rows" if faults else ""
-    print(f"wrote {counts['written']:,} rows to {out} as {to}{dropped}")
+    put(f"wrote {counts['written']:,} rows to {out} as {to}{dropped}")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from tunesmith.cli.inputs import (
     folders_of,
     recipe_from_arguments,
 )
+from tunesmith.display import put, shown
 from tunesmith.doctor.outcome import LEVELS, Finding
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def doctor(
         recipe, open_template(recipe, dated=True), folders=folders_of(arguments), rows=rows
     )
     if as_json:
-        print(json.dumps(record(found), ensure_ascii=False, indent=1))
+        put(json.dumps(record(found), ensure_ascii=False, indent=1))
     else:
         show(found)
     return 1 if worst(found.findings) in (("error", "warning") if strict else ("error",)) else 0
@@ -85,7 +86,7 @@ def show(found: Diagnosis, console: Console | None = None) -> None:
         {"soft_wrap": True} if whole else {"no_wrap": True, "overflow": "ellipsis"}
     )
     for name, text in _summary_lines(found.summary):
-        console.print(_under(Text(text), name, whole=whole), soft_wrap=whole)
+        console.print(_under(Text(shown(text)), name, whole=whole), soft_wrap=whole)
     console.print()
     widest = max(len(finding.title) for finding in found.findings)
     for finding in sorted(found.findings, key=lambda finding: -LEVELS.index(finding.level)):
@@ -93,8 +94,10 @@ def show(found: Diagnosis, console: Console | None = None) -> None:
         if finding.level == "ok":
             continue
         for hit in finding.examples[:_EXAMPLES]:
-            console.print(Text(f"{'':9}{hit.where}: {hit.text}", style="dim"), **cut)
-        console.print(_under(Text(f"hint: {finding.hint}"), "", whole=whole), soft_wrap=whole)
+            console.print(Text(f"{'':9}{shown(hit.where)}: {shown(hit.text)}", style="dim"), **cut)
+        console.print(
+            _under(Text(f"hint: {shown(finding.hint)}"), "", whole=whole), soft_wrap=whole
+        )
     console.print()
     console.print(_verdict(found))
 

@@ -10,8 +10,15 @@ from typing import Any
 
 import typer
 
+from tunesmith.display import put
 from tunesmith.distributed.rank_failure import exit_if_lost, is_told_here
-from tunesmith.errors import InputError, RecipeError, TunesmithError
+from tunesmith.errors import (
+    InputError,
+    RecipeError,
+    TunesmithError,
+    is_out_of_memory,
+    out_of_memory,
+)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; its module depends on typer's version, so it is taken from a subclass."""
@@ -29,15 +36,17 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
         code = show_error(error) if is_told_here(error) else error.exit_code
         return exit_if_lost(error, code)
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
+        put("error: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout has closed it, as `| head` does. Python flushes stdout once more
         # at exit, which must not fail again, so stdout is pointed at /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return show_error(out_of_memory())
+        if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
             raise
         name = str(error.filename)[:60]
         return show_error(
@@ -54,7 +63,7 @@ def run_command(command: Callable[[], Any], arguments: Sequence[str]) -> int:
 
 def show_error(error: TunesmithError) -> int:
     """Write the error to stderr and return its exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    put(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 

@@ -20,6 +20,7 @@ from tunesmith.cli.session import (
     read_settings,
     sources_of,
 )
+from tunesmith.display import put
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def evaluate(
     prompts = [] if answered is None else find_prompts(session, answered)
     result = measure(session, rows.documents, prompts, max_new_tokens=max_new_tokens)
     if as_json:
-        print(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
+        put(json.dumps({"model": model, "data": list(data), **result}, ensure_ascii=False))
         return
     _print_table(result)
 
@@ -161,4 +162,4 @@ def _print_table(result: dict[str, Any]) -> None:
     width = max(len(LABELS[name][0]) for name in result)
     for name, value in result.items():
         label, form = LABELS[name]
-        print(f"{label:<{width}}  {form.format(value):>12}")
+        put(f"{label:<{width}}  {form.format(value):>12}")

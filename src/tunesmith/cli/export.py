@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.session import print_status
+from tunesmith.display import put
 from tunesmith.errors import RecipeError
 
 
@@ -37,12 +38,15 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    from tunesmith.export.hub import check_name
+    from tunesmith.export.hub import check_base, check_name
     from tunesmith.export.hub import push as send
     from tunesmith.export.run import export as write
+    from tunesmith.model.source import resolve_model
 
     if push is not None:
         check_name(push)
+        if to == "adapter":
+            check_base(resolve_model(model).adapter_folder)
     folder = out or Path(f"{model.rstrip('/')}-{to}")
     result = write(
         model, to, folder, quantize=quantize, trust=trust_remote_code, on_status=print_status
@@ -50,7 +54,7 @@ def export(
     if push is not None:
         result["pushed"] = send(folder, push, public=public)
         print_status(f"uploaded to {result['pushed']}")
-    print(json.dumps(result) if as_json else folder)
+    put(json.dumps(result) if as_json else folder)
 
 
 def merge(
@@ -94,7 +98,7 @@ def merge(
         f"{report.rounding:.1e} by rounding to {report.dtype}, "
         f"{report.reloading:.1e} after reading the folder again"
     )
-    print(to_json(report, parts, out) if as_json else out)
+    put(to_json(report, parts, out) if as_json else out)
 
 
 def adapter_and_weight(text: str) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.display import put
 from tunesmith.errors import RecipeError
 
 
@@ -33,10 +34,10 @@ def init(
         ) from None
     except OSError as error:
         raise RecipeError(f"can't be written: {error.strerror}", where=str(path)) from None
-    print(f"wrote {path}; next: tunesmith train {path}", file=sys.stderr)
+    put(f"wrote {path}; next: tunesmith train {path}", file=sys.stderr)
 
 
 def schema() -> None:
     from tunesmith.config.describe import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    put(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.inputs import Arguments, DataOption, EvalOption, ModelOption
+from tunesmith.display import put
 from tunesmith.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def launch(
     )
     files = _files(kind, job)
     for line in [*lines, *_notes(recipe, job)]:
-        print(redact(line), file=sys.stderr)
+        put(redact(line), file=sys.stderr)
     _give(files, to, write=write)
 
 
@@ -164,14 +165,14 @@ def _notes(recipe: Recipe, job: LaunchJob) -> list[str]:
 def _give(files: dict[str, str], folder: Path, *, write: bool) -> None:
     if not write:
         for name, content in files.items():
-            print(f"# --- {folder / name}\n{content}")
-        print("nothing was written; add --write to write these files", file=sys.stderr)
+            put(f"# --- {folder / name}\n{content}")
+        put("nothing was written; add --write to write these files", file=sys.stderr)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
-            print(folder / name)
+            put(folder / name)
     except OSError as error:
         raise RecipeError(
             f"can't be written: {error.strerror or error}", where=str(folder), hint="give --to DIR"

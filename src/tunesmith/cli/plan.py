@@ -15,6 +15,7 @@ from tunesmith.cli.inputs import (
     folders_of,
     recipe_from_arguments,
 )
+from tunesmith.display import put
 
 if TYPE_CHECKING:
     from tunesmith.estimate import Forecast
@@ -38,9 +39,9 @@ def plan(
     recipe = recipe_from_arguments(arguments, model, data, eval)
     found = forecast(recipe, folders=folders_of(arguments))
     if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+        put(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(lines(found)))
+        put("\n".join(lines(found)))
     return 0 if found.fits else 1
 
 

@@ -19,6 +19,7 @@ from tunesmith.cli.inputs import (
     split_arguments,
 )
 from tunesmith.cli.session import print_status
+from tunesmith.display import put
 from tunesmith.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def preview(
             result = _dropped(result)
         assert result is not None
         if as_json:
-            print(json.dumps(record(row, result), ensure_ascii=False))
+            put(json.dumps(record(row, result), ensure_ascii=False))
         else:
             _show(row, result, template)
     for line in field_lines(ledger):
@@ -107,11 +108,13 @@ def _folders(recipe: Recipe) -> tuple[Path, Path]:
 
     A folder with a tokenizer is enough, since a preview needs no weights.
     """
+    from tunesmith.model.model_files import check_model_files
     from tunesmith.model.source import resolve_model
 
     folder = Path(recipe.model.name).expanduser()
     names = ("tokenizer.json", "tokenizer_config.json")
     if recipe.model.revision is None and any((folder / name).is_file() for name in names):
+        check_model_files(folder, weights=False)
         return folder, folder
     source = resolve_model(recipe.model.name, revision=recipe.model.revision, weights=False)
     return source.tokenizer_folder, source.adapter_folder or source.folder
@@ -174,7 +177,7 @@ def _write_page(
     )
     write_text(path, text)
     first = "the first " if more else ""
-    print(f"wrote {first}{len(shown):,} rows to {path}", file=sys.stderr)
+    put(f"wrote {first}{len(shown):,} rows to {path}", file=sys.stderr)
     if refusal is not None:
         refusal.message += f" ({refused:,} such rows on the page)" if refused > 1 else ""
         raise refusal

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunesmith.display import put
+
 if TYPE_CHECKING:
     from tunesmith.replay import Replay
 
@@ -35,12 +37,12 @@ def replay(
         Path(run),
         step,
         gradients=gradients,
-        on_status=lambda text: print(text, file=sys.stderr, flush=True),
+        on_status=lambda text: put(text, file=sys.stderr, flush=True),
     )
     if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+        put(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(lines(found)))
+        put("\n".join(lines(found)))
     return 1 if found.equal is False and not found.unlike else 0
 
 

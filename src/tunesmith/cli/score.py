@@ -19,6 +19,7 @@ from tunesmith.cli.inputs import (
     split_arguments,
 )
 from tunesmith.cli.session import Limit, Session, open_session, print_status, read_settings
+from tunesmith.display import put
 from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def score(
     write_scores(out, scores, sources=_scored(sources, prepared), about=_about(session))
     found = {"out": str(out), **summary(scores)}
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        put(json.dumps(found, ensure_ascii=False))
     else:
         _print_table(found)
 
@@ -207,5 +208,5 @@ def _print_table(found: dict[str, Any]) -> None:
     width = max(len(label) for label, _ in _LABELS.values())
     for name, (label, form) in _LABELS.items():
         value = found[name]
-        print(f"{label:<{width}}  {'-' if value is None else form.format(value):>12}")
-    print(f"written to {found['out']}")
+        put(f"{label:<{width}}  {'-' if value is None else form.format(value):>12}")
+    put(f"written to {found['out']}")

@@ -12,6 +12,7 @@ import typer
 
 from tunesmith.cli.inputs import DataOption
 from tunesmith.cli.score import check_output
+from tunesmith.display import put
 from tunesmith.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def select(
     write_ledger(ledger_file, {"out": written, **record, "scores": origin})
     if as_json:
         shown = {"out": written, "totals": record["totals"], "steps": record["steps"]}
-        print(json.dumps(shown, ensure_ascii=False))
+        put(json.dumps(shown, ensure_ascii=False))
     else:
         _print_steps(record, out, ledger_file)
 
@@ -114,8 +115,8 @@ def _print_steps(record: dict[str, Any], out: Path, ledger_file: Path) -> None:
     totals = record["totals"]
     rows, tokens = totals["rows"], totals["target_tokens"]
     width = max(len(name) for name in ("rows left", *(s["step"] for s in record["steps"])))
-    print(f"{'':<{width}}  {'left out':>10}  {'rows left':>10}  {'target tokens':>14}")
-    print(f"{'data':<{width}}  {'':>10}  {rows:>10,}  {tokens:>14,}")
+    put(f"{'':<{width}}  {'left out':>10}  {'rows left':>10}  {'target tokens':>14}")
+    put(f"{'data':<{width}}  {'':>10}  {rows:>10,}  {tokens:>14,}")
     for step in record["steps"]:
         rows -= step["rows_left_out"]
         tokens -= step["target_tokens_left_out"]
@@ -125,5 +126,5 @@ def _print_steps(record: dict[str, Any], out: Path, ledger_file: Path) -> None:
             notes.append(f"from {step['from']:.4g} to {step['to']:.4g}")
         if step["without_value"]:
             notes.append(f"{step['without_value']:,} of them have no value")
-        print(line + (f"  ({'; '.join(notes)})" if notes else ""))
-    print(f"wrote {out}; {ledger_file} lists the rows that were left out")
+        put(line + (f"  ({'; '.join(notes)})" if notes else ""))
+    put(f"wrote {out}; {ledger_file} lists the rows that were left out")

@@ -13,6 +13,7 @@ import typer
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import Recipe
+from tunesmith.display import put
 from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use only the first rows of each file.")
 ]
 
-MODEL_KEYS = {"dtype", "trust_remote_code", "quantization", "double_quantization"}
-"""Keys of a run's section `model` that must stay as in training, since an adapter fits to them."""
+MODEL_KEYS = {"dtype", "quantization", "double_quantization"}
+"""Keys of a run's section `model` that must stay as in training, since an adapter fits to them.
+Leave to run code of the model's folder is not among them: a run folder may come from anybody, so it
+is asked for on the command line of each use.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ def open_session(recipe: Recipe) -> Session:
     from tunesmith.build.model import chosen_quantization
     from tunesmith.data.templates.load import load_template
     from tunesmith.export import read_choice
+    from tunesmith.model.finite import refuse_non_finite
     from tunesmith.model.load import load_causal_lm, resolve_model
 
     source = resolve_model(recipe.model.name, revision=recipe.model.revision)
@@ -144,6 +149,7 @@ def open_session(recipe: Recipe) -> Session:
         quantization=chosen_quantization(recipe),
         trust_remote_code=recipe.model.trust_remote_code,
     ).model
+    refuse_non_finite(model, recipe.model.name)
     model.eval()
     if recipe.device.attention == "unpacked":
         model.run_unpacked()
@@ -159,4 +165,4 @@ def sources_of(recipe: Recipe) -> list[Source]:
 
 def print_status(text: str) -> None:
     """Print a status line to stderr, since stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
+    put(text, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.text import Text
 
+from tunesmith.display import shown
 from tunesmith.types import Document, Origin, Segment
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def row_view(origin: Origin, result: Rendered, template: Template) -> Text:
     head = f"{origin}  {result.status}"
     if result.reason:
         head += f": {result.reason}"
-    view.append(head + "\n", style="bold")
+    view.append(shown(head) + "\n", style="bold")
     document = result.document
     if document is None:
         return view
@@ -46,7 +47,7 @@ def segment_view(segment: Segment, template: Template) -> Text:
     cuts = np.flatnonzero(np.diff(weights)) + 1
     view = Text()
     for first, end in zip([0, *cuts], [*cuts, len(weights)], strict=True):
-        text = template.decode(segment.ids[first:end])
+        text = shown(template.decode(segment.ids[first:end]))
         weight = float(weights[first])
         if weight == 0:
             view.append(text, style="dim")

@@ -13,6 +13,7 @@ from tunesmith.cli.inputs import (
     ModelOption,
     recipe_from_arguments,
 )
+from tunesmith.display import put
 
 
 def train(
@@ -47,7 +48,7 @@ def train(
         return start(count, ["train", *(arguments or ()), *words])
     run = train_recipe(recipe, out=out, resume=resume, overwrite=overwrite, recipe_file=source)
     if is_main_process():
-        print(run.model_folder)
+        put(run.model_folder)
     return None
 
 
@@ -75,5 +76,5 @@ def resume(
         return start(count, ["resume", run, *(overrides or ())])
     finished = resume_run(run, overrides=overrides or (), changed_data=changed_data)
     if is_main_process():
-        print(finished.model_folder)
+        put(finished.model_folder)
     return None

@@ -16,6 +16,7 @@ from tunesmith.cli.inputs import (
     recipe_from_arguments,
     split_arguments,
 )
+from tunesmith.display import put
 
 if TYPE_CHECKING:
     from tunesmith.verify.verify import Verification
@@ -65,16 +66,16 @@ def verify(
         run=run,
         folders=folders,
         ranks=ranks,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=lambda text: put(text, file=sys.stderr, flush=True),
     )
     if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+        put(json.dumps(found.record(), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(lines(found)))
+        put("\n".join(lines(found)))
     place = Path(out) if out is not None else run
     if place is not None:
         page, _ = keep(found, place)
-        print(f"written: {page}", file=sys.stderr)
+        put(f"written: {page}", file=sys.stderr)
     return 0 if found.holds else 1
 
 

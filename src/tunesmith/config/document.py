@@ -10,6 +10,8 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel
 
+from tunesmith.bounded_yaml import bound
+
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of a recipe down to a value."""
 
@@ -62,7 +64,7 @@ def read_document(text: str, name: str) -> Document:
     document = Document({}, {(): name})
     try:
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
+        node = bound(loader.get_single_node())
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error, name))
         return document

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import yaml
 
+from tunesmith.bounded_yaml import safe_load
 from tunesmith.config.document import Document, Path, as_plain, dotted
 from tunesmith.config.schema import MAIN_KEYS, expand_section
 from tunesmith.config.sections.data import parse_sources
@@ -74,11 +75,11 @@ def parse_value(text: str) -> Any:
         RecursionError: an anchor holds itself.
     """
     try:
-        return as_plain(yaml.safe_load(text))
+        return as_plain(safe_load(text))
     except yaml.YAMLError:
         if ":" not in text or text.lstrip().startswith(("{", "[")):
             raise
-        value = yaml.safe_load(f"{{{text}}}")
+        value = safe_load(f"{{{text}}}")
         if not isinstance(value, dict) or None in cast("dict[Any, Any]", value).values():
             raise
         return cast(Any, value)

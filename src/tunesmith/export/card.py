@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import ModelError
+from tunesmith.export.local_paths import is_local, public_name, public_yaml
 from tunesmith.model.source import CHOICE_FILE
 from tunesmith.version import __version__
 
@@ -56,6 +57,16 @@ class ModelCard:
     recipe: str = ""
     metrics: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
 
+    @property
+    def base_is_local(self) -> bool:
+        """True if the base is a folder or file of this machine."""
+        return is_local(self.base_model) or Path(self.base_model).expanduser().exists()
+
+    @property
+    def base_name(self) -> str:
+        """The base by the name that may leave this machine."""
+        return Path(self.base_model).name if self.base_is_local else self.base_model
+
 
 def read_choice(folder: Path) -> TemplateChoice | None:
     """The choice kept in a model folder, None where the folder was not written by us.
@@ -93,9 +104,13 @@ def card_text(card: ModelCard, *, title: str, adapter: bool) -> str:
 
 
 def _front_matter(card: ModelCard, adapter: bool) -> str:
-    values: dict[str, Any] = {
+    # a folder of this machine is no model of the hub, which would refuse the card for it
+    base: dict[str, Any] = {
         "base_model": card.base_model,
         "base_model_relation": "adapter" if adapter else "finetune",
+    }
+    values: dict[str, Any] = {
+        **({} if card.base_is_local else base),
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tunesmith", "sft", *(["adapter"] if adapter else [])],
@@ -107,7 +122,7 @@ def _origin(card: ModelCard, adapter: bool) -> str:
     at = f" at commit `{card.base_commit}`" if card.base_commit else ""
     what = "An adapter for" if adapter else "A fine-tuned version of"
     how = f"made by supervised fine-tuning with Tunesmith {__version__}"
-    return f"{what} `{card.base_model}`{at}, {how}."
+    return f"{what} `{card.base_name}`{at}, {how}."
 
 
 def _data(entries: Sequence[DataEntry]) -> str:
@@ -115,7 +130,9 @@ def _data(entries: Sequence[DataEntry]) -> str:
         return ""
     lines = ["## Data", "", "| source | rows | content hash |", "|---|---:|---|"]
     for entry in entries:
-        lines.append(f"| `{_cell(entry.name)}` | {entry.rows} | `{entry.content_hash or '-'}` |")
+        lines.append(
+            f"| `{_cell(public_name(entry.name))}` | {entry.rows} | `{entry.content_hash or '-'}` |"
+        )
     return "\n".join(lines)
 
 
@@ -187,7 +204,7 @@ def _serving(card: ModelCard, title: str, adapter: bool) -> str:
 
 
 def _recipe(text: str) -> str:
-    return f"## Recipe\n\n```yaml\n{text.strip()}\n```" if text.strip() else ""
+    return f"## Recipe\n\n```yaml\n{public_yaml(text).strip()}\n```" if text.strip() else ""
 
 
 def _cell(text: str) -> str:

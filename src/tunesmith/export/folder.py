@@ -20,6 +20,7 @@ from tunesmith.export.weights import write_adapter, write_weights
 from tunesmith.model.adapters.initialization import OF_QUANTIZED
 from tunesmith.model.adapters.state import AdapterState
 from tunesmith.model.causal_lm import CausalLM
+from tunesmith.model.model_files import COPIED, refuse_links
 from tunesmith.model.source import CHOICE_FILE, ModelSource
 from tunesmith.version import __version__
 
@@ -29,8 +30,7 @@ TOKENIZER_FILES = (
     "tokenization_*.py",
 )  # fmt: skip
 MODEL_FILES = (
-    "config.json", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
-    "NOTICE*", "USE_POLICY*",
+    "config.json", "generation_config.json", "*processor_config.json", *COPIED,
 )  # fmt: skip
 SUBFOLDER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What a model's subfolders hold for its processor, as `additional_chat_templates`."""
@@ -193,7 +193,7 @@ def _template_inside(config: Mapping[str, Any] | None) -> Any:
 def _choice(card: ModelCard, adapter: bool) -> dict[str, Any]:
     return {
         "tunesmith": __version__,
-        "base_model": card.base_model,
+        "base_model": card.base_name,
         "kind": "adapter" if adapter else "model",
         "template": card.choice.template,
         "template_kwargs": dict(card.choice.template_kwargs),
@@ -207,6 +207,8 @@ def _title(out: Path) -> str:
 
 
 def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    patterns = tuple(patterns)
+    refuse_links(source, patterns)
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):
@@ -224,6 +226,8 @@ def copy_subfolders(source: Path, target: Path) -> None:
         wanted = [p for pattern in SUBFOLDER_FILES for p in place.glob(pattern) if p.is_file()]
         if is_run or weights or not wanted or place.name.startswith("."):
             continue
+        refuse_links(source, [place.name])
+        refuse_links(place, SUBFOLDER_FILES)
         (target / place.name).mkdir(exist_ok=True)
         for path in wanted:
             shutil.copyfile(path, target / place.name / path.name)
@@ -253,6 +257,10 @@ def _write_text(path: Path, text: str) -> None:
 
 def _publish(temporary: Path, out: Path) -> None:
     """Bring the files to the disk, then give the folder its name."""
+    # safetensors makes its files readable for their owner only; all get what the umask leaves
+    usual = (temporary / CHOICE_FILE).stat().st_mode & 0o777
+    for path in temporary.glob("*.safetensors"):
+        path.chmod(usual)
     for path in [*temporary.iterdir(), temporary]:
         handle = os.open(path, os.O_RDONLY)
         try:

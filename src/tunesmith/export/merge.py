@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.data.templates.load import load_template
@@ -25,6 +24,7 @@ from tunesmith.model.adapters import AdapterState, began_quantized
 from tunesmith.model.adapters.merge import add_difference, fold, merged_names, untie
 from tunesmith.model.causal_lm import CausalLM
 from tunesmith.model.load import load_causal_lm
+from tunesmith.model.model_files import open_weights, weight_files
 from tunesmith.model.quantization.dequantize import quant_method
 from tunesmith.model.source import ModelSource, read_json, resolve_model
 
@@ -152,8 +152,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     if quant_method(read_json(folder / "config.json")) is not None:
         return torch.bfloat16
     sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for path in weight_files(folder):
+        with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
                 part = file.get_slice(name)
                 count = 1

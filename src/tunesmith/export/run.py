@@ -15,12 +15,12 @@ from tunesmith.errors import ModelError, RunError
 from tunesmith.export.card import TemplateChoice, read_choice
 from tunesmith.export.folder import copy_subfolders
 from tunesmith.export.gguf import QUANTIZATIONS, GgufReport, export_gguf
-from tunesmith.export.hub import files_to_push
+from tunesmith.export.hub import files_to_push, is_allowed
 from tunesmith.export.merge import Part, merge_adapters
 from tunesmith.export.ollama import find_family, write_modelfile
 from tunesmith.model.load import load_causal_lm
+from tunesmith.model.model_files import inside, weight_files
 from tunesmith.model.source import ModelSource, resolve_model
-from tunesmith.model.weight_files import weight_files
 
 FORMS = ("hf", "adapter", "gguf", "ollama")
 Status = Callable[[str], None]
@@ -95,10 +95,14 @@ def _copy(source: Path, folder: Path) -> dict[str, Any]:
 
 def files_to_push_or_code(folder: Path) -> list[str]:
     """What `push` may send, and the Python files of a model with code of its own."""
-    links = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_file()]
-    code = [path.name for path in folder.glob("*.py")]
-    weights = [path.name for path in weight_files(folder)]
-    return sorted({*files_to_push(folder), *links, *code, *weights})
+    linked = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_symlink() and path.is_file() and inside(folder, path) and is_allowed(path.name)
+    ]  # a snapshot of the hub's cache is links
+    code = [path.name for path in folder.glob("*.py") if inside(folder, path)]
+    weights = [path.name for path in weight_files(folder) if inside(folder, path)]
+    return sorted({*files_to_push(folder), *linked, *code, *weights})
 
 
 def _gguf(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from tunesmith.display import shown, unfailing
 
 MAX_START_LINES = 12
 """Largest number of lines that are printed at the start."""
@@ -39,7 +42,7 @@ class ConsoleSink:
     ) -> None:
         self._total = total_steps
         self._clock = clock
-        self._console = Console(stderr=True) if console is None else console
+        self._console = _stderr() if console is None else console
         self._first = done_steps
         self._started = self._printed_at = clock()
         self._printed_step: int | None = None
@@ -98,7 +101,7 @@ class ConsoleSink:
 
 def announce(lines: Sequence[str], *, console: Console | None = None) -> None:
     """Print the lines on what was chosen before the first step, `MAX_START_LINES` at most."""
-    console = Console(stderr=True) if console is None else console
+    console = _stderr() if console is None else console
     shown = list(lines)
     if len(shown) > MAX_START_LINES:
         rest = len(shown) - (MAX_START_LINES - 1)
@@ -153,6 +156,10 @@ def _progress(console: Console, total: int, done: int) -> tuple[Progress, TaskID
     return progress, progress.add_task("train", total=total, completed=done, status="")
 
 
+def _stderr() -> Console:
+    return Console(file=unfailing(sys.stderr))
+
+
 def _print(console: Console, text: str) -> None:
     # soft_wrap: rich would break lines at 80 characters in a log file, which has no width.
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(shown(text), soft_wrap=True, markup=False, highlight=False)

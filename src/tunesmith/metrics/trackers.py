@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,16 +171,30 @@ def open_tracker(name: str, run: TrackedRun) -> Sink:
     Raises:
         InputError: its package is not installed.
     """
-    module_name, make = TRACKERS[name]
+    _, make = TRACKERS[name]
+    module = _package(name)
+    return GuardedSink(name, lambda: make(module, run))
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Import the packages of these trackers, before anything is written.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    for name in names:
+        _package(name)
+
+
+def _package(name: str) -> Any:
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(TRACKERS[name][0])
     except ImportError as error:
         raise InputError(
             f"{name} is not installed ({error})",
             where="log.to",
             hint="pip install 'tunesmith[logging]', or leave it out of log.to",
         ) from None
-    return GuardedSink(name, lambda: make(module, run))
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

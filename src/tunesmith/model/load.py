@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.errors import ModelError, first_line
+from tunesmith.errors import ModelError, first_line, is_out_of_memory, out_of_memory
 from tunesmith.model.adapters.state import NO_ADAPTER, AdapterState
 from tunesmith.model.architecture import Architecture, find_architecture
 from tunesmith.model.attention import dispatch as attention
@@ -212,7 +212,7 @@ def checked_config(source: ModelSource, trust_remote_code: bool) -> Any:
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # each config class checks its values with errors of its own
         kind = raw.get("model_type")
         known = f"architecture {kind!r} is unknown to the installed transformers"
         message = known if kind else "config.json names no model_type"
@@ -302,7 +302,9 @@ def _from_pretrained(source: ModelSource, config: Any, trust: bool, options: Any
         return model
     except ModelError:
         raise
-    except Exception as error:  # a model class may fail at a configuration in any way
+    except Exception as error:  # a config with a wrong number fails anywhere in the model's code
+        if is_out_of_memory(error):
+            raise out_of_memory() from error
         raise ModelError(f"can't be loaded: {first_line(error)}", where=source.name) from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, first_line
+from tunesmith.model.model_files import check_model_files
 
 CHOICE_FILE = "tunesmith.json"
 """Beside each model and adapter that we write: what its other files have no place for."""
@@ -115,6 +116,7 @@ def _from_folder(name: str, folder: Path, *, weights: bool = True) -> ModelSourc
 def _from_adapter(name: str, folder: Path, *, weights: bool) -> ModelSource:
     if weights:
         _check_weights(name, folder)
+    check_model_files(folder, weights=weights)
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not base:
@@ -171,23 +173,11 @@ def _check_files(name: str, folder: Path, *, weights: bool) -> None:
         raise ModelError("holds no config.json, so it is no model", where=name, hint=hint)
     if weights:
         _check_weights(name, folder)
+    check_model_files(folder, weights=weights)
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Refuse a folder without safetensors, since other forms of weights are pickles, and one whose
-    index leads out of it.
-    """
-    for index in folder.glob("*.safetensors.index.json"):
-        named: Any = read_json(index).get("weight_map")
-        for file in sorted(
-            {str(value) for value in named.values()} if isinstance(named, dict) else ()
-        ):
-            if file != Path(file).name or "\\" in file:
-                raise ModelError(
-                    f"its index names weights in {file!r}, which is not a file of the folder",
-                    where=str(index),
-                    hint="get the model anew from where it was published",
-                )
+    """Refuse a folder without safetensors, since other forms of weights are pickles."""
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tunesmith.model.model_files import open_weights, weight_files
 from tunesmith.model.quantization.dequantize import Packed, find_packed, quant_method
 from tunesmith.model.source import read_json
 
@@ -22,26 +23,16 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` reads, in the order of their names."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return [folder / SINGLE] if (folder / SINGLE).is_file() else []
-    named: dict[str, str] = read_json(folder / INDEX).get("weight_map") or {}
-    return [folder / name for name in sorted(set(named.values()))]
-
-
 class WeightFiles:
     """The files of a model, and the parameters that stand for what was not read of them yet."""
 
     def __init__(self, folder: Path, placeholders: Sequence[nn.Parameter] = ()) -> None:
-        from safetensors import safe_open
-
         self.placeholders = tuple(placeholders)
         self.paths = weight_files(folder)
         self._files: dict[str, Any] = {}
         self._path: dict[str, Path] = {}
         for path in self.paths:
-            file = safe_open(path, framework="pt")
+            file = open_weights(path)
             self._files.update(dict.fromkeys(file.keys(), file))
             self._path.update(dict.fromkeys(file.keys(), path))
         self._packed: dict[str, Packed | None] = dict.fromkeys(self._files)

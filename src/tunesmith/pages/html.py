@@ -11,9 +11,9 @@ import hashlib
 import html
 import re
 
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-)
+from tunesmith.display import UNSEEN
+
+_UNSEEN = re.compile(f"[{UNSEEN}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 BASE_STYLE = """

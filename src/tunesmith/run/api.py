@@ -15,7 +15,7 @@ from tunesmith.distributed.spawn import ranks_to_start
 from tunesmith.distributed.world import World, connect
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.run.runner import Run, run_training
-from tunesmith.storage.atomic import read_json
+from tunesmith.storage.machine import read_machine
 from tunesmith.storage.run_folder import RunFolder, is_run, launched_run, open_run
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def train_recipe(
         # torchrun has restarted the ranks after a failure, so a run of this launch in the folder is
         # this run, and must be continued and not overwritten.
         resume, overwrite, path = True, False, path or launched_run(launch_id())
+    _check_before_folder(requested, world)
     folder = _open(
         world,
         lambda: open_run(
@@ -150,6 +151,14 @@ def _connect(requested: Recipe) -> World:
             hint="use `tunesmith train` or `tunesmith resume`, or start your script with torchrun",
         )
     return world
+
+
+def _check_before_folder(requested: Recipe, world: World) -> None:
+    """What can be known before there is a run folder, so that a failed start leaves none."""
+    from tunesmith.metrics.trackers import check_trackers
+
+    if world.is_main:
+        check_trackers(requested.log.to)
 
 
 def _open(world: World, open_first: Callable[[], RunFolder]) -> RunFolder:
@@ -189,6 +198,7 @@ def resume(
     path = Path(run)
     requested = _resumed(path, overrides)
     world = _connect(requested)
+    _check_before_folder(requested, world)
     with _open(
         world, lambda: open_run(path, model_name=requested.model.name, resume=True)
     ) as folder:
@@ -250,6 +260,6 @@ def _recipe_folders(recipe: RecipeSource) -> list[Path]:
     folder = path if path.is_dir() else path.parent
     folders = [folder]
     if (folder / "machine.json").is_file():
-        started = read_json(folder / "machine.json").get("folder")
+        started = read_machine(folder).get("folder")
         folders += [Path(started)] if started else []
     return folders

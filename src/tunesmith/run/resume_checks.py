@@ -15,9 +15,11 @@ from tunesmith.config.dump import Difference, differences
 from tunesmith.config.overrides import Override
 from tunesmith.config.read import read_recipe
 from tunesmith.config.schema import SCIENCE, Recipe
-from tunesmith.errors import DataError, RecipeError, RunError
+from tunesmith.data.preprocess.ledger import Ledger
+from tunesmith.errors import DataError, RecipeError, RunError, first_line
 from tunesmith.metrics.console import announce
-from tunesmith.storage.atomic import read_json, write_json
+from tunesmith.storage.atomic import write_json
+from tunesmith.storage.machine import read_machine
 from tunesmith.storage.run_folder import run_files
 from tunesmith.train.oom_retry import read_hint, saved_micro_tokens
 from tunesmith.train.trainer import Trainer
@@ -36,7 +38,7 @@ def same_recipe(path: Path, requested: Recipe) -> None:
         RecipeError: a section that decides what is learned differs from both.
     """
     resolved = read_recipe(run_files(path)["recipe"])
-    first = read_recipe(read_json(run_files(path)["machine"])["asked"], of_run=True)
+    first = read_recipe(read_machine(path)["asked"], of_run=True)
     found = min((_science(differences(old, requested)) for old in (first, resolved)), key=len)
     if found:
         shown = "; ".join(f"{d.key}: {d.old} in the run, {d.new} now" for d in found[:5])
@@ -78,7 +80,7 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
         DataError: a source, the template or the objective differs.
     """
     file = run_files(path)["machine"]
-    machine = read_json(file)
+    machine = read_machine(path)
     check_unchanged(
         {"the chat template": machine["template"]["sha256"]},
         {"the chat template": job.data.template.sha256},
@@ -101,6 +103,18 @@ def check_data(path: Path, job: Job, *, changed_data: bool = False) -> None:
         before = [*machine.get("data_before", []), {**machine["data"], **machine["eval"]}]
         write_json(file, {**machine, "data": data, "eval": held_out, "data_before": before})
         job.data.prepared.ledger.save(run_files(path)["ledger"])
+    _mend_ledger(path, job)
+
+
+def _mend_ledger(path: Path, job: Job) -> None:
+    """Write the ledger again if the file is damaged: the rows, which are unchanged, give it."""
+    file = run_files(path)["ledger"]
+    try:
+        Ledger.load(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if job.training.world.is_main:
+            job.data.prepared.ledger.save(file)
+            announce([f"resume: {file} was damaged ({first_line(error)}), and is written again"])
 
 
 def _lower_micro_tokens(

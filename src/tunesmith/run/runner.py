@@ -85,7 +85,7 @@ def run_training(
 
 def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     from tunesmith.build.job import make_trainer
-    from tunesmith.checkpoint.folder import clean_checkpoints
+    from tunesmith.checkpoint.folder import clean_checkpoints, prune_checkpoints
     from tunesmith.run.result import sampler, take_best, write_result
     from tunesmith.run.resume_checks import restore
 
@@ -96,6 +96,11 @@ def _train_and_export(folder: RunFolder, job: Job, *, progress: bool) -> Run:
     trainer = make_trainer(job, path)
     if folder.resumed:
         restore(trainer, path, progress=progress)
+        if job.training.world.is_main and trainer.step:
+            found = trainer.evaluations.best
+            best = int(found["step"]) if found else None
+            keep = job.choices.recipe.checkpoint.keep
+            prune_checkpoints(path, trainer.step, keep=keep, best=best)
     # The files are cut back to the checkpoint's step. A run that starts at step 0 evaluates before
     # its first step, so the records of step 0 are removed too (-1), or they would be there twice.
     kept = trainer.step or -1

@@ -5,10 +5,11 @@ What a step does is in `step.py`; the records it writes are made in `metrics/rec
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Trainer:
             folder, data.template.decode, non_finite=options.non_finite,
             limits=options.spike_limits, stops=options.stop_on_spike, world=world,
         )  # fmt: skip
-        self.signals = SignalHandler()
+        self.signals = SignalHandler(say=self._say_stopping)
         rank = None if world.is_single else world.rank
         self.watchdog = Watchdog(options.watchdog, folder, rank=rank)
         saved = SavedOptimizer(training.optimizer, training.grad_sync.sharded, world)
@@ -83,7 +84,7 @@ class Trainer:
         last step is always saved as a checkpoint.
 
         Raises:
-            InterruptedRun: SIGINT or SIGTERM came; a checkpoint was saved.
+            InterruptedRun: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
             NonFiniteError: a loss or gradient became NaN or infinite.
             RunError: out of memory, or the disk is full.
         """
@@ -241,6 +242,14 @@ class Trainer:
             signal_number=number,
             hint=f"`tunesmith resume {self.folder}` goes on",
         )
+
+    def _say_stopping(self, number: int) -> None:
+        """Written past Python's streams: a signal's handler may interrupt a write to them."""
+        if self.training.world.is_main:
+            name, step = signal.Signals(number).name, self.step + 1
+            text = f"\n{name}: finishing step {step}, then saving; again to abort\n"
+            with suppress(OSError):
+                os.write(2, text.encode())
 
     def _try_longest(self) -> None:
         """One discarded pass over the longest document: what does not fit fails now."""

@@ -1,5 +1,6 @@
 """What is due after a step: evaluations and checkpoints (every N steps, epochs or minutes), and the
-stop that SIGINT or SIGTERM asks for, which is noted at once and obeyed where nothing is lost.
+stop that a signal (SIGINT, SIGTERM, SIGHUP) asks for, noted at once and obeyed where nothing is
+lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ FINISH_SECONDS = 5.0
 """How long after a signal a step or an evaluation may go on to its end. Preemption often leaves 30
 seconds in all, and saving takes its own.
 """
+
+
+_HANGUP: Any = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Trigger:
@@ -91,16 +95,29 @@ class AbandonedError(Exception):
 class SignalHandler:
     """The signal that came, if any did."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        say: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self._clock = clock
+        self._say = say  # called once, inside the signal's handler
         self._since = 0.0
         self.signal: int = 0
 
     def note(self, number: int, _: Any = None) -> None:
-        """A signal's handler; a second signal stops at once."""
+        """A signal's handler; a second signal stops at once.
+
+        A terminal that closes often sends SIGHUP twice, from the kernel and from the shell, so that
+        a second one of these asks for nothing more.
+        """
         if self.signal:
+            if number == _HANGUP:
+                return
             raise KeyboardInterrupt
         self.signal, self._since = number, self._clock()
+        self._say(number)
 
     def check(self) -> None:
         """To be called between micro-batches.
@@ -113,8 +130,13 @@ class SignalHandler:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted; main thread only, nothing is done on others."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        """SIGINT, SIGTERM and SIGHUP are noted; main thread only, nothing is done on others.
+
+        A SIGHUP that was ignored from the start, as under nohup, stays ignored.
+        """
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+            numbers.append(_HANGUP)
         try:
             old = {number: signal.signal(number, self.note) for number in numbers}
         except ValueError:  # not the main thread, a notebook server's for one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ def load_objective(name: str, folders: Sequence[Path]) -> UserObjective:
     path, _, function_name = name.rpartition(":")
     file = _find(path, folders)
     contents = file.read_bytes()
-    found: Any = getattr(_module(file), function_name, None)
+    found: Any = getattr(_module(file, contents), function_name, None)
     if not callable(found):
         raise RecipeError(
             f"there is no function {function_name}",
@@ -100,13 +99,14 @@ def _find(path: str, folders: Sequence[Path]) -> Path:
     raise RecipeError("there is no such file", where=f"{path} ({WHERE})")
 
 
-def _module(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tunesmith_user_objective", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def _module(file: Path, contents: bytes) -> ModuleType:
+    """The module of these bytes, and no others: an import would take bytecode of `__pycache__`
+    that fits the file by its time and size alone.
+    """
+    module = ModuleType("tunesmith_user_objective")
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(contents, str(file), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         raise RecipeError(
             f"can't be run: {type(error).__name__}: {error}",

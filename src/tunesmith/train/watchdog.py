@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.display import unfailing
 from tunesmith.distributed.hang_alarm import HangAlarm
 
 AUTO_SECONDS = 3600.0
@@ -117,8 +118,9 @@ class Watchdog:
             f"{self.stacks.parent}` goes on from the last checkpoint, device.watchdog sets the "
             "limit\n"
         )
-        sys.stderr.write(f"\n{said}")
-        sys.stderr.flush()
+        stream = unfailing(sys.stderr)
+        stream.write(f"\n{said}")
+        stream.flush()
         if self._alarm is not None and other is None:
             self._alarm.ring()
         # A folder that can't be written in must not keep this thread, too.

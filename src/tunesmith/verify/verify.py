@@ -20,7 +20,7 @@ from tunesmith.config.sections.device import DeviceSection
 from tunesmith.data.formats.examples import Example
 from tunesmith.data.preprocess.document_store import longest_paths
 from tunesmith.metrics.environment import machine_record
-from tunesmith.storage.atomic import read_json
+from tunesmith.storage.machine import read_machine
 from tunesmith.storage.run_folder import run_files
 from tunesmith.types import Document
 from tunesmith.verify.exported import Exported, export_checks, write
@@ -94,7 +94,7 @@ def verify(
     """
     beside = list(folders)
     if run is not None:
-        started = read_json(run_files(run)["machine"]).get("folder")
+        started = read_machine(run).get("folder")
         beside += [run, *([Path(started)] if started else [])]
     given = _UserRows(
         for_one_process(recipe), bounds or Bounds(), beside, run, ranks, say, recipe.device

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import yaml
 
+from tunesmith.bounded_yaml import safe_load
 from tunesmith.data.sources.readers.registry import READABLE, kind_of
 from tunesmith.errors import DataError
 
@@ -46,8 +47,8 @@ def card_of(readme: str) -> Mapping[str, Any]:
     """The front matter of a README; empty where there is none that can be read."""
     found = _FRONT_MATTER.match(readme)
     try:
-        values: Any = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+        values: Any = safe_load(found.group(1)) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return cast("Mapping[str, Any]", values) if isinstance(values, Mapping) else {}
 

@@ -118,8 +118,8 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     refuse_foreign_code(source, trusted=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # each config class checks its values with errors of its own
+        reason = first_line(error)
         raise ModelError(f"its config can't be read: {reason}", where=source.name) from error
 
 
