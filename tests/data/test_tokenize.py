@@ -21,6 +21,7 @@ from tunesmith.data.formats.detect import FORMATS, to_example
 from tunesmith.data.preprocess.render_batch import Options, Task, render_batch
 from tunesmith.data.rendering.render import Rendered, render_example
 from tunesmith.data.rendering.tokenize import Encoder
+from tunesmith.data.rendering.unread import account
 from tunesmith.data.row_errors import Fault, RowError
 from tunesmith.data.templates.load import load_template, wrap_tokenizer
 from tunesmith.data.templates.template import Template
@@ -135,7 +136,10 @@ def alone(
 ) -> Rendered | Fault:
     try:
         example = to_example(values, format=format, templated=template.has_chat_template)
-        return render_example(
+        # The fields come before anything is rendered, as in a batch.
+        roles = () if isinstance(options.train_on, str) else options.train_on
+        fields = account(values, format, example, template, roles=roles)
+        rendered = render_example(
             example,
             template,
             train_on=options.train_on,
@@ -143,6 +147,7 @@ def alone(
             too_long=options.too_long,
             origin=ORIGIN,
         )
+        return dataclasses.replace(rendered, fields=fields)
     except RowError as error:
         return error.fault
 

@@ -18,8 +18,8 @@ from tunesmith.errors import RecipeError
 
 KEYS = {
     "model": "name dtype quantization double_quantization float8 revision trust_remote_code",
-    "data": "train mix_by mix_stop eval columns template template_kwargs train_on max_length "
-    "too_long bad_rows shuffle",
+    "data": "train mix_by mix_stop eval columns roles ignore_fields template template_kwargs "
+    "train_on max_length too_long bad_rows shuffle",
     "batch": "documents tokens packing pack_tokens group_by_prefix",
     "objective": "name label_smoothing z_loss entropy kl alpha eps_low eps_high outer_steps "
     "warmup_epochs neftune router_aux scheduled_sampling",
@@ -41,7 +41,7 @@ KEYS = {
 def test_keys_are_frozen() -> None:
     assert {name: " ".join(keys) for name, keys in known_keys().items()} == KEYS
     assert " ".join(SourceSection.model_fields) == (
-        "path subset split revision format columns weight epochs limit"
+        "path subset split revision format columns roles ignore_fields weight epochs limit"
     )
 
 

@@ -552,7 +552,7 @@ def test_a_run_keeps_its_table_and_its_own_model_is_looked_at(
     assert json.loads((run / "verify.json").read_text())["promises"] == record["promises"]
     assert record["holds"] is True
     page = (run / "verify.md").read_text()
-    assert "all 9 checks hold, 1 not made" in page
+    assert "all 10 checks hold, 1 not made" in page
     assert "model/ of the run, and step-4" in page
     by_name = {line["name"]: line for line in record["promises"]}
     assert by_name["the run's ledger adds up"]["counts"]["rows"] == 16

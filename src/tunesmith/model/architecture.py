@@ -34,7 +34,7 @@ class Architecture:
     def from_config(self, config: Any, **options: Any) -> Any:
         """The model without its weights."""
         if self.custom_code:
-            return self.maker.from_config(config, trust_remote_code=True, **options)
+            return self.maker.from_config(config, trust_remote_code=self.custom_code, **options)
         return self.maker._from_config(config, **options)
 
 

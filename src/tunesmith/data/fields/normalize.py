@@ -63,7 +63,9 @@ def _turns(
         if not isinstance(turn, Mapping):
             continue
         message = cast("Mapping[str, Any]", turn)
-        plain = not naming.ignore and not naming.roles and message.get("role") in STANDARD_ROLES
+        role = message.get("role")
+        known = isinstance(role, str) and role in STANDARD_ROLES
+        plain = known and not naming.ignore and not naming.roles
         if plain and _usual(tuple(message)):
             continue
         read = _message(dict(message), column, naming, said)

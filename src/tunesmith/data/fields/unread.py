@@ -36,13 +36,16 @@ _TEXTS = ("text", "templated_text", "segments")
 
 def holds(value: Any) -> bool:
     """True unless the value is null, empty, or a list or object of such values alone."""
-    if value is None or value == "":
-        return False
-    if isinstance(value, Mapping):
-        return any(holds(item) for item in cast("Mapping[Any, Any]", value).values())
-    if isinstance(value, list | tuple):
-        return any(holds(item) for item in cast("list[Any]", value))
-    return not (isinstance(value, float) and value != value)
+    waiting: list[Any] = [value]  # no recursion, since a row may be nested without end
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            waiting.extend(cast("Mapping[Any, Any]", one).values())
+        elif isinstance(one, list | tuple):
+            waiting.extend(cast("list[Any]", one))
+        elif one is not None and one != "" and not (isinstance(one, float) and one != one):
+            return True
+    return False
 
 
 def unread_columns(

@@ -252,7 +252,9 @@ def lines_or_list(file: BinaryIO, name: str, lines: Lines) -> Iterator[Raw]:
 def _complete(line: bytes) -> bool:
     try:
         json.loads(line)
-    except (ValueError, RecursionError):
+    except RecursionError:  # nested without end: the fault of this line, not of the file
+        return True
+    except ValueError:
         return False
     return True
 

@@ -103,7 +103,7 @@ def test_a_model_that_fails_at_text_is_refused_without_a_traceback() -> None:
         raise KeyError("pixel_values")
 
     model.model.forward = asks_for_images
-    with pytest.raises(ModelError, match=r"can't be run on text alone.*pixel_values"):
+    with pytest.raises(ModelError, match=r"a forward pass over text fails.*pixel_values"):
         self_test(wrap_causal_lm(model).model, max_length=100)
 
 
